@@ -1,0 +1,1 @@
+"""The thin client: DICOM in, RTSTRUCT out."""

@@ -1,0 +1,1 @@
+"""The model: geometry, structures, network, training, and `segment`."""

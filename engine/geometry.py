@@ -51,7 +51,7 @@ class VolumeGeometry:
     @property
     def affine(self) -> NDArray[np.float64]:
         """float64 (4, 4): homogeneous index (x, y, z, 1) -> LPS mm."""
-        matrix = np.eye(4)
+        matrix: NDArray[np.float64] = np.eye(4)
         matrix[:3, :3] = np.array(self.direction) * np.array(self.spacing)
         matrix[:3, 3] = self.origin
         return matrix
@@ -59,7 +59,8 @@ class VolumeGeometry:
     def points_from_indices(self, indices: ArrayLike) -> NDArray[np.float64]:
         """Continuous indices (..., 3) in (x, y, z) order -> LPS mm (..., 3); whole numbers are voxel centres."""
         affine = self.affine
-        return np.asarray(indices, dtype=np.float64) @ affine[:3, :3].T + affine[:3, 3]
+        points: NDArray[np.float64] = np.asarray(indices, dtype=np.float64) @ affine[:3, :3].T + affine[:3, 3]
+        return points
 
     def indices_from_points(self, points: ArrayLike) -> NDArray[np.float64]:
         """LPS mm (..., 3) -> continuous indices (..., 3) in (x, y, z) order."""
@@ -76,7 +77,9 @@ class VolumeGeometry:
         ratio = np.array(self.spacing) / np.array(spacing)
         shape = np.maximum(1, np.rint(np.array(self.shape[::-1]) * ratio)).astype(int)[::-1]
         first_centre = (1 / ratio - 1) / 2  # in voxels of this grid
-        return replace(self, shape=_index(shape), spacing=spacing, origin=_point(self.points_from_indices(first_centre)))
+        return replace(
+            self, shape=_index(shape), spacing=spacing, origin=_point(self.points_from_indices(first_centre))
+        )
 
     def canonical_axes(self) -> tuple[Index, tuple[bool, bool, bool]]:
         """How to turn the array to z to the head, y to the back, x to the left.

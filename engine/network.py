@@ -9,6 +9,8 @@ squeeze-and-excitation residual blocks with one single down-sampling, so that sm
     head      transposed 28 -> 14, + input, residual block, 3x3x3 to the classes
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,6 +36,7 @@ class SqueezeExcitation(nn.Module):
         self.excite = nn.Linear(channels // reduction, channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Float (n, channels, z, y, x) -> the same shape."""
         # The sum runs over millions of voxels, more than FP16 can count: always FP32.
         means = x.mean(dim=(2, 3, 4), dtype=torch.float32).to(self.squeeze.weight.dtype)
         weights = torch.sigmoid(self.excite(F.leaky_relu(self.squeeze(means))))
@@ -60,6 +63,7 @@ class ResidualBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Float (n, channels_in, z, y, x) -> (n, channels_out, z, y, x)."""
         y = F.leaky_relu(self.norm1(self.conv1(x)))
         y = self.recalibrate(self.norm2(self.conv2(y)))
         return F.leaky_relu(y + self.shortcut(x))
@@ -84,7 +88,7 @@ class AnatomyNet(nn.Module):
                 ResidualBlock(before, after, reduction=REDUCTION),
                 ResidualBlock(after, after, reduction=REDUCTION),
             )
-            for before, after in zip(widths, widths[1:], strict=False)
+            for before, after in pairwise(widths)
         )
         self.decoder = nn.ModuleList(
             nn.Sequential(
@@ -98,8 +102,13 @@ class AnatomyNet(nn.Module):
         self.classify = nn.Conv3d(HEAD_CHANNELS, classes, kernel_size=3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Float (n, 1, z, y, x) -> logits (n, classes, z, y, x)."""
         depth, height, width = x.shape[2:]
         x = F.pad(x, (0, width % 2, 0, height % 2, 0, depth % 2), value=AIR)
+        return self.logits_of_even_sides(x)[:, :, :depth, :height, :width]
+
+    def logits_of_even_sides(self, x: Tensor) -> Tensor:
+        """`forward` for sides that are all even, so without padding: what is exported."""
         y = self.stem(x)
         skips = []
         for stage in self.encoder:
@@ -109,7 +118,7 @@ class AnatomyNet(nn.Module):
             y = stage(torch.cat((y, skips.pop()), dim=1))
         y = self.head(torch.cat((self.upsample(y), x), dim=1))
         logits: Tensor = self.classify(y)
-        return logits[:, :, :depth, :height, :width]
+        return logits
 
 
 def normalised_from_hu(hu: Tensor, window: tuple[float, float]) -> Tensor:
@@ -132,6 +141,7 @@ class ServedNetwork(nn.Module):
         self.config = config
 
     def forward(self, hu: Tensor) -> tuple[Tensor, Tensor]:
+        """CT -> LABEL_MAP, CONFIDENCE."""
         coarse = self.network(self.network_input_from_hu(hu))
         label_map = self.logits_on_grid(coarse, hu.shape).argmax(dim=1)[0].to(torch.uint8)
         return label_map, border_confidence(coarse)

@@ -1,0 +1,275 @@
+"""Embedded runtimes: what computes the served model in this process. The middle of `segment`, where no server runs.
+
+    OpenVinoRuntime   an ONNX file on a CPU; the fastest there
+    OnnxRuntime       an ONNX file on an NVIDIA GPU, or on a CPU
+    TorchRuntime      a network in PyTorch: the reference, and what training validates with
+
+A Triton server is a runtime too (anatomynet.client.triton), and its Python backend calls `load_runtime` itself.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anatomynet.engine.config import ModelConfig, model_config_from_json, shipped_weights
+from anatomynet.engine.errors import GeometryError, ModelError
+from anatomynet.engine.preprocess import SMALLEST_NETWORK_SIDE
+from anatomynet.engine.volume import HounsfieldArray, LabelArray
+
+if TYPE_CHECKING:
+    from anatomynet.engine.network import AnatomyNet
+
+METADATA_KEY = "anatomynet"  # of the ModelConfig, in an ONNX file's metadata_props
+INPUT_NAME = "CT"
+OUTPUT_NAMES = ("LABEL_MAP", "CONFIDENCE")
+INSTALL_HINT = "pip install 'anatomynet[local]'"
+CPU_PROVIDER = "CPUExecutionProvider"
+CUDA_PROVIDER = "CUDAExecutionProvider"
+PROVIDER_OPTIONS: dict[str, dict[str, str]] = {
+    # By default every new shape times every algorithm of every convolution first; and the arena grows by doubling.
+    CUDA_PROVIDER: {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"},
+}
+
+
+class Runtime(Protocol):
+    """Anything that computes the served model."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """What it draws."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """One phrase for the user: "OpenVINO 2026.4.1 on 2 CPU threads"."""
+        ...
+
+    def infer(self, hu: HounsfieldArray) -> tuple[LabelArray, NDArray[np.float32]]:
+        """The structures of one CT; may be called from several threads at once.
+
+        Args:
+            hu: int16 (z, y, x), Hounsfield units; z to the head, y to the back, x to the patient's left.
+
+        Returns:
+            The label map, uint8 (z, y, x), and the confidence, float32 (structures,), 0 where absent.
+
+        Raises:
+            GeometryError: an array of another type, or too small for the network.
+            ModelError: a volume that could not be computed, as for want of memory.
+        """
+        ...
+
+
+def load_runtime(path: Path | None = None) -> Runtime:
+    """The fastest runtime that this machine has for an ONNX file; None is the shipped one.
+
+    An NVIDIA GPU through ONNX Runtime, else OpenVINO, else ONNX Runtime on the CPU.
+
+    Raises:
+        ModelError: no runtime installed; no such file, a damaged one, or one that anatomynet-export did not write.
+    """
+    path = path or shipped_weights(".onnx")
+    if _has_cuda_provider():
+        runtime = OnnxRuntime(path, providers=(CUDA_PROVIDER, CPU_PROVIDER))
+        if CUDA_PROVIDER in runtime.providers:  # the build may know CUDA where no GPU is
+            return runtime
+    for runtime_class in (OpenVinoRuntime, OnnxRuntime):
+        try:
+            return runtime_class(path)
+        except ImportError:
+            continue
+    raise ModelError(f"nothing here can run {path.name}: expected OpenVINO or ONNX Runtime; {INSTALL_HINT}")
+
+
+class OpenVinoRuntime:
+    """An ONNX file on this machine's CPU, in FP32; one volume at a time, on every core.
+
+    A compiled model is not cached on disk: compiling takes a fifth of a second.
+
+    Raises:
+        ImportError: OpenVINO is not installed.
+        ModelError: no such file, a damaged one, or one that anatomynet-export did not write.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import openvino
+        from openvino import properties
+        from openvino.frontend import FrontEndManager
+
+        _check_file(path)
+        # The ONNX reader by name: asked for any, OpenVINO tries every format on a damaged file, noisily.
+        frontend = FrontEndManager().load_by_framework("onnx")
+        try:
+            graph = frontend.convert(frontend.load(str(path)))
+            metadata = graph.get_rt_info().get("framework")
+            self.model = _config_from_metadata(path, metadata.value if metadata else {})
+            threads = available_cores()
+            compiled = openvino.Core().compile_model(
+                graph,
+                "CPU",
+                {
+                    properties.hint.performance_mode(): properties.hint.PerformanceMode.LATENCY,
+                    # On CPUs with AMX or AVX512-BF16 the default is bfloat16, which moves contours.
+                    properties.hint.inference_precision(): openvino.Type.f32,
+                    properties.inference_num_threads(): threads,
+                },
+            )
+        except RuntimeError as error:
+            raise _damaged(path, error) from error
+        self.description = f"OpenVINO {openvino.__version__.split('-')[0]} on {threads} CPU threads"
+        self._request = compiled.create_infer_request()
+        self._lock = threading.Lock()
+
+    def infer(self, hu: HounsfieldArray) -> tuple[LabelArray, NDArray[np.float32]]:
+        """See Runtime; releases the GIL while it computes."""
+        _check_input(hu, self.model)
+        with self._lock:
+            try:
+                results = self._request.infer({INPUT_NAME: np.ascontiguousarray(hu)}, share_inputs=True)
+            except RuntimeError as error:
+                raise _failed(hu, self.description, error) from error
+            label_map, confidence = (results[name] for name in OUTPUT_NAMES)
+        return label_map, confidence
+
+
+class OnnxRuntime:
+    """An ONNX file through ONNX Runtime.
+
+    Args:
+        providers: execution providers, best first; one that does not start is left out. None: the CPU.
+
+    Attributes:
+        providers: those that did start.
+
+    Raises:
+        ImportError: ONNX Runtime is not installed.
+        ModelError: no such file, a damaged one, or one that anatomynet-export did not write.
+    """
+
+    def __init__(self, path: Path, *, providers: Sequence[str] | None = None) -> None:
+        import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as states
+
+        _check_file(path)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = available_cores()
+        options.log_severity_level = 3  # errors
+        self._failure: type[Exception] = states.RuntimeException
+        wanted = [(name, PROVIDER_OPTIONS.get(name, {})) for name in providers or (CPU_PROVIDER,)]
+        try:
+            self._session = onnxruntime.InferenceSession(path, options, providers=wanted)
+        except (states.InvalidProtobuf, states.InvalidGraph, states.Fail, states.InvalidArgument) as error:
+            raise _damaged(path, error) from error
+        self.model = _config_from_metadata(path, self._session.get_modelmeta().custom_metadata_map)
+        self.providers: tuple[str, ...] = tuple(self._session.get_providers())
+        device = (
+            f"{options.intra_op_num_threads} CPU threads"
+            if self.providers[0] == CPU_PROVIDER
+            else self.providers[0].removesuffix("ExecutionProvider")
+        )
+        self.description = f"ONNX Runtime {onnxruntime.__version__} on {device}"
+
+    def infer(self, hu: HounsfieldArray) -> tuple[LabelArray, NDArray[np.float32]]:
+        """See Runtime; releases the GIL while it computes."""
+        _check_input(hu, self.model)
+        try:
+            label_map, confidence = self._session.run(list(OUTPUT_NAMES), {INPUT_NAME: np.ascontiguousarray(hu)})
+        except self._failure as error:
+            raise _failed(hu, self.description, error) from error
+        return label_map, confidence
+
+
+class TorchRuntime:
+    """A network in PyTorch; holds the logits of the CT's whole grid, 4 bytes a class and voxel.
+
+    Args:
+        device: as PyTorch names it.
+    """
+
+    def __init__(self, network: AnatomyNet, config: ModelConfig, *, device: str = "cpu") -> None:
+        import torch
+
+        from anatomynet.engine.network import ServedNetwork
+
+        self.model = config
+        self.description = f"PyTorch {torch.__version__} on {device}"
+        self._device = device
+        self._served = ServedNetwork(network, config).to(device).eval()
+
+    def infer(self, hu: HounsfieldArray) -> tuple[LabelArray, NDArray[np.float32]]:
+        """See Runtime."""
+        import torch
+
+        _check_input(hu, self.model)
+        with torch.inference_mode():
+            label_map, confidence = self._served(torch.from_numpy(np.ascontiguousarray(hu)).to(self._device))
+        return label_map.cpu().numpy(), confidence.cpu().numpy()
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use: the affinity mask, and in a container its CPU limit (cgroup 2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else min(cores, max(1, math.ceil(int(quota) / int(period))))
+
+
+def _has_cuda_provider() -> bool:
+    try:
+        import onnxruntime
+    except ImportError:
+        return False
+    return CUDA_PROVIDER in onnxruntime.get_available_providers()
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise ModelError(f"no model {path}: expected an ONNX file that anatomynet-export wrote")
+
+
+def _config_from_metadata(path: Path, metadata: Mapping[str, Any]) -> ModelConfig:
+    if METADATA_KEY not in metadata:
+        raise ModelError(
+            f"{path} says nothing of its structures: expected the metadata '{METADATA_KEY}' in an ONNX file "
+            "that anatomynet-export wrote"
+        )
+    value = metadata[METADATA_KEY]
+    return model_config_from_json(str(getattr(value, "value", value)))
+
+
+def _check_input(hu: HounsfieldArray, config: ModelConfig) -> None:
+    in_plane = SMALLEST_NETWORK_SIDE * config.in_plane_stride
+    smallest = (SMALLEST_NETWORK_SIDE, in_plane, in_plane)
+    if hu.dtype != np.int16 or hu.ndim != 3 or any(side < s for side, s in zip(hu.shape, smallest, strict=True)):
+        raise GeometryError(
+            f"expected int16 of at least {smallest} voxels (z, y, x), found {hu.dtype} of shape {hu.shape}"
+        )
+
+
+def _damaged(path: Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"{path} is damaged or not ONNX ({_last_line(error)}): expected a file that anatomynet-export wrote; "
+        "export it, or install the package, again"
+    )
+
+
+def _failed(hu: HounsfieldArray, runtime: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"{runtime} could not compute a volume of {hu.shape} voxels ({_last_line(error)}); "
+        "a smaller volume, or more memory, may help"
+    )
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,275 @@
+"""One visible training loop, and its command: cases -> checkpoint. First step of the straight path."""
+
+import csv
+import dataclasses
+import math
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
+
+import click
+import numpy as np
+import torch
+from anatomynet.engine.phantom import make_phantom
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from anatomynet.engine.checkpoint import save_checkpoint
+from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
+from anatomynet.engine.data import Augmentation, Case, Sample, cut_to_body, find_cases, network_grid_config, read_case
+from anatomynet.engine.errors import ModelError
+from anatomynet.engine.losses import hybrid_loss
+from anatomynet.engine.metrics import dice
+from anatomynet.engine.network import AnatomyNet
+from anatomynet.engine.runtime import TorchRuntime
+from anatomynet.engine.segment import segment
+
+LOADERS = 1  # threads that make samples: they cost a tenth of a step
+AHEAD = 3  # samples kept ready
+LARGEST_GRADIENT = 12.0
+FINAL_RATE = 0.01  # share of the learning rate that is left at the end
+
+
+class Training:
+    """Everything that a training run changes, and that a resumed run must find again."""
+
+    def __init__(self, model: ModelConfig, train: TrainConfig, device: torch.device) -> None:
+        torch.manual_seed(train.seed)
+        self.model = model
+        self.train = train
+        self.device = device
+        self.network = _channels_last(AnatomyNet(model.classes).to(device))
+        self.average = _channels_last(AnatomyNet(model.classes).to(device)).eval()
+        self.average.load_state_dict(self.network.state_dict())
+        self.optimiser = torch.optim.AdamW(
+            self.network.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay
+        )
+        self.step = 0
+        self.best = 0.0
+
+    def learn(self, sample: Sample) -> float:
+        """One optimiser step on one volume; returns the loss."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.train.learning_rate * rate_share(self.step, self.train)
+        self.network.train()
+        image = sample.image.to(self.device, memory_format=torch.channels_last_3d)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bfloat16"):
+            logits = self.network(image)
+        loss = hybrid_loss(
+            logits,
+            sample.target.to(self.device),
+            sample.annotated,
+            class_weights=self.train.class_weights,
+            focal_weight=self.train.focal_weight,
+            focal_gamma=self.train.focal_gamma,
+            missing=self.train.missing,
+        )
+        self.optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.network.parameters(), LARGEST_GRADIENT)
+        self.optimiser.step()
+        self.step += 1
+        self._follow()
+        return float(loss.detach())
+
+    def save(self, path: Path) -> None:
+        """Writes the state, whole or not at all; `restore` reads it."""
+        tensors: dict[str, Tensor] = {}
+        for prefix, network in (("network", self.network), ("average", self.average)):
+            tensors |= {f"{prefix}.{k}": v.detach().contiguous().cpu() for k, v in network.state_dict().items()}
+        for index, moments in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{k}": v.contiguous().cpu() for k, v in moments.items()}
+        metadata = {"model": self.model.to_json(), "step": str(self.step), "best": repr(self.best)}
+        beside = path.with_name(f".{path.name}.part")
+        save_file(tensors, beside, metadata=metadata)
+        beside.replace(path)
+
+    def restore(self, path: Path) -> None:
+        """Goes on from what `save` wrote.
+
+        Raises:
+            ModelError: no state there, or that of another configuration.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"nothing to resume: {path} is not a state that anatomynet-train saved") from error
+        if metadata.get("model") != self.model.to_json():
+            raise ModelError(f"{path} was trained for another configuration than {self.model.name}: start a new output")
+        for prefix, network in (("network", self.network), ("average", self.average)):
+            network.load_state_dict(_with_prefix(tensors, prefix))
+        saved = self.optimiser.state_dict()
+        saved["state"] = {
+            i: _with_prefix(tensors, f"optimiser.{i}") for i in range(len(list(self.network.parameters())))
+        }
+        self.optimiser.load_state_dict(saved)
+        self.step, self.best = int(metadata["step"]), float(metadata["best"])
+
+    def _follow(self) -> None:
+        """Moves the averaged weights; early on they follow faster, so that they forget where they began."""
+        keep = min(self.train.ema_decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for mean, now in zip(self.average.state_dict().values(), self.network.state_dict().values(), strict=True):
+                if mean.is_floating_point():
+                    mean.lerp_(now, 1 - keep)
+                else:
+                    mean.copy_(now)
+
+
+def rate_share(step: int, train: TrainConfig) -> float:
+    """Share of the learning rate at a step: a linear warm-up, then half a cosine."""
+    if step < train.warmup_steps:
+        return (step + 1) / train.warmup_steps
+    done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def samples(cases: list[Case], model: ModelConfig, train: TrainConfig, *, first: int) -> Iterator[Sample]:
+    """The samples of steps `first` to the last, made ahead in a thread; each hangs on the seed and its step alone."""
+    augmentation = Augmentation(model, train)
+
+    def make(step: int) -> Sample:
+        random = np.random.default_rng((train.seed, step))
+        if random.random() < train.phantom_share:
+            case = phantom_case(model, like=cases[int(random.integers(len(cases)))], seed=step)
+        else:
+            # A pass over the cases is a shuffle of them.
+            order = np.random.default_rng((train.seed, step // len(cases), 1)).permutation(len(cases))
+            case = cases[order[step % len(cases)]]
+        return augmentation.draw(case, random)
+
+    with ThreadPoolExecutor(LOADERS) as pool:
+        ready = [pool.submit(make, step) for step in range(first, min(first + AHEAD, train.steps))]
+        for step in range(first, train.steps):
+            sample = ready.pop(0).result()
+            if step + AHEAD < train.steps:
+                ready.append(pool.submit(make, step + AHEAD))
+            yield sample
+
+
+def phantom_case(model: ModelConfig, *, like: Case, seed: int) -> Case:
+    """A synthetic case on another case's grid, every structure annotated."""
+    volume, truth = make_phantom(like.volume.geometry, seed=seed, structures=model.structures)
+    return Case(f"phantom_{seed}", volume, truth.labels, (True,) * len(model.structures))
+
+
+def validate(
+    network: AnatomyNet, model: ModelConfig, cases: list[Case], device: torch.device
+) -> dict[str, list[float]]:
+    """DSC of each structure over the cases that have it, drawn by the same `segment` that serves."""
+    runtime = TorchRuntime(network, network_grid_config(model), device)
+    scores: dict[str, list[float]] = {name: [] for name in model.structures}
+    for case in cases:
+        drawn = segment(case.volume, runtime).labels
+        for label, name in enumerate(model.structures, start=1):
+            if case.annotated[label - 1]:
+                scores[name].append(dice(drawn == label, case.labels == label))
+    return scores
+
+
+def read_cases(folder: Path, model: ModelConfig) -> list[Case]:
+    """Every case of a folder, with a progress bar.
+
+    Raises:
+        DataError: no case there, or one that cannot be used.
+    """
+    paths = find_cases(folder)
+    return [read_case(path, model.structures) for path in tqdm(paths, desc=f"reading {folder.name}", unit="case")]
+
+
+def fit(training: Training, cases: list[Case], held_out: list[Case], output: Path) -> None:
+    """Trains to the last step; saves state, log and best checkpoint beside `output` after every epoch.
+
+    Ctrl-C saves the state after the step under way, then raises KeyboardInterrupt.
+    """
+    train = training.train
+    state, log = output.with_suffix(".state.safetensors"), output.with_suffix(".csv")
+    losses: list[float] = []
+    with _Interruptible() as interruption, tqdm(total=train.steps, initial=training.step, unit="step") as bar:
+        for sample in samples(cases, training.model, train, first=training.step):
+            losses.append(training.learn(sample))
+            bar.update()
+            bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
+            if training.step % train.steps_per_epoch == 0 or training.step == train.steps:
+                scores = validate(training.average, training.model, held_out, training.device)
+                means = {name: float(np.mean(values)) if values else math.nan for name, values in scores.items()}
+                mean = float(np.nanmean(list(means.values())))
+                bar.write(f"step {training.step}: " + "  ".join(f"{k} {v:.3f}" for k, v in means.items()))
+                _append_row(log, {"step": training.step, "loss": float(np.mean(losses)), "mean": mean, **means})
+                losses.clear()
+                if mean > training.best:
+                    training.best = mean
+                    save_checkpoint(output, training.average, training.model)
+                training.save(state)
+            if interruption.asked:
+                training.save(state)
+                raise KeyboardInterrupt
+
+
+class _Interruptible:
+    """Turns the first Ctrl-C into a wish, so that a step is never cut in two; the second one interrupts."""
+
+    asked = False
+
+    def __enter__(self) -> "_Interruptible":
+        self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, _signal: int, _frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, self._before)
+
+
+def _append_row(path: Path, row: dict[str, float]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if new:
+            writer.writeheader()
+        writer.writerow({key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()})
+
+
+def _channels_last(network: AnatomyNet) -> AnatomyNet:
+    """The layout in which 3-D convolutions are fastest."""
+    # torch's stubs know memory_format only for 4-D tensors.
+    return network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload, no-any-return]
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
+
+
+@click.command()
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder with train/ and validation/.")
+@click.option("--config", default="openkbp7", show_default=True, help="A shipped configuration, or a TOML file.")
+@click.option("--output", type=click.Path(path_type=Path), help="Checkpoint to write; runs/NAME.safetensors.")
+@click.option("--resume", is_flag=True, help="Go on from the state beside --output.")
+@click.option("--steps", type=click.IntRange(min=1), help="Instead of the configuration's.")
+def main(data: Path, config: str, output: Path | None, resume: bool, steps: int | None) -> None:
+    """Train AnatomyNet on a folder of annotated CTs."""
+    model, train = load_config(config)
+    if steps:
+        train = dataclasses.replace(train, steps=steps)
+    output = output or Path("runs") / f"{model.name}.safetensors"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cases = [cut_to_body(case) for case in read_cases(data / "train", model)]
+    held_out = read_cases(data / "validation", model)
+    training = Training(model, train, device)
+    if resume:
+        training.restore(output.with_suffix(".state.safetensors"))
+    fit(training, cases, held_out, output)
+    click.echo(f"{output}: best mean validation DSC {training.best:.3f}, {training.step} steps on {device.type}")
+
+
+if __name__ == "__main__":
+    main()
