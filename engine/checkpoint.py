@@ -2,23 +2,16 @@
 
 import dataclasses
 import hashlib
-from importlib import resources
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from anatomynet.engine.config import ModelConfig, model_config_from_json
+from anatomynet.engine.config import ModelConfig, model_config_from_json, shipped_weights
 from anatomynet.engine.errors import ModelError
 from anatomynet.engine.network import AnatomyNet
 
-SHIPPED_NAME = "openkbp7"
 CONFIG_KEY = "model_config"
-
-
-def shipped_weights(suffix: str) -> Path:
-    """The shipped file engine/weights/openkbp7 + suffix, `.safetensors` or `.onnx`."""
-    return Path(str(resources.files("anatomynet.engine") / "weights" / f"{SHIPPED_NAME}{suffix}"))
 
 
 def save_checkpoint(path: Path, network: AnatomyNet, config: ModelConfig) -> None:

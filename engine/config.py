@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 from anatomynet.engine.errors import ModelError
 from anatomynet.engine.structures import structures_by_name
 
+SHIPPED_NAME = "openkbp7"
+
 Vector = tuple[float, float, float]
 Config = TypeVar("Config")
 
@@ -108,6 +110,11 @@ class TrainConfig:
             raise ModelError(f"steps: expected 1 or more, found {self.steps} and {self.steps_per_epoch} per epoch")
         if min(self.crop) < 8:
             raise ModelError(f"crop: expected at least 8 voxels a side, found {self.crop}")
+
+
+def shipped_weights(suffix: str) -> Path:
+    """The shipped file engine/weights/openkbp7 + suffix, `.safetensors` or `.onnx`."""
+    return Path(str(resources.files("anatomynet.engine") / "weights" / f"{SHIPPED_NAME}{suffix}"))
 
 
 def load_config(source: str | Path) -> tuple[ModelConfig, TrainConfig]:

@@ -65,7 +65,8 @@ class VolumeGeometry:
     def indices_from_points(self, points: ArrayLike) -> NDArray[np.float64]:
         """LPS mm (..., 3) -> continuous indices (..., 3) in (x, y, z) order."""
         affine = self.affine
-        return (np.asarray(points, dtype=np.float64) - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
+        offsets: NDArray[np.float64] = np.asarray(points, dtype=np.float64) - affine[:3, 3]
+        return offsets @ np.linalg.inv(affine[:3, :3]).T
 
     def cropped(self, start: Index, stop: Index) -> "VolumeGeometry":
         """The grid of array[start:stop], both (z, y, x); stop is exclusive."""
