@@ -1,0 +1,182 @@
+"""`tritonserver`: finds the real one and becomes it. Not on the path of a CT; only how a server is started.
+
+The server on PATH is taken first, then a Triton container's own, then the one inside the nvidia-pytriton wheel.
+Arguments pass through untouched, and since this process becomes the server (execve), so do signals and exit status.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from anatomynet.engine.errors import AnatomyNetError, ServerError
+
+CONTAINER_SERVER = Path("/opt/tritonserver/bin/tritonserver")
+# Set for the server: a launcher that finds it was started by a launcher, through a script on PATH that hid it.
+GUARD = "ANATOMYNET_TRITONSERVER_LAUNCHER"
+# Scripts named tritonserver that lead to a launcher: our own console script, and version managers' shims of it.
+LAUNCHER_MARKS = (b"anatomynet", b"pyenv", b"asdf", b"mise")
+SNIFFED_BYTES = 4096
+LOOPBACK = "127.0.0.1"
+ADDRESS_OPTIONS = ("--http-address", "--grpc-address", "--metrics-address")
+REPOSITORY_OPTIONS = ("--model-repository", "--model-store")
+# A whole CT of 2000 slices of 512 x 512; Triton's own limit of 64 MiB is 127 slices.
+LARGEST_HTTP_BODY = 2**30
+HELP_TIMEOUT_S = 30
+
+
+def main() -> None:
+    """Becomes the real tritonserver, with this command's arguments."""
+    try:
+        _check_repositories(sys.argv[1:])
+        command, environment = server_command(sys.argv[1:], os.environ)
+    except AnatomyNetError as error:
+        sys.stderr.write(f"tritonserver: {error}\n")
+        raise SystemExit(1) from error
+    os.execve(command[0], command, environment)
+
+
+def server_command(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """The real server's command line and environment.
+
+    Raises:
+        ServerError: no server is installed, or the wheel's cannot run in this Python.
+    """
+    # The server's Python backend runs the environment whose python3 is first on PATH: this one, which has anatomynet.
+    path = os.pathsep.join((str(Path(sys.executable).parent), environment.get("PATH", os.defpath)))
+    prepared = {**environment, "PATH": path, GUARD: str(os.getpid())}
+    server = installed_server(environment)
+    if server is not None:
+        return [str(server), *_options_of_newer_servers(server, arguments), *arguments], prepared
+    return _wheel_command(arguments, prepared)
+
+
+def installed_server(environment: Mapping[str, str]) -> Path | None:
+    """The tritonserver on PATH or of a Triton container; never a launcher, this environment's or another's."""
+    candidates: list[Path] = []
+    if GUARD not in environment:
+        folders = environment.get("PATH", os.defpath).split(os.pathsep)
+        candidates += [Path(folder) / "tritonserver" for folder in folders if folder]
+    candidates.append(CONTAINER_SERVER)
+    for candidate in candidates:
+        if candidate.is_file() and os.access(candidate, os.X_OK) and not _leads_to_launcher(candidate):
+            return candidate
+    return None
+
+
+def _leads_to_launcher(candidate: Path) -> bool:
+    with candidate.open("rb") as file:
+        head = file.read(SNIFFED_BYTES)
+    return head.startswith(b"#!") and any(mark in head for mark in LAUNCHER_MARKS)
+
+
+def _options_of_newer_servers(server: Path, arguments: Sequence[str]) -> list[str]:
+    """What whole volumes need of servers that limit them: 2.59 HTTP bodies, 2.68 the clients' shared memory."""
+    if "--help" in arguments:
+        return []
+    known = subprocess.run(
+        [server, "--help"], capture_output=True, text=True, timeout=HELP_TIMEOUT_S, check=False
+    ).stdout
+    options = {"--http-max-input-size": str(LARGEST_HTTP_BODY)}
+    # Whoever may name shared memory may read the server's own: only where no other machine can ask.
+    if all(_values(arguments, option)[-1:] == [LOOPBACK] for option in ADDRESS_OPTIONS[:2]):
+        options["--allow-client-shm"] = "true"
+    return [f"{name}={value}" for name, value in options.items() if name in known and not _values(arguments, name)]
+
+
+def _wheel_command(arguments: Sequence[str], environment: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or spec.origin is None:
+        raise ServerError(
+            "no tritonserver on PATH, in /opt/tritonserver or in this environment: pip install 'anatomynet[serve]', "
+            "or run it in a Triton container"
+        )
+    home = Path(spec.origin).parent / "tritonserver"
+    _check_numpy()
+    libraries = [str(home.parents[1] / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR") or ""]
+    environment["LD_LIBRARY_PATH"] = os.pathsep.join(
+        filter(None, [*libraries, environment.get("LD_LIBRARY_PATH", "")])
+    )
+    options = {option: LOOPBACK for option in ADDRESS_OPTIONS if not _values(arguments, option)}
+    if options:
+        sys.stderr.write(
+            f"tritonserver: nvidia-pytriton's server predates security fixes (CVE-2025-23319 and others): "
+            f"{', '.join(options)} set to {LOOPBACK}; give them to reach it from elsewhere\n"
+        )
+    options["--backend-directory"] = str(_backend_directory(home))
+    options["--cache-directory"] = str(home / "caches")
+    given = [f"{name}={value}" for name, value in options.items() if not _values(arguments, name)]
+    return [str(home / "bin" / "tritonserver"), *given, *arguments], environment
+
+
+def _check_numpy() -> None:
+    version = importlib.metadata.version("numpy")
+    if int(version.split(".")[0]) >= 2:
+        raise ServerError(
+            f"numpy {version}: nvidia-pytriton's server answers with empty tensors under numpy 2 or later: "
+            "pip install 'anatomynet[serve]' in an environment of its own"
+        )
+
+
+def _backend_directory(home: Path) -> Path:
+    """The wheel's Python backend with its stub beside it, as the server wants them: links, in a folder of our own.
+
+    Raises:
+        ServerError: a Python that the wheel has no stub for.
+    """
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = home / "python_backend_stubs" / python / "triton_python_backend_stub"
+    if not stub.is_file():
+        found = ", ".join(sorted(folder.name for folder in (home / "python_backend_stubs").iterdir()))
+        raise ServerError(f"nvidia-pytriton has no Python backend for Python {python}: expected one of {found}")
+    key = hashlib.sha256(f"{stub}".encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = cache / "anatomynet" / f"triton-backends-{key}"
+    links = {"python/triton_python_backend_stub": stub}
+    links |= {f"python/{file.name}": file for file in (home / "backends" / "python").iterdir() if file.is_file()}
+    if all((directory / name).exists() for name in links):
+        return directory
+    try:
+        return _linked_folder(directory, links)
+    except OSError:  # a read-only home
+        return _linked_folder(Path(tempfile.mkdtemp(prefix="anatomynet-triton-")) / "backends", links)
+
+
+def _linked_folder(directory: Path, links: Mapping[str, Path]) -> Path:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=".backends-", dir=directory.parent))
+    for name, target in links.items():
+        (beside / name).parent.mkdir(exist_ok=True)
+        (beside / name).symlink_to(target)
+    shutil.rmtree(directory, ignore_errors=True)
+    beside.replace(directory)
+    return directory
+
+
+def _check_repositories(arguments: Sequence[str]) -> None:
+    repositories = [value for option in REPOSITORY_OPTIONS for value in _values(arguments, option)]
+    for repository in repositories:
+        folder = Path(repository)
+        if "://" not in repository and not any(folder.glob("*/config.pbtxt")):
+            found = "an empty one" if folder.is_dir() else "no such folder"
+            raise ServerError(f"no model in {repository}: {found}; write one with `anatomynet-export --fp16`")
+
+
+def _values(arguments: Sequence[str], option: str) -> list[str]:
+    """What an option was given, as `--option VALUE` or `--option=VALUE`."""
+    return list(_each_value(arguments, option))
+
+
+def _each_value(arguments: Sequence[str], option: str) -> Iterator[str]:
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == option:
+            yield following
+        elif argument.startswith(f"{option}="):
+            yield argument.removeprefix(f"{option}=")

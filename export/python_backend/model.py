@@ -1,0 +1,80 @@
+"""What Triton's Python backend runs: unpacks tensors, calls anatomynet.engine, packs tensors.
+
+anatomynet-export copies this file into the model repository, beside the ONNX files. It runs in the environment whose
+`python3` is first on tritonserver's PATH; anatomynet must be installed there.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from anatomynet.engine.config import model_config_from_json
+from anatomynet.engine.errors import AnatomyNetError, ModelError
+from anatomynet.engine.runtime import CUDA_PROVIDER, OnnxRuntime, Runtime, load_runtime
+from anatomynet.engine.volume import HounsfieldArray
+
+
+class TritonPythonModel:
+    """The model `anatomynet`: CT -> LABEL_MAP, CONFIDENCE. Triton itself checks names, types and dimensions."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Loads what runs fastest here.
+
+        Raises:
+            TritonModelException: files that do not fit this machine, or config.pbtxt; the model is not READY then.
+        """
+        folder = Path(args["model_repository"]) / args["model_version"]
+        parameters = json.loads(args["model_config"])["parameters"]
+        try:
+            self.runtime = fastest_runtime(folder)
+            if self.runtime.model != model_config_from_json(parameters["model_config"]["string_value"]):
+                raise ModelError("config.pbtxt and the ONNX file beside it are of two models: run anatomynet-export")
+        except AnatomyNetError as error:
+            raise pb_utils.TritonModelException(str(error)) from error
+        self.largest_voxels = int(parameters["largest_voxels"]["string_value"])
+        pb_utils.Logger.log_info(f"anatomynet runs on {self.runtime.description}")
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """One response a request; a request that cannot be answered gets one line that says why."""
+        return [self._respond(request) for request in requests]
+
+    def _respond(self, request: Any) -> Any:
+        if request.is_cancelled():
+            return pb_utils.InferenceResponse(
+                error=pb_utils.TritonError("cancelled by the client", pb_utils.TritonError.CANCELLED)
+            )
+        hu = pb_utils.get_input_tensor_by_name(request, "CT").as_numpy()
+        try:
+            self._check_size(hu)
+            label_map, confidence = self.runtime.infer(hu)
+        except AnatomyNetError as error:
+            return pb_utils.InferenceResponse(
+                error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+            )
+        return pb_utils.InferenceResponse(
+            [
+                pb_utils.Tensor("LABEL_MAP", np.ascontiguousarray(label_map)),
+                pb_utils.Tensor("CONFIDENCE", np.ascontiguousarray(confidence)),
+            ]
+        )
+
+    def _check_size(self, hu: HounsfieldArray) -> None:
+        if hu.size > self.largest_voxels:
+            raise ModelError(f"CT of {hu.shape} voxels (z, y, x): expected at most {self.largest_voxels} in all")
+
+
+def fastest_runtime(folder: Path) -> Runtime:
+    """The FP16 graph where a GPU runs it, else the FP32 one: a CPU computes FP16 in FP32, and gains nothing.
+
+    Raises:
+        ModelError: no ONNX file, or one that cannot be run here.
+    """
+    files = sorted(folder.glob("*.onnx"), key=lambda file: "fp16" in file.stem)
+    if not files:
+        raise ModelError(f"no ONNX file in {folder}: run anatomynet-export")
+    runtime = load_runtime(files[0])
+    on_gpu = isinstance(runtime, OnnxRuntime) and CUDA_PROVIDER in runtime.providers
+    return load_runtime(files[-1]) if on_gpu and len(files) > 1 else runtime
