@@ -1,0 +1,142 @@
+"""`anatomynet-client`: the straight path as commands. CT study in, RTSTRUCT out.
+
+Heavy modules are imported by the command that needs them: `--help` answers at once.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from anatomynet.client.output import prepare_folder, refuse_existing
+from anatomynet.engine.command import reports_errors
+from anatomynet.engine.structures import structures_by_name
+
+if TYPE_CHECKING:
+    from anatomynet.engine.runtime import Runtime
+    from anatomynet.engine.volume import LabelMap
+
+URL_HELP = "Triton server, HOST:PORT of its gRPC. Without it: localhost, if a model answers there, else this machine."
+
+
+@click.group()
+@click.version_option(package_name="anatomynet")
+def main() -> None:
+    """Draw the organs at risk on head-and-neck CT. Research use only; not a medical device."""
+
+
+@main.command()
+@click.argument("study", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), help="RTSTRUCT to write; STUDY.rtstruct.dcm.")
+@click.option("--url", help=URL_HELP)
+@click.option("--series", help="SeriesInstanceUID, or its end, where the study has several.")
+@click.option("--report", type=click.Path(path_type=Path), help="What was done, as JSON; without anything private.")
+@click.option("--picture", type=click.Path(path_type=Path), help="A PNG of three planes with what was drawn.")
+@click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
+@reports_errors
+def segment(
+    study: Path,
+    output: Path | None,
+    url: str | None,
+    series: str | None,
+    report: Path | None,
+    picture: Path | None,
+    overwrite: bool,
+) -> None:
+    """Draw the organs at risk on the CT in the folder STUDY and write an RTSTRUCT."""
+    from anatomynet.client.contours import trace_contours
+    from anatomynet.client.rtstruct import write_rtstruct
+
+    from anatomynet.client.picture import write_picture
+    from anatomynet.client.report import StageClock, write_report
+    from anatomynet.client.study import read_ct_series, volume_from_series
+    from anatomynet.engine.segment import segment as segment_volume
+
+    output = output or study.absolute().with_name(f"{study.absolute().name}.rtstruct.dcm")
+    for path in filter(None, (output, report, picture)):
+        refuse_existing(path, overwrite=overwrite)
+    clock = StageClock()
+    with clock.stage("read"):
+        ct_series = read_ct_series(study, series_instance_uid=series)
+        volume = volume_from_series(ct_series)
+    with clock.stage("connect"):
+        runtime = choose_runtime(url)
+    click.echo(f"{volume.geometry.shape[0]} slices; {describe_runtime(runtime)}")
+    with clock.stage("infer"):
+        label_map = segment_volume(volume, runtime)
+    with clock.stage("contours"):
+        contours = trace_contours(label_map)
+    with clock.stage("write"):
+        write_rtstruct(output, ct_series, contours, model_description=describe_runtime(runtime), overwrite=overwrite)
+    if picture:
+        write_picture(picture, volume, label_map, overwrite=overwrite)
+    if report:
+        write_report(report, label_map, runtime, clock, overwrite=overwrite)
+    echo_result(label_map)
+    click.echo(f"{output}: {clock.summary()}")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--seed", default=0, show_default=True, help="Another seed is another patient.")
+@click.option("--overwrite", is_flag=True, help="Replace a study that exists.")
+@reports_errors
+def phantom(folder: Path, seed: int, overwrite: bool) -> None:
+    """Write a synthetic 178 x 512 x 512 CT study to FOLDER, and its true contours to FOLDER.truth.dcm."""
+    from anatomynet.client.contours import trace_contours
+    from anatomynet.client.ct_writer import write_ct_series
+    from anatomynet.client.rtstruct import write_rtstruct
+    from anatomynet.engine.phantom import make_phantom
+
+    truth_path = folder.absolute().with_name(f"{folder.absolute().name}.truth.dcm")
+    prepare_folder(folder, overwrite=overwrite)
+    refuse_existing(truth_path, overwrite=overwrite)
+    volume, truth = make_phantom(seed=seed)
+    series = write_ct_series(folder, volume, seed=seed)
+    write_rtstruct(truth_path, series, trace_contours(truth), model_description="phantom", overwrite=overwrite)
+    click.echo(f"{folder}: {len(series.slices)} slices of a synthetic patient; its contours: {truth_path}")
+
+
+@main.command()
+@click.option("--url", help=URL_HELP)
+@reports_errors
+def info(url: str | None) -> None:
+    """Show which model answers, and where it runs."""
+    runtime = choose_runtime(url)
+    model = runtime.model
+    click.echo(describe_runtime(runtime))
+    click.echo(f"structures: {', '.join(s.tg263_name for s in structures_by_name(model.structures))}")
+    click.echo(f"trained for spacing (x, y, z): {model.smallest_spacing} to {model.largest_spacing} mm")
+    click.echo(f"checkpoint sha256: {model.checkpoint_sha256}")
+
+
+def choose_runtime(url: str | None) -> "Runtime":
+    """The server at `url`; without one a server on this machine if it is READY, else the embedded engine.
+
+    Raises:
+        ServerError: the server that was asked for is not there; never a silent fallback.
+        ModelError: no server, and no embedded engine installed.
+    """
+    from anatomynet.client.triton import TritonRuntime, probe_local
+    from anatomynet.engine.runtime import load_runtime
+
+    if url:
+        return TritonRuntime(url)
+    return probe_local() or load_runtime()
+
+
+def describe_runtime(runtime: "Runtime") -> str:
+    """One line: model, checkpoint, and where it runs."""
+    return f"{runtime.model.name}, checkpoint {runtime.model.checkpoint_sha256[:12]}, {runtime.description}"
+
+
+def echo_result(label_map: "LabelMap") -> None:
+    """Prints notes and a table of what was found."""
+    from anatomynet.client.report import structure_volumes_ml
+
+    for note in label_map.notes:
+        click.echo(f"note: {note}")
+    confidence = label_map.confidence or ()
+    for (name, volume_ml), sure in zip(structure_volumes_ml(label_map).items(), confidence, strict=True):
+        found = f"{volume_ml:8.2f} ml   border confidence {sure:.2f}" if volume_ml else "   not found"
+        click.echo(f"  {name:<16}{found}")

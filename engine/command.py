@@ -1,0 +1,34 @@
+"""What every command shares: an error the user can mend is one line on stderr and exit status 1.
+
+Exit status 0 done, 1 an AnatomyNetError, 2 usage (click's own), 130 interrupted.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import click
+
+from anatomynet.engine.errors import AnatomyNetError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def reports_errors(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Decorates a command's function, under `@click.command`."""
+
+    @wraps(command)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        try:
+            return command(*args, **kwargs)
+        except AnatomyNetError as error:
+            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise SystemExit(1) from error
+        except KeyboardInterrupt as interruption:
+            click.echo("interrupted", err=True)
+            raise SystemExit(INTERRUPTED) from interruption
+
+    return run
