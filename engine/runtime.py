@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ from anatomynet.engine.preprocess import SMALLEST_NETWORK_SIDE
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
 
 if TYPE_CHECKING:
+    import torch
+
     from anatomynet.engine.network import AnatomyNet
 
 METADATA_KEY = "anatomynet"  # of the ModelConfig, in an ONNX file's metadata_props
@@ -109,8 +111,9 @@ class OpenVinoRuntime:
         frontend = FrontEndManager().load_by_framework("onnx")
         try:
             graph = frontend.convert(frontend.load(str(path)))
-            metadata = graph.get_rt_info().get("framework")
-            self.model = _config_from_metadata(path, metadata.value if metadata else {})
+            key = ["framework", METADATA_KEY]  # where OpenVINO keeps an ONNX file's metadata
+            text = graph.get_rt_info(key).value if graph.has_rt_info(key) else None
+            self.model = _config_from_metadata(path, text)
             threads = available_cores()
             compiled = openvino.Core().compile_model(
                 graph,
@@ -168,7 +171,7 @@ class OnnxRuntime:
             self._session = onnxruntime.InferenceSession(path, options, providers=wanted)
         except (states.InvalidProtobuf, states.InvalidGraph, states.Fail, states.InvalidArgument) as error:
             raise _damaged(path, error) from error
-        self.model = _config_from_metadata(path, self._session.get_modelmeta().custom_metadata_map)
+        self.model = _config_from_metadata(path, self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY))
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         device = (
             f"{options.intra_op_num_threads} CPU threads"
@@ -188,13 +191,9 @@ class OnnxRuntime:
 
 
 class TorchRuntime:
-    """A network in PyTorch; holds the logits of the CT's whole grid, 4 bytes a class and voxel.
+    """A network in PyTorch; holds the logits of the CT's whole grid, 4 bytes a class and voxel."""
 
-    Args:
-        device: as PyTorch names it.
-    """
-
-    def __init__(self, network: AnatomyNet, config: ModelConfig, *, device: str = "cpu") -> None:
+    def __init__(self, network: AnatomyNet, config: ModelConfig, device: torch.device | str = "cpu") -> None:
         import torch
 
         from anatomynet.engine.network import ServedNetwork
@@ -237,14 +236,13 @@ def _check_file(path: Path) -> None:
         raise ModelError(f"no model {path}: expected an ONNX file that anatomynet-export wrote")
 
 
-def _config_from_metadata(path: Path, metadata: Mapping[str, Any]) -> ModelConfig:
-    if METADATA_KEY not in metadata:
+def _config_from_metadata(path: Path, text: str | None) -> ModelConfig:
+    if text is None:
         raise ModelError(
             f"{path} says nothing of its structures: expected the metadata '{METADATA_KEY}' in an ONNX file "
             "that anatomynet-export wrote"
         )
-    value = metadata[METADATA_KEY]
-    return model_config_from_json(str(getattr(value, "value", value)))
+    return model_config_from_json(text)
 
 
 def _check_input(hu: HounsfieldArray, config: ModelConfig) -> None:

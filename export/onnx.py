@@ -1,0 +1,364 @@
+"""AnatomyNet checkpoint -> ONNX: the served model as one graph, in one file. First step of `anatomynet-export`.
+
+    prepare   CT, INT16 [z, y, x] -> padded, averaged, normalised
+    network   AnatomyNet -> logits; its BatchNorm folded into the convolutions
+    finish    logits -> LABEL_MAP, UINT8 [z, y, x], and CONFIDENCE, FP32 [n]
+
+Each part is a graph of its own, then `served_model` puts them together. prepare and finish are written below as ONNX
+text; what they must compute is engine.network.ServedNetwork, line for line. The ModelConfig goes with the file.
+"""
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from anatomynet.engine.config import ModelConfig
+from anatomynet.engine.errors import ExportError, ModelError
+from anatomynet.engine.network import AnatomyNet, ResidualBlock
+from anatomynet.engine.runtime import METADATA_KEY, OnnxRuntime
+
+# What OpenVINO, ONNX Runtime and TensorRT from 10 on all read.
+OPSET = 18
+IR_VERSION = 10
+HEADER = f'<ir_version: {IR_VERSION}, opset_import: ["" : {OPSET}]>'
+TRIAL_SIDES = (11, 37, 43)  # odd: padding and cropping both happen
+
+
+def export_onnx(network: AnatomyNet, config: ModelConfig, path: Path, *, fp16: bool = False) -> None:
+    """Writes the served model as one self-contained ONNX file, once it has run.
+
+    Args:
+        fp16: weights and activations in FP16, but for the means over the volume and what follows the logits. It is
+            for GPUs: a CPU computes such a graph in FP32.
+
+    Raises:
+        ExportError: a graph that is not valid, or that does not run.
+    """
+    write_onnx(served_model(network_model(network), config, fp16=fp16), path)
+
+
+def write_onnx(model: onnx.ModelProto, path: Path) -> None:
+    """Checks the served model, writes it, runs it on a small volume, and only then puts it in place.
+
+    Raises:
+        ExportError: a graph that is not valid, or that does not run.
+    """
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"the exported graph is not valid ONNX: {error}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        beside.write_bytes(model.SerializeToString())
+        _run_once(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def served_model(network: onnx.ModelProto, config: ModelConfig, *, fp16: bool) -> onnx.ModelProto:
+    """The three parts as one graph with the served contract, and the configuration in its metadata.
+
+    Args:
+        network: what `network_model` gave, in FP32.
+    """
+    middle = half_model(network) if fp16 else network
+    parts = (prepare_model(config, fp16=fp16), middle, finish_model(config, fp16=fp16))
+    model = _joined(parts, inputs=parts[0].graph.input, outputs=parts[2].graph.output)
+    helper.set_model_props(model, {METADATA_KEY: config.to_json()})
+    return model
+
+
+def network_model(network: AnatomyNet) -> onnx.ModelProto:
+    """AnatomyNet in FP32: network_input [1, 1, z, y, x], all sides even, to logits [1, classes, z, y, x]."""
+    dynamic = torch.export.Dim.DYNAMIC
+    example = torch.zeros(1, 1, 8, 12, 16)
+    with _quiet():
+        program = torch.onnx.export(
+            _EvenSides(folded(network)).eval(),
+            (example,),
+            dynamo=True,
+            dynamic_shapes=({2: dynamic, 3: dynamic, 4: dynamic},),
+            input_names=["network_input"],
+            output_names=["logits"],
+            opset_version=OPSET,
+            verbose=False,
+        )
+    if program is None:  # so typed; it is None only without `dynamo`
+        raise ExportError("PyTorch exported nothing: expected an ONNX program")
+    model: onnx.ModelProto = program.model_proto
+    for part in (*model.graph.node, *model.graph.initializer):
+        del part.metadata_props[:]  # PyTorch's record of each line of code: a tenth of the file
+    for value in (model.graph.input[0], model.graph.output[0]):
+        for dimension, name in zip(value.type.tensor_type.shape.dim[2:], ("pz", "py", "px"), strict=True):
+            dimension.dim_param = name
+    return model
+
+
+def half_model(network: onnx.ModelProto) -> onnx.ModelProto:
+    """The network in FP16: weights, activations, input and logits.
+
+    Squeeze-and-excitation's means stay in FP32: their sums run over millions of voxels, which FP16 cannot count.
+    This is done here, on the graph: PyTorch's exporter drops the casts around such a mean.
+    """
+    model = copy.deepcopy(network)
+    graph = model.graph
+    del graph.value_info[:]
+    for weight in graph.initializer:
+        if weight.data_type == TensorProto.FLOAT:
+            weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight).astype(np.float16), weight.name))
+    for value in (*graph.input, *graph.output):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    nodes = [island for node in graph.node for island in (_mean_in_float(node) if _is_mean(node) else [node])]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return model
+
+
+def folded(network: AnatomyNet) -> AnatomyNet:
+    """A copy in eval mode with every BatchNorm folded into the convolution before it; the logits stay the same."""
+    network = copy.deepcopy(network).eval()
+    fuse = torch.nn.utils.fuse_conv_bn_eval
+    for block in network.modules():
+        if isinstance(block, ResidualBlock):
+            for conv, norm in (("conv1", "norm1"), ("conv2", "norm2")):
+                setattr(block, conv, fuse(getattr(block, conv), getattr(block, norm)))
+                setattr(block, norm, nn.Identity())
+        elif isinstance(block, nn.Sequential) and isinstance(block[0], nn.Conv3d):
+            block[0] = fuse(block[0], cast(nn.BatchNorm3d, block[1]))
+            block[1] = nn.Identity()
+    return network
+
+
+def prepare_model(config: ModelConfig, *, fp16: bool) -> onnx.ModelProto:
+    """CT, INT16 [z, y, x] -> network_input [1, 1, pz, py, px]: ServedNetwork.network_input_from_hu."""
+    stride = config.in_plane_stride
+    low, high = config.hu_window
+    kind, code = ("float16", TensorProto.FLOAT16) if fp16 else ("float", TensorProto.FLOAT)
+    return onnx.parser.parse_model(f"""{HEADER}
+prepare (int16[z, y, x] CT) => ({kind}[1, 1, pz, py, px] network_input) {{
+    # Padded at the far end with air: to even sides in z, to 2 x stride in plane.
+    size = Shape (CT)
+    step = Constant <value_ints = [2, {2 * stride}, {2 * stride}]> ()
+    step_less_one = Constant <value_ints = [1, {2 * stride - 1}, {2 * stride - 1}]> ()
+    reach = Add (size, step_less_one)
+    steps = Div (reach, step)
+    padded_size = Mul (steps, step)
+    pad_after = Sub (padded_size, size)
+    pad_before = Constant <value_ints = [0, 0, 0]> ()
+    pads = Concat <axis = 0> (pad_before, pad_after)
+    low = Constant <value_float = {float(low)}> ()
+    hu = Cast <to = {TensorProto.FLOAT}> (CT)
+    padded = Pad (hu, pads, low)
+    # Averaged in plane.
+    batch_and_channel = Constant <value_ints = [0, 1]> ()
+    volume = Unsqueeze (padded, batch_and_channel)
+    averaged = AveragePool <kernel_shape = [1, {stride}, {stride}], strides = [1, {stride}, {stride}]> (volume)
+    # The window to -1..1, clipped.
+    high = Constant <value_float = {float(high)}> ()
+    centre = Constant <value_float = {(low + high) / 2}> ()
+    half_width = Constant <value_float = {(high - low) / 2}> ()
+    clipped = Clip (averaged, low, high)
+    centred = Sub (clipped, centre)
+    normalised = Div (centred, half_width)
+    network_input = Cast <to = {code}> (normalised)
+}}""")
+
+
+def finish_model(config: ModelConfig, *, fp16: bool) -> onnx.ModelProto:
+    """Logits [1, classes, pz, py, px] and CT -> LABEL_MAP and CONFIDENCE, all in FP32.
+
+    ServedNetwork interpolates the logits of the whole volume. Here only a box is: between two neighbours on which the
+    background wins, it wins too, so what lies further than one voxel from the foreground is background. The same
+    labels, 40 times cheaper.
+    """
+    stride = config.in_plane_stride
+    kind = "float16" if fp16 else "float"
+    return onnx.parser.parse_model(f"""{HEADER}
+finish ({kind}[1, {config.classes}, pz, py, px] logits, int16[z, y, x] CT)
+    => (uint8[z, y, x] LABEL_MAP, float[{len(config.structures)}] CONFIDENCE) {{
+    zero = Constant <value_ints = [0]> ()
+    one = Constant <value_ints = [1]> ()
+    two = Constant <value_ints = [2]> ()
+    sides = Constant <value_ints = [1, 2, 3]> ()
+    logits_in_float = Cast <to = {TensorProto.FLOAT}> (logits)
+    coarse = Squeeze (logits_in_float, zero)
+    {BOX_OF_FOREGROUND}
+    {border_confidence_nodes(config.classes)}
+    {interpolation_nodes("boxed", stride)}
+    fine_winner = ArgMax <axis = 0, keepdims = 0> (fine)
+    labels = Cast <to = {TensorProto.UINT8}> (fine_winner)
+    # Laid into the CT's own grid, which may end before the padded one.
+    scale = Constant <value_ints = [1, {stride}, {stride}]> ()
+    axes = Constant <value_ints = [0, 1, 2]> ()
+    origin = Constant <value_ints = [0, 0, 0]> ()
+    size = Shape (CT)
+    before = Mul (start, scale)
+    room = Sub (size, before)
+    kept = Slice (labels, origin, room, axes)
+    kept_size = Shape (kept)
+    after = Sub (room, kept_size)
+    pads = Concat <axis = 0> (before, after)
+    LABEL_MAP = Pad (kept, pads)
+}}""")
+
+
+def interpolation_nodes(logits: str, stride: int) -> str:
+    """ONNX text: logits, FLOAT [classes, z, y, x] -> fine, [classes, z, y x stride, x x stride], linear in plane."""
+    if stride == 1:
+        return f"fine = Identity ({logits})"
+    return f"""scales = Constant <value_floats = [1.0, 1.0, {stride}.0, {stride}.0]> ()
+    fine = Resize <mode = "linear", coordinate_transformation_mode = "half_pixel"> ({logits}, , scales)"""
+
+
+# coarse, FLOAT [classes, z, y, x] -> start and stop, INT64 [3], and boxed, the logits between them.
+BOX_OF_FOREGROUND = f"""# The box of all that is not background, and one voxel around; one voxel if nothing is.
+    winner = ArgMax <axis = 0, keepdims = 0> (coarse)
+    foreground = Min (winner, one)
+    found = Cast <to = {TensorProto.INT32}> (foreground)
+    z_y = Constant <value_ints = [0, 1]> ()
+    z_x = Constant <value_ints = [0, 2]> ()
+    y_x = Constant <value_ints = [1, 2]> ()
+    found_at_z = ReduceMax <keepdims = 0> (found, y_x)
+    found_at_y = ReduceMax <keepdims = 0> (found, z_x)
+    found_at_x = ReduceMax <keepdims = 0> (found, z_y)
+    first_z = ArgMax (found_at_z)
+    first_y = ArgMax (found_at_y)
+    first_x = ArgMax (found_at_x)
+    last_z = ArgMax <select_last_index = 1> (found_at_z)
+    last_y = ArgMax <select_last_index = 1> (found_at_y)
+    last_x = ArgMax <select_last_index = 1> (found_at_x)
+    first = Concat <axis = 0> (first_z, first_y, first_x)
+    last_or_end = Concat <axis = 0> (last_z, last_y, last_x)
+    any_found = ReduceMax <keepdims = 0> (foreground)
+    last = Mul (last_or_end, any_found)
+    first_less_one = Sub (first, one)
+    start = Max (first_less_one, zero)
+    last_and_two = Add (last, two)
+    coarse_size = Shape <start = 1> (coarse)
+    stop = Min (last_and_two, coarse_size)
+    boxed = Slice (coarse, start, stop, sides)"""
+
+
+def border_confidence_nodes(classes: int) -> str:
+    """ONNX text: boxed, FLOAT [classes, z, y, x] -> CONFIDENCE: engine.network.border_confidence.
+
+    Exact on the box of the foreground too: what touches the box from outside is background like the box's own rim.
+    """
+    window = "kernel_shape = [3, 3, 3], pads = [1, 1, 1, 1, 1, 1]"
+    return f"""# The mean top probability over each structure's voxels that touch another label.
+    probabilities = Softmax <axis = 0> (boxed)
+    top = ReduceMax <keepdims = 0> (probabilities, zero)
+    label = ArgMax <axis = 0> (boxed)
+    label_in_float = Cast <to = {TensorProto.FLOAT}> (label)
+    image = Unsqueeze (label_in_float, zero)
+    negative_image = Neg (image)
+    highest = MaxPool <{window}> (image)
+    negative_lowest = MaxPool <{window}> (negative_image)
+    lowest = Neg (negative_lowest)
+    touches_in_batch = Greater (highest, lowest)
+    touches = Squeeze (touches_in_batch, zero)
+    structures = Constant <value = int64[{classes - 1}, 1, 1, 1] {{{", ".join(map(str, range(1, classes)))}}}> ()
+    inside = Equal (label, structures)
+    on_border = And (inside, touches)
+    border = Cast <to = {TensorProto.FLOAT}> (on_border)
+    top_on_border = Mul (border, top)
+    total = ReduceSum <keepdims = 0> (top_on_border, sides)
+    voxels = ReduceSum <keepdims = 0> (border, sides)
+    at_least_one = Constant <value_floats = [1.0]> ()
+    divisor = Max (voxels, at_least_one)
+    CONFIDENCE = Div (total, divisor)"""
+
+
+def _joined(
+    parts: Sequence[onnx.ModelProto],
+    *,
+    inputs: Sequence[onnx.ValueInfoProto],
+    outputs: Sequence[onnx.ValueInfoProto],
+) -> onnx.ModelProto:
+    """One model of several in a row: a part's output feeds the input of that name in a later one."""
+    nodes: list[onnx.NodeProto] = []
+    weights: list[onnx.TensorProto] = []
+    for part in parts:
+        graph = onnx.compose.add_prefix_graph(
+            part.graph, f"{part.graph.name}/", rename_inputs=False, rename_outputs=False
+        )
+        nodes.extend(graph.node)
+        weights.extend(graph.initializer)
+    graph = helper.make_graph(nodes, "anatomynet", inputs, outputs, weights)
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="anatomynet"
+    )
+
+
+def _is_mean(node: onnx.NodeProto) -> bool:
+    return bool(node.op_type == "ReduceMean")
+
+
+def _mean_in_float(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    source, axes = node.input
+    (target,) = node.output
+    mean = copy.deepcopy(node)
+    mean.input[:] = [f"{target}/float_input", axes]
+    mean.output[:] = [f"{target}/float"]
+    return [
+        helper.make_node("Cast", [source], [mean.input[0]], to=TensorProto.FLOAT),
+        mean,
+        helper.make_node("Cast", [mean.output[0]], [target], to=TensorProto.FLOAT16),
+    ]
+
+
+class _EvenSides(nn.Module):
+    """AnatomyNet without its padding, as a module of its own: what PyTorch exports."""
+
+    def __init__(self, network: AnatomyNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network.logits_of_even_sides(x)
+
+
+def _run_once(path: Path) -> None:
+    """Runs the file as a user would, on a small volume of odd sides."""
+    from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotSupported
+
+    try:
+        runtime = OnnxRuntime(path)
+        depth, height, width = TRIAL_SIDES
+        stride = runtime.model.in_plane_stride
+        hu = np.random.default_rng(0).integers(-1000, 1000, (depth, height * stride, width * stride), dtype=np.int16)
+        label_map, confidence = runtime.infer(hu)
+    except (ModelError, NotSupported) as error:
+        raise ExportError(f"the exported graph does not run: {error}") from error
+    structures = len(runtime.model.structures)
+    if label_map.shape != hu.shape or label_map.max() > structures or confidence.shape != (structures,):
+        raise ExportError(
+            f"the exported graph gave labels to {label_map.max()} of shape {label_map.shape} and {confidence.shape} "
+            f"confidences: expected labels to {structures} of shape {hu.shape}"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PyTorch's exporter warns of its own parts, and of an optional package that AnatomyNet has no use for."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`isinstance\\(treespec, LeafSpec\\)`", category=FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
