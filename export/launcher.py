@@ -101,9 +101,7 @@ def _wheel_command(arguments: Sequence[str], environment: dict[str, str]) -> tup
     home = Path(spec.origin).parent / "tritonserver"
     _check_numpy()
     libraries = [str(home.parents[1] / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR") or ""]
-    environment["LD_LIBRARY_PATH"] = os.pathsep.join(
-        filter(None, [*libraries, environment.get("LD_LIBRARY_PATH", "")])
-    )
+    environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [*libraries, environment.get("LD_LIBRARY_PATH", "")]))
     options = {option: LOOPBACK for option in ADDRESS_OPTIONS if not _values(arguments, option)}
     if options:
         sys.stderr.write(

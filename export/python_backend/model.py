@@ -51,9 +51,7 @@ class TritonPythonModel:
             self._check_size(hu)
             label_map, confidence = self.runtime.infer(hu)
         except AnatomyNetError as error:
-            return pb_utils.InferenceResponse(
-                error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
-            )
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
         return pb_utils.InferenceResponse(
             [
                 pb_utils.Tensor("LABEL_MAP", np.ascontiguousarray(label_map)),
