@@ -5,16 +5,30 @@ Configurations that ship lie in engine/configs; `load_config("openkbp7")` finds 
 
 import dataclasses
 import json
+import math
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from anatomynet.engine.errors import ModelError
 from anatomynet.engine.structures import structures_by_name
 
 SHIPPED_NAME = "openkbp7"
+# What a TrainConfig may hold, both ends allowed.
+TRAIN_RANGES: dict[str, tuple[float, float]] = {
+    "steps": (1, math.inf),
+    "steps_per_epoch": (1, math.inf),
+    "warmup_steps": (0, math.inf),
+    "weight_decay": (0, 1),
+    "focal_weight": (0, 100),
+    "focal_gamma": (0, 10),
+    "whole_share": (0, 1),
+    "phantom_share": (0, 1),
+    "ema_decay": (0, 1),
+    "seed": (0, math.inf),
+}
 
 Vector = tuple[float, float, float]
 Config = TypeVar("Config")
@@ -48,9 +62,12 @@ class ModelConfig:
             raise ModelError(f"structures of {self.name}: expected one or more, each once, found {self.structures}")
         if self.in_plane_stride not in (1, 2, 4):
             raise ModelError(f"in_plane_stride of {self.name}: expected 1, 2 or 4, found {self.in_plane_stride}")
-        if not self.hu_window[0] < self.hu_window[1]:
+        if not -math.inf < self.hu_window[0] < self.hu_window[1] < math.inf:
             raise ModelError(f"hu_window of {self.name}: expected low < high, found {self.hu_window}")
-        if any(not 0 < low <= high for low, high in zip(self.smallest_spacing, self.largest_spacing, strict=True)):
+        if any(
+            not 0 < low <= high < math.inf
+            for low, high in zip(self.smallest_spacing, self.largest_spacing, strict=True)
+        ):
             raise ModelError(
                 f"spacing of {self.name}: expected 0 < smallest <= largest, "
                 f"found {self.smallest_spacing} and {self.largest_spacing}"
@@ -104,12 +121,20 @@ class TrainConfig:
     seed: int = 1808
 
     def __post_init__(self) -> None:
-        if self.missing not in ("mask", "marginal"):
-            raise ModelError(f"missing: expected 'mask' or 'marginal', found {self.missing!r}")
-        if min(self.steps, self.steps_per_epoch) < 1:
-            raise ModelError(f"steps: expected 1 or more, found {self.steps} and {self.steps_per_epoch} per epoch")
+        for name, allowed in (("missing", ("mask", "marginal")), ("precision", ("float32", "bfloat16"))):
+            if getattr(self, name) not in allowed:
+                raise ModelError(f"{name}: expected one of {', '.join(allowed)}, found {getattr(self, name)!r}")
+        for name, (low, high) in TRAIN_RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                raise ModelError(f"{name}: expected {low:g} to {high:g}, found {getattr(self, name)}")
+        if not 0 < self.learning_rate < math.inf or self.ema_decay == 1:
+            raise ModelError(
+                f"expected learning_rate above 0 and ema_decay below 1, found {self.learning_rate} and {self.ema_decay}"
+            )
         if min(self.crop) < 8:
             raise ModelError(f"crop: expected at least 8 voxels a side, found {self.crop}")
+        if any(not 0 <= weight < math.inf for weight in self.class_weights):
+            raise ModelError(f"class_weights: expected 0 or more each, found {self.class_weights}")
 
 
 def shipped_weights(suffix: str) -> Path:
@@ -134,9 +159,16 @@ def load_config(source: str | Path) -> tuple[ModelConfig, TrainConfig]:
         raise ModelError(f"no configuration {source}: expected a TOML file or one of {', '.join(names)}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{source} is not TOML: {error}") from error
-    return _config_from_table(ModelConfig, tables.get("model", {}), source), _config_from_table(
-        TrainConfig, tables.get("train", {}), source
-    )
+    unknown = sorted(set(tables) - {"model", "train"})
+    if unknown:
+        raise ModelError(f"{source}: unknown table {', '.join(unknown)}: expected [model] and [train]")
+    model = _config_from_table(ModelConfig, tables.get("model", {}), source)
+    train = _config_from_table(TrainConfig, tables.get("train", {}), source)
+    if train.class_weights and len(train.class_weights) != model.classes:
+        raise ModelError(
+            f"class_weights of {source}: expected {model.classes}, background first, found {len(train.class_weights)}"
+        )
+    return model, train
 
 
 def model_config_from_json(text: str) -> ModelConfig:
@@ -149,14 +181,32 @@ def model_config_from_json(text: str) -> ModelConfig:
         table = json.loads(text)
     except json.JSONDecodeError as error:
         raise ModelError(f"the model's configuration is not JSON: {error}") from error
-    if not isinstance(table, dict):
-        raise ModelError(f"the model's configuration: expected a JSON object, found {type(table).__name__}")
     return _config_from_table(ModelConfig, table, "the model's configuration")
 
 
-def _config_from_table(cls: type[Config], table: dict[str, Any], source: object) -> Config:
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+def _config_from_table(cls: type[Config], table: object, source: object) -> Config:
+    if not isinstance(table, dict):
+        raise ModelError(f"{source}: expected a table of keys, found {type(table).__name__}")
+    kinds = get_type_hints(cls)
+    unknown = sorted(set(table) - set(kinds))
+    if unknown:
+        raise ModelError(f"{source}: unknown key {', '.join(unknown)}: expected keys from {', '.join(kinds)}")
+    values = {key: _value_of_kind(value, kinds[key], f"{key} of {source}") for key, value in table.items()}
     try:
         return cls(**values)
     except TypeError as error:
         raise ModelError(f"{source}: {error}") from error
+
+
+def _value_of_kind(value: object, kind: Any, place: str) -> Any:
+    """A value of TOML or JSON as the type that a dataclass names: an int will do for a float, a list for a tuple."""
+    if get_origin(kind) is tuple and isinstance(value, list):
+        kinds = get_args(kind)
+        kinds = (kinds[0],) * len(value) if kinds[-1] is ... else kinds
+        if len(kinds) == len(value):
+            return tuple(_value_of_kind(v, k, place) for v, k in zip(value, kinds, strict=True))
+    elif kind is float and type(value) is int:
+        return float(value)
+    elif get_origin(kind) is None and type(value) is kind:
+        return value
+    raise ModelError(f"{place}: expected {kind.__name__ if get_origin(kind) is None else kind}, found {value!r}")

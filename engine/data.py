@@ -149,7 +149,8 @@ class Augmentation:
         annotated = case.annotated
         if flipped:
             target = self.mirror[target]
-            annotated = tuple(annotated[label - 1] for label in self.mirror[1:].tolist())
+            # A structure without its partner in the model: what lies there now has no contours.
+            annotated = tuple(label > 0 and annotated[label - 1] for label in self.mirror[1:].tolist())
         return Sample(image[None], target, annotated)
 
 

@@ -74,12 +74,16 @@ class VolumeGeometry:
         return replace(self, shape=_index(np.subtract(stop, start)), origin=_point(origin))
 
     def resampled(self, spacing: Point) -> "VolumeGeometry":
-        """The grid of another spacing (x, y, z) that covers the same extent, its outer faces at the same place."""
-        ratio = np.array(self.spacing) / np.array(spacing)
-        shape = np.maximum(1, np.rint(np.array(self.shape[::-1]) * ratio)).astype(int)[::-1]
-        first_centre = (1 / ratio - 1) / 2  # in voxels of this grid
+        """The grid over the same outer faces, of whole voxels whose spacing (x, y, z) comes nearest to `spacing`."""
+        extent = np.array(self.shape[::-1]) * self.spacing
+        voxels = np.maximum(1, np.rint(extent / spacing))
+        nearest = extent / voxels
+        first_centre = (nearest / self.spacing - 1) / 2  # in voxels of this grid
         return replace(
-            self, shape=_index(shape), spacing=spacing, origin=_point(self.points_from_indices(first_centre))
+            self,
+            shape=_index(voxels[::-1]),
+            spacing=_point(nearest),
+            origin=_point(self.points_from_indices(first_centre)),
         )
 
     def canonical_axes(self) -> tuple[Index, tuple[bool, bool, bool]]:
@@ -93,7 +97,7 @@ class VolumeGeometry:
         """
         matrix = np.array(self.direction)
         patient_axis = np.abs(matrix).argmax(axis=0)  # of each index axis x, y, z
-        cosines = np.abs(matrix).max(axis=0)
+        cosines = np.abs(matrix).max(axis=0) / np.linalg.norm(matrix, axis=0)  # headers cut unit vectors short
         if sorted(patient_axis) != [0, 1, 2] or cosines.min() < ALIGNED_COSINE:
             raise GeometryError(
                 f"oblique volume: an axis lies {np.degrees(np.arccos(min(1.0, cosines.min()))):.2f} degrees off the "

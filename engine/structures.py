@@ -54,6 +54,9 @@ def structures_by_name(names: tuple[str, ...]) -> tuple[Structure, ...]:
 
 
 def mirrored_labels(names: tuple[str, ...]) -> tuple[int, ...]:
-    """For each label (0 is background) the label it becomes when left and right change places."""
-    partner = [STRUCTURES[name].mirror or name for name in names]
-    return (0, *(names.index(p) + 1 if p in names else i + 1 for i, p in enumerate(partner)))
+    """For each label (0 is background) the label it becomes when left and right change places.
+
+    A structure whose partner is not among the names becomes background.
+    """
+    label_of = {name: label for label, name in enumerate(names, start=1)}
+    return (0, *(label_of.get(STRUCTURES[name].mirror or name, 0) for name in names))

@@ -1,0 +1,169 @@
+"""A configuration is checked at the border, and travels unchanged."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from anatomynet.engine.config import ModelConfig, TrainConfig, load_config, model_config_from_json
+from anatomynet.engine.errors import ModelError
+
+MODEL_TABLE = """
+[model]
+name = "small"
+structures = ["BrainStem", "Parotid_L", "Parotid_R"]
+in_plane_stride = 1
+smallest_spacing = [1, 1, 2]
+largest_spacing = [2.0, 2.0, 3.0]
+hu_window = [-250, 550]
+"""
+SMALL = ModelConfig(
+    "small", ("BrainStem", "Parotid_L", "Parotid_R"), 1, (1.0, 1.0, 2.0), (2.0, 2.0, 3.0), (-250.0, 550.0)
+)
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    return tmp_path / "small.toml"
+
+
+@pytest.mark.parametrize(("name", "classes", "stride"), [("oar9", 10, 1), ("openkbp7", 8, 4)])
+def test_shipped_configurations_load(name: str, classes: int, stride: int) -> None:
+    model, train = load_config(name)
+    assert (model.name, model.classes, model.in_plane_stride) == (name, classes, stride)
+    assert isinstance(train, TrainConfig)
+
+
+def test_the_papers_nine_organs_mask_what_is_missing() -> None:
+    assert load_config("oar9")[1].missing == "mask"
+
+
+def test_toml_becomes_a_configuration(toml: Path) -> None:
+    toml.write_text(MODEL_TABLE + "[train]\nsteps = 7\ncrop = [16, 24, 32]\nclass_weights = [1, 2, 2, 2]\n")
+    model, train = load_config(toml)
+    assert model == SMALL
+    assert train == TrainConfig(steps=7, crop=(16, 24, 32), class_weights=(1.0, 2.0, 2.0, 2.0))
+
+
+def test_whole_numbers_become_floats(toml: Path) -> None:
+    # Otherwise two equal configurations would differ in their JSON, and a run could not be resumed.
+    toml.write_text(MODEL_TABLE)
+    assert load_config(toml)[0].to_json() == SMALL.to_json()
+
+
+def test_json_round_trip() -> None:
+    model = dataclasses.replace(load_config("openkbp7")[0], checkpoint_sha256="ab" * 32)
+    assert model_config_from_json(model.to_json()) == model
+    assert "\n" not in model.to_json()
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("in_plane_strid = 4", "unknown key in_plane_strid"),
+        ("in_plane_stride = 3", "expected 1, 2 or 4, found 3"),
+        ("in_plane_stride = 2.0", "in_plane_stride of .*expected int"),
+        ("in_plane_stride = true", "in_plane_stride of .*expected int"),
+        ('structures = ["BrainStem", "Thyroid"]', "unknown structure Thyroid"),
+        ('structures = ["BrainStem", "BrainStem"]', "each once"),
+        ('structures = "BrainStem"', "structures of "),
+        ("structures = []", "one or more"),
+        ("hu_window = [550, -250]", "expected low < high"),
+        ("hu_window = [-250, nan]", "expected low < high"),
+        ("hu_window = [-250, inf]", "expected low < high"),
+        ("hu_window = [-250, 0, 550]", "hu_window of "),
+        ("smallest_spacing = [1, 1]", "smallest_spacing of "),
+        ("smallest_spacing = [0, 1, 2]", "0 < smallest <= largest"),
+        ("smallest_spacing = [1, 1, 4]", "0 < smallest <= largest"),
+        ("largest_spacing = [2, 2, nan]", "0 < smallest <= largest"),
+        ("name = 4", "name of .*expected str"),
+    ],
+)
+def test_bad_model_values_are_named(toml: Path, line: str, complaint: str) -> None:
+    kept = [old for old in MODEL_TABLE.splitlines() if old.split(" = ")[0] != line.split(" = ")[0]]
+    toml.write_text("\n".join([*kept, line]))
+    with pytest.raises(ModelError, match=complaint):
+        load_config(toml)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("step = 4", "unknown key step"),
+        ("steps = 0", "steps: expected 1"),
+        ("steps = 1e3", "steps of .*expected int"),
+        ("steps_per_epoch = 0", "steps_per_epoch"),
+        ("warmup_steps = -1", "warmup_steps"),
+        ("learning_rate = 0", "learning_rate"),
+        ("learning_rate = nan", "learning_rate"),
+        ("ema_decay = 1", "ema_decay"),
+        ("ema_decay = 1.5", "ema_decay"),
+        ("whole_share = -0.1", "whole_share"),
+        ("phantom_share = 2", "phantom_share"),
+        ("focal_gamma = -1", "focal_gamma"),
+        ("seed = -1", "seed"),
+        ('missing = "ignore"', "missing: expected one of mask, marginal, found 'ignore'"),
+        ('precision = "float16"', "precision: expected one of float32, bfloat16"),
+        ("crop = [4, 64, 64]", "crop: expected at least 8"),
+        ("crop = [64, 64]", "crop of "),
+        ("crop = 64", "crop of "),
+        ("class_weights = [1, 1, 1]", "class_weights of .*expected 4.*found 3"),
+        ("class_weights = [1, 1, 1, -1]", "class_weights: expected 0 or more"),
+    ],
+)
+def test_bad_training_values_are_named(toml: Path, line: str, complaint: str) -> None:
+    toml.write_text(f"{MODEL_TABLE}[train]\n{line}\n")
+    with pytest.raises(ModelError, match=complaint):
+        load_config(toml)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[model\n", "not TOML"),
+        ("", "missing .*name"),
+        ("model = 3\n", "expected a table"),
+        (f"{MODEL_TABLE}[trian]\nsteps = 3\n", "unknown table trian"),
+    ],
+)
+def test_bad_files_are_named(toml: Path, text: str, complaint: str) -> None:
+    toml.write_text(text)
+    with pytest.raises(ModelError, match=complaint):
+        load_config(toml)
+
+
+def test_bytes_that_are_not_text(toml: Path) -> None:
+    toml.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ModelError, match="not TOML"):
+        load_config(toml)
+
+
+def test_an_absent_file_names_the_shipped_ones(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="expected a TOML file or one of oar9, openkbp7"):
+        load_config(tmp_path / "absent.toml")
+    with pytest.raises(ModelError, match="oar9"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[1, 2]",
+        '"text"',
+        "{}",
+        json.dumps({**dataclasses.asdict(SMALL), "colour": 1}),
+        json.dumps({**dataclasses.asdict(SMALL), "in_plane_stride": "4"}),
+        json.dumps({**dataclasses.asdict(SMALL), "structures": [1]}),
+    ],
+)
+def test_bad_json_is_refused(text: str) -> None:
+    with pytest.raises(ModelError):
+        model_config_from_json(text)
+
+
+def test_configurations_cannot_change() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SMALL.name = "other"  # type: ignore[misc]  # what is tested
