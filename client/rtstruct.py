@@ -1,0 +1,202 @@
+"""Contours -> a DICOM RT Structure Set (PS3.3 A.19): the last step of the path.
+
+Every point is placed by its own slice's ImagePositionPatient and the orientation that all slices share.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.tag import Tag
+from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
+
+from anatomynet import __version__
+from anatomynet.client.contours import Contour, StructureContours
+from anatomynet.client.output import write_whole
+from anatomynet.client.study import CTSeries
+from anatomynet.engine.errors import GeometryError, OutputError
+
+# A point in 0.001 mm: "-1234.567" is 9 of the 16 bytes that a DS may have.
+DECIMALS = 3
+LABEL = "AnatomyNet"
+DETACHED_STUDY_MANAGEMENT = "1.2.840.10008.3.1.2.3.1"  # retired, and what RT objects still refer to (PS3.3 C.8.8.5)
+CONTOUR_DATA = Tag("ContourData")
+
+
+def write_rtstruct(
+    path: Path,
+    series: CTSeries,
+    contours: Sequence[StructureContours],
+    *,
+    notes: Sequence[str] = (),
+    model_description: str = "",
+    overwrite: bool = False,
+) -> None:
+    """Write what `trace_contours` found on a series as an RTSTRUCT, whole or not at all.
+
+    Args:
+        path: of the file.
+        series: the CT that was segmented; patient, study and frame of reference are copied from it.
+        contours: traced on a label map of that CT.
+        notes: what was done on the way (LabelMap.notes); kept in every ROI's description.
+        model_description: name, version and hash of the model; kept in the structure set's description.
+        overwrite: replace a file that is there.
+
+    Raises:
+        GeometryError: contours of another grid than the series'.
+        OutputError: nothing was found to write; a file that is there, a full disk, no permission.
+    """
+    path = Path(path)
+    if not contours:
+        raise OutputError(f"no structure was found, so {path.name} was not written; expected at least one")
+    for found in contours:
+        _check_grid(found, series)
+    dataset = _structure_set(series, model_description)
+    for number, found in enumerate(contours, start=1):
+        _add_roi(dataset, series, found, number)
+        if notes:
+            dataset.StructureSetROISequence[-1].ROIDescription = " ".join(notes)[:1024]
+    buffer = BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    write_whole(path, buffer.getvalue(), overwrite=overwrite)
+
+
+def _check_grid(found: StructureContours, series: CTSeries) -> None:
+    ours, theirs = series.geometry, found.geometry
+    if ours.shape != theirs.shape or not np.allclose(ours.affine, theirs.affine, rtol=0, atol=1e-3):
+        raise GeometryError(
+            f"contours of {found.structure.name} were traced on a grid of {theirs.shape} (z, y, x) at {theirs.origin}; "
+            f"expected the series' own, {ours.shape} at {ours.origin}"
+        )
+
+
+def _structure_set(series: CTSeries, model_description: str) -> Dataset:
+    """Everything but the structures (PS3.3 C.7.1.1 to C.7.5.1, C.8.8.5)."""
+    now = datetime.now()
+    date, time = now.strftime("%Y%m%d"), now.strftime("%H%M%S")
+    dataset = _dataset(
+        SOPClassUID=RTStructureSetStorage,
+        SOPInstanceUID=generate_uid(),
+        InstanceCreationDate=date,
+        InstanceCreationTime=time,
+        Modality="RTSTRUCT",
+        SeriesInstanceUID=generate_uid(),
+        SeriesNumber=1,
+        SeriesDescription="AnatomyNet automatic contours",
+        OperatorsName="",
+        Manufacturer="AnatomyNet",
+        ManufacturerModelName="AnatomyNet",
+        SoftwareVersions=__version__,
+        StructureSetLabel=LABEL,
+        StructureSetDescription=model_description[:1024] or None,
+        StructureSetDate=date,
+        StructureSetTime=time,
+        ApprovalStatus="UNAPPROVED",
+        ReferencedFrameOfReferenceSequence=[_referenced_frame_of_reference(series)],
+        StructureSetROISequence=[],
+        ROIContourSequence=[],
+        RTROIObservationsSequence=[],
+    )
+    dataset.update(series.header)
+    for keyword in TYPE_2_KEYWORDS:
+        if keyword not in dataset:
+            setattr(dataset, keyword, "")
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    return dataset
+
+
+# Attributes that must be there, empty where the CT has none (PS3.3 C.7.1.1, C.7.2.1, C.7.4.1).
+TYPE_2_KEYWORDS = (
+    "PatientName",
+    "PatientID",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyDate",
+    "StudyTime",
+    "ReferringPhysicianName",
+    "StudyID",
+    "AccessionNumber",
+    "PositionReferenceIndicator",
+)
+
+
+def _dataset(**values: Any) -> Dataset:
+    """A dataset of these elements; None leaves one out."""
+    dataset = Dataset()
+    for keyword, value in values.items():
+        if value is not None:
+            setattr(dataset, keyword, value)
+    return dataset
+
+
+def _referenced_frame_of_reference(series: CTSeries) -> Dataset:
+    images = [
+        _dataset(ReferencedSOPClassUID=s.sop_class_uid, ReferencedSOPInstanceUID=s.sop_instance_uid)
+        for s in series.slices
+    ]
+    referenced_series = _dataset(SeriesInstanceUID=series.series_instance_uid, ContourImageSequence=images)
+    referenced_study = _dataset(
+        ReferencedSOPClassUID=DETACHED_STUDY_MANAGEMENT,
+        ReferencedSOPInstanceUID=series.study_instance_uid,
+        RTReferencedSeriesSequence=[referenced_series],
+    )
+    return _dataset(FrameOfReferenceUID=series.frame_of_reference_uid, RTReferencedStudySequence=[referenced_study])
+
+
+def _add_roi(dataset: Dataset, series: CTSeries, found: StructureContours, number: int) -> None:
+    """One structure: its name, its contours, and that it is an organ (PS3.3 C.8.8.5, C.8.8.6, C.8.8.8)."""
+    dataset.StructureSetROISequence.append(
+        _dataset(
+            ROINumber=number,
+            ReferencedFrameOfReferenceUID=series.frame_of_reference_uid,
+            ROIName=found.structure.tg263_name,
+            ROIGenerationAlgorithm="AUTOMATIC",
+        )
+    )
+    dataset.ROIContourSequence.append(
+        _dataset(
+            ROIDisplayColor=list(found.structure.colour),
+            ReferencedROINumber=number,
+            ContourSequence=[_contour_item(series, c, n) for n, c in enumerate(found.contours, start=1)],
+        )
+    )
+    dataset.RTROIObservationsSequence.append(
+        _dataset(
+            ObservationNumber=number,
+            ReferencedROINumber=number,
+            ROIObservationLabel=found.structure.tg263_name,
+            RTROIInterpretedType="ORGAN",
+            ROIInterpreter="",
+        )
+    )
+
+
+def _contour_item(series: CTSeries, contour: Contour, number: int) -> Dataset:
+    image = series.slices[contour.slice_index]
+    item = _dataset(
+        ContourImageSequence=[
+            _dataset(ReferencedSOPClassUID=image.sop_class_uid, ReferencedSOPInstanceUID=image.sop_instance_uid)
+        ],
+        ContourGeometricType="CLOSED_PLANAR",
+        NumberOfContourPoints=len(contour.points),
+        ContourNumber=number,
+    )
+    text = "\\".join(map("%.7g".__mod__, _points_in_patient(series, contour).ravel().tolist()))
+    # As one text: pydicom would make an object of every number, which takes ten times as long.
+    item[CONTOUR_DATA] = DataElement(CONTOUR_DATA, "DS", text, already_converted=True)
+    return item
+
+
+def _points_in_patient(series: CTSeries, contour: Contour) -> NDArray[np.float64]:
+    """LPS mm (n, 3) of a contour's points, to DECIMALS."""
+    axes = np.array(series.geometry.direction)[:, :2] * np.array(series.geometry.spacing[:2])
+    points = contour.points @ axes.T + np.array(series.slices[contour.slice_index].position)
+    rounded: NDArray[np.float64] = points.round(DECIMALS) + 0.0  # + 0.0: no "-0"
+    return rounded
