@@ -12,9 +12,8 @@ from types import FrameType
 import click
 import numpy as np
 import torch
-from anatomynet.engine.phantom import make_phantom
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,15 +21,18 @@ from anatomynet.engine.checkpoint import save_checkpoint
 from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
 from anatomynet.engine.data import Augmentation, Case, Sample, cut_to_body, find_cases, network_grid_config, read_case
 from anatomynet.engine.errors import ModelError
+from anatomynet.engine.geometry import Point, VolumeGeometry
 from anatomynet.engine.losses import hybrid_loss
 from anatomynet.engine.metrics import dice
 from anatomynet.engine.network import AnatomyNet
+from anatomynet.engine.phantom import make_phantom
 from anatomynet.engine.runtime import TorchRuntime
 from anatomynet.engine.segment import segment
 
 LOADERS = 1  # threads that make samples: they cost a tenth of a step
 AHEAD = 3  # samples kept ready
 LARGEST_GRADIENT = 12.0
+PHANTOM_SHAPE = (112, 128, 128)  # (z, y, x), as a planning CT reduced 4 x 4 in plane
 FINAL_RATE = 0.01  # share of the learning rate that is left at the end
 
 
@@ -85,7 +87,7 @@ class Training:
             tensors |= {f"optimiser.{index}.{k}": v.contiguous().cpu() for k, v in moments.items()}
         metadata = {"model": self.model.to_json(), "step": str(self.step), "best": repr(self.best)}
         beside = path.with_name(f".{path.name}.part")
-        save_file(tensors, beside, metadata=metadata)
+        beside.write_bytes(save(tensors, metadata=metadata))
         beside.replace(path)
 
     def restore(self, path: Path) -> None:
@@ -137,7 +139,8 @@ def samples(cases: list[Case], model: ModelConfig, train: TrainConfig, *, first:
     def make(step: int) -> Sample:
         random = np.random.default_rng((train.seed, step))
         if random.random() < train.phantom_share:
-            case = phantom_case(model, like=cases[int(random.integers(len(cases)))], seed=step)
+            like = cases[int(random.integers(len(cases)))]
+            case = phantom_case(model, spacing=like.volume.geometry.spacing, seed=step)
         else:
             # A pass over the cases is a shuffle of them.
             order = np.random.default_rng((train.seed, step // len(cases), 1)).permutation(len(cases))
@@ -153,17 +156,18 @@ def samples(cases: list[Case], model: ModelConfig, train: TrainConfig, *, first:
             yield sample
 
 
-def phantom_case(model: ModelConfig, *, like: Case, seed: int) -> Case:
-    """A synthetic case on another case's grid, every structure annotated."""
-    volume, truth = make_phantom(like.volume.geometry, seed=seed, structures=model.structures)
-    return Case(f"phantom_{seed}", volume, truth.labels, (True,) * len(model.structures))
+def phantom_case(model: ModelConfig, *, spacing: Point, seed: int) -> Case:
+    """A synthetic case at a spacing (x, y, z) mm, cut to the body, every structure annotated."""
+    geometry = VolumeGeometry(PHANTOM_SHAPE, spacing)
+    volume, truth = make_phantom(geometry, seed=seed, structures=model.structures)
+    return cut_to_body(Case(f"phantom_{seed}", volume, truth.labels, (True,) * len(model.structures)))
 
 
 def validate(
     network: AnatomyNet, model: ModelConfig, cases: list[Case], device: torch.device
 ) -> dict[str, list[float]]:
     """DSC of each structure over the cases that have it, drawn by the same `segment` that serves."""
-    runtime = TorchRuntime(network, network_grid_config(model), device)
+    runtime = TorchRuntime(network, network_grid_config(model), device=str(device))
     scores: dict[str, list[float]] = {name: [] for name in model.structures}
     for case in cases:
         drawn = segment(case.volume, runtime).labels
