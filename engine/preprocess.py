@@ -78,11 +78,13 @@ def body_box(hu: HounsfieldArray, *, in_plane_stride: int) -> tuple[Index, Index
     from scipy import ndimage
 
     step = (POOLING, POOLING * in_plane_stride, POOLING * in_plane_stride)
-    pieces, count = ndimage.label(hu[:: step[0], :: step[1], :: step[2]] > BODY_HU)
+    # One voxel of every pooled one, from its middle: a margin to the left is then as wide as one to the right.
+    sampled = hu[tuple(slice(unit // 2, None, unit) for unit in step)]
+    pieces, count = ndimage.label(sampled > BODY_HU)
     if count == 0:
         return (0, 0, 0), _index(hu.shape)
     largest = 1 + int(np.argmax(np.bincount(pieces.ravel())[1:]))
-    found = ndimage.find_objects(pieces == largest)[0]
+    found = ndimage.find_objects(pieces, max_label=largest)[-1]
     sides = [
         _rounded_side(piece, unit=unit, size=size, multiple=multiple)
         for piece, unit, size, multiple in zip(
@@ -128,6 +130,9 @@ def resample_linear(
     result = array
     for axis, (new, first, last) in enumerate(zip(shape, start, stop or shape, strict=True)):
         old = array.shape[axis]
+        if new == old:
+            result = result[(slice(None),) * axis + (slice(first, last),)]
+            continue
         position = ((np.arange(first, last) + 0.5) * old / new - 0.5).clip(0, old - 1)
         low = np.minimum(position.astype(np.intp), max(old - 2, 0))
         side = [1, 1, 1]
@@ -143,7 +148,8 @@ def _rounded_side(piece: slice, *, unit: int, size: int, multiple: int) -> tuple
     first, last = max(0, (piece.start - 1) * unit), min(size, (piece.stop + 1) * unit)
     length = min(size, -(-(last - first) // multiple) * multiple)
     first = min(first, (size - length) // unit * unit)
-    return first, min(size, first + length)
+    # Of a side that is no multiple, the rest beyond the last whole step: then the whole side.
+    return (first, first + length) if first + length >= last else (0, size)
 
 
 def _index(values: Iterable[int]) -> Index:
