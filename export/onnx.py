@@ -80,6 +80,15 @@ def served_model(network: onnx.ModelProto, config: ModelConfig, *, fp16: bool) -
     return model
 
 
+def plan_model(network: onnx.ModelProto, config: ModelConfig, *, fp16: bool) -> onnx.ModelProto:
+    """network_input -> LABELS, UINT8 [pz, stride x py, stride x px], and CONFIDENCE: what TensorRT can take.
+
+    What `prepare` does comes before it, and the crop to the CT's size after it.
+    """
+    parts = (half_model(network) if fp16 else network, plan_finish_model(config, fp16=fp16))
+    return _joined(parts, inputs=parts[0].graph.input, outputs=parts[1].graph.output)
+
+
 def network_model(network: AnatomyNet) -> onnx.ModelProto:
     """AnatomyNet in FP32: network_input [1, 1, z, y, x], all sides even, to logits [1, classes, z, y, x]."""
     dynamic = torch.export.Dim.DYNAMIC
@@ -196,7 +205,7 @@ finish ({kind}[1, {config.classes}, pz, py, px] logits, int16[z, y, x] CT)
     coarse = Squeeze (logits_in_float, zero)
     {BOX_OF_FOREGROUND}
     {border_confidence_nodes(config.classes)}
-    {interpolation_nodes("boxed", stride)}
+    {interpolation_nodes(stride)}
     fine_winner = ArgMax <axis = 0, keepdims = 0> (fine)
     labels = Cast <to = {TensorProto.UINT8}> (fine_winner)
     # Laid into the CT's own grid, which may end before the padded one.
@@ -214,12 +223,31 @@ finish ({kind}[1, {config.classes}, pz, py, px] logits, int16[z, y, x] CT)
 }}""")
 
 
-def interpolation_nodes(logits: str, stride: int) -> str:
-    """ONNX text: logits, FLOAT [classes, z, y, x] -> fine, [classes, z, y x stride, x x stride], linear in plane."""
+def plan_finish_model(config: ModelConfig, *, fp16: bool) -> onnx.ModelProto:
+    """`finish_model` for TensorRT, which cannot cut a box that hangs on values: on the whole grid, and not cropped."""
+    kind = "float16" if fp16 else "float"
+    return onnx.parser.parse_model(f"""{HEADER}
+finish ({kind}[1, {config.classes}, pz, py, px] logits)
+    => (uint8[pz, fy, fx] LABELS, float[{len(config.structures)}] CONFIDENCE) {{
+    zero = Constant <value_ints = [0]> ()
+    sides = Constant <value_ints = [1, 2, 3]> ()
+    logits_in_float = Cast <to = {TensorProto.FLOAT}> (logits)
+    boxed = Squeeze (logits_in_float, zero)
+    {border_confidence_nodes(config.classes)}
+    {interpolation_nodes(config.in_plane_stride)}
+    fine_winner = ArgMax <axis = 0, keepdims = 0> (fine)
+    # TensorRT converts to UINT8 from floats only.
+    winner_in_float = Cast <to = {TensorProto.FLOAT}> (fine_winner)
+    LABELS = Cast <to = {TensorProto.UINT8}> (winner_in_float)
+}}""")
+
+
+def interpolation_nodes(stride: int) -> str:
+    """ONNX text: boxed, FLOAT [classes, z, y, x] -> fine, [classes, z, stride x y, stride x x], linear in plane."""
     if stride == 1:
-        return f"fine = Identity ({logits})"
+        return "fine = Identity (boxed)"
     return f"""scales = Constant <value_floats = [1.0, 1.0, {stride}.0, {stride}.0]> ()
-    fine = Resize <mode = "linear", coordinate_transformation_mode = "half_pixel"> ({logits}, , scales)"""
+    fine = Resize <mode = "linear", coordinate_transformation_mode = "half_pixel"> (boxed, , scales)"""
 
 
 # coarse, FLOAT [classes, z, y, x] -> start and stop, INT64 [3], and boxed, the logits between them.
