@@ -4,7 +4,7 @@ Heavy modules are imported by the command that needs them: `--help` answers at o
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -29,6 +29,13 @@ def main() -> None:
 @click.argument("study", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), help="RTSTRUCT to write; STUDY.rtstruct.dcm.")
 @click.option("--url", help=URL_HELP)
+@click.option(
+    "--shared-memory",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="How volumes reach a server on this machine, with --url.",
+)
 @click.option("--series", help="SeriesInstanceUID, or its end, where the study has several.")
 @click.option("--report", type=click.Path(path_type=Path), help="What was done, as JSON; without anything private.")
 @click.option("--picture", type=click.Path(path_type=Path), help="A PNG of three planes with what was drawn.")
@@ -38,6 +45,7 @@ def segment(
     study: Path,
     output: Path | None,
     url: str | None,
+    shared_memory: Literal["auto", "on", "off"],
     series: str | None,
     report: Path | None,
     picture: Path | None,
@@ -45,10 +53,9 @@ def segment(
 ) -> None:
     """Draw the organs at risk on the CT in the folder STUDY and write an RTSTRUCT."""
     from anatomynet.client.contours import trace_contours
-    from anatomynet.client.rtstruct import write_rtstruct
-
     from anatomynet.client.picture import write_picture
     from anatomynet.client.report import StageClock, write_report
+    from anatomynet.client.rtstruct import write_rtstruct
     from anatomynet.client.study import read_ct_series, volume_from_series
     from anatomynet.engine.segment import segment as segment_volume
 
@@ -60,7 +67,7 @@ def segment(
         ct_series = read_ct_series(study, series_instance_uid=series)
         volume = volume_from_series(ct_series)
     with clock.stage("connect"):
-        runtime = choose_runtime(url)
+        runtime = choose_runtime(url, shared_memory=shared_memory)
     click.echo(f"{volume.geometry.shape[0]} slices; {describe_runtime(runtime)}")
     with clock.stage("infer"):
         label_map = segment_volume(volume, runtime)
@@ -83,8 +90,9 @@ def segment(
 @reports_errors
 def phantom(folder: Path, seed: int, overwrite: bool) -> None:
     """Write a synthetic 178 x 512 x 512 CT study to FOLDER, and its true contours to FOLDER.truth.dcm."""
-    from anatomynet.client.contours import trace_contours
     from anatomynet.client.ct_writer import write_ct_series
+
+    from anatomynet.client.contours import trace_contours
     from anatomynet.client.rtstruct import write_rtstruct
     from anatomynet.engine.phantom import make_phantom
 
@@ -110,7 +118,7 @@ def info(url: str | None) -> None:
     click.echo(f"checkpoint sha256: {model.checkpoint_sha256}")
 
 
-def choose_runtime(url: str | None) -> "Runtime":
+def choose_runtime(url: str | None, *, shared_memory: Literal["auto", "on", "off"] = "auto") -> "Runtime":
     """The server at `url`; without one a server on this machine if it is READY, else the embedded engine.
 
     Raises:
@@ -121,7 +129,7 @@ def choose_runtime(url: str | None) -> "Runtime":
     from anatomynet.engine.runtime import load_runtime
 
     if url:
-        return TritonRuntime(url)
+        return TritonRuntime(url, shared_memory=shared_memory)
     return probe_local() or load_runtime()
 
 
