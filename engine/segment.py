@@ -1,10 +1,11 @@
 """`segment`: a CT in, a LabelMap on the same grid out, wherever the network runs."""
 
-from anatomynet.engine.runtime import Runtime
+import numpy as np
 
 from anatomynet.engine.errors import ModelError
 from anatomynet.engine.postprocess import source_labels_from_network
 from anatomynet.engine.preprocess import prepare
+from anatomynet.engine.runtime import Runtime
 from anatomynet.engine.structures import structures_by_name
 from anatomynet.engine.volume import CTVolume, LabelMap
 
@@ -19,17 +20,18 @@ def segment(volume: CTVolume, runtime: Runtime) -> LabelMap:
         ModelError: an answer that does not fit the question.
         ServerError: where the runtime is a server, and fails.
     """
-    given = prepare(volume, runtime.model)
+    model = runtime.model
+    given = prepare(volume, model)
     labels, confidence = runtime.infer(given.hu)
-    if labels.shape != given.hu.shape or labels.max(initial=0) > len(runtime.model.structures):
+    structures = structures_by_name(model.structures)
+    expected = (np.dtype(np.uint8), given.hu.shape, (len(structures),))
+    found = (labels.dtype, labels.shape, confidence.shape)
+    if found != expected or labels.max() > len(structures):
         raise ModelError(
-            f"the model answered with labels up to {labels.max(initial=0)} of shape {labels.shape}: expected "
-            f"up to {len(runtime.model.structures)} of shape {given.hu.shape}"
+            f"the model answered with {found[0]} labels of shape {found[1]} up to {labels.max(initial=0)} and "
+            f"{found[2]} confidences: expected {expected[0]}, {expected[1]}, {len(structures)}, {expected[2]}"
         )
-    return LabelMap(
-        source_labels_from_network(labels, given, volume),
-        volume.geometry,
-        structures_by_name(runtime.model.structures),
-        tuple(confidence.tolist()),
-        given.notes,
-    )
+    source_labels = source_labels_from_network(labels, given, volume)
+    if given.grid != given.canonical:  # a voxel or two may be less than one of the study's
+        confidence = confidence * np.isin(np.arange(1, len(structures) + 1), source_labels)
+    return LabelMap(source_labels, volume.geometry, structures, tuple(confidence.tolist()), given.notes)
