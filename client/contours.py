@@ -93,17 +93,16 @@ def _contours_in_box(mask: NDArray[np.generic], offset: NDArray[np.intp]) -> Ite
     """Contours of bool (z, y, x), moved by the offset (z, y, x)."""
     inside = np.pad(mask.astype(np.uint8), ((0, 0), (1, 1), (1, 1)))
     for z, cycles in _cycles_by_slice(inside):
-        outer = [cycle for cycle in cycles if _doubled_area(cycle) > 0]
-        holes = [cycle for cycle in cycles if _doubled_area(cycle) < 0]
-        if holes:
-            outer = _join_holes(outer, holes, inside[z])
-        for cycle in outer:
+        for cycle in _join_holes(cycles, inside[z]):
             points = _without_straight_points(np.array(cycle)) / 2 - 1 + offset[:0:-1]
             yield Contour(int(offset[0]) + z, points)
 
 
 def _cycles_by_slice(inside: NDArray[np.uint8]) -> Iterator[tuple[int, list[Cycle]]]:
-    """Marching squares over all slices of (z, y, x) at once: closed paths, in half voxels (x, y), of each slice."""
+    """Marching squares over all slices of (z, y, x) at once: closed paths, in half voxels (x, y), of each slice.
+
+    Each path starts at its highest point.
+    """
     _, height, width = inside.shape
     from_id, to_id = _crossings(inside)
     order = np.argsort(from_id)
@@ -152,27 +151,19 @@ def _sides(crossings: dict[int, tuple[int, int]]) -> tuple[NDArray[np.intp], NDA
     return table[0], table[1]
 
 
-def _doubled_area(cycle: Cycle) -> int:
-    """Twice the signed area, in quarter voxels: above zero around the inside, below around a hole."""
-    x, y = np.array(cycle).T
-    return int(x @ np.roll(y, -1) - y @ np.roll(x, -1))
-
-
-def _join_holes(outer: list[Cycle], holes: list[Cycle], inside: NDArray[np.uint8]) -> list[Cycle]:
-    """Cut from each hole upwards to the contour above it, between two columns of voxel centres."""
-    # From the top down: what a cut meets is an outer contour, or a hole that has been joined.
-    holes = sorted((_from_highest_side(hole) for hole in holes), key=lambda hole: hole[0][1])
-    cycles = [*outer, *holes]
-    owner = {point: index for index, cycle in enumerate(cycles) for point in cycle}
-    host = list(range(len(cycles)))
-    for index in range(len(outer), len(cycles)):
-        hole = cycles[index]
+def _join_holes(cycles: list[Cycle], inside: NDArray[np.uint8]) -> list[Cycle]:
+    """Outer paths only: a cut leads from each hole upwards, between two columns of voxel centres, to what is above."""
+    # With the inside on its right, a path leaves its highest point to the right, unless it goes around a hole.
+    outer = [cycle for cycle in cycles if cycle[1] > cycle[0]]
+    # From the top down: what a cut meets is an outer path, or a hole that has been joined.
+    holes = sorted((_from_highest_side(cycle) for cycle in cycles if cycle[1] < cycle[0]), key=lambda hole: hole[0][1])
+    owner = {point: cycle for cycle in (*outer, *holes) for point in cycle} if holes else {}
+    for hole in holes:
         meeting, before = _point_above(hole[0], inside)
-        target = host[owner[before]]
-        joined = cycles[target]
+        joined = owner[before]
         at = joined.index(before) + 1
         joined[at:at] = [*([meeting] if meeting != before else []), *hole, hole[0], meeting]
-        host = [target if h == index else h for h in host]
+        owner.update(dict.fromkeys(hole, joined))
     return outer
 
 

@@ -5,21 +5,24 @@ Here it is decided what is DICOM, what is a CT slice and what is damaged; whethe
 
 import math
 import os
+import re
 import struct
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
+from pydicom.tag import Tag
 from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from anatomynet.engine.errors import GeometryError, StudyError
@@ -50,7 +53,6 @@ IMAGE_KEYWORDS = (
     "ImageType",
     "SOPClassUID",
     "SOPInstanceUID",
-    "Modality",
     "SeriesInstanceUID",
     "AcquisitionNumber",
     "GantryDetectorTilt",
@@ -64,7 +66,6 @@ IMAGE_KEYWORDS = (
     "PixelSpacing",
     "BitsAllocated",
     "BitsStored",
-    "HighBit",
     "PixelRepresentation",
     "PixelPaddingValue",
     "PixelPaddingRangeLimit",
@@ -73,9 +74,11 @@ IMAGE_KEYWORDS = (
     "RescaleType",
     "PixelData",
 )
-HEADER_KEYWORDS = [*PATIENT_AND_STUDY_KEYWORDS, *IMAGE_KEYWORDS]
+TAGS = {keyword: Tag(keyword) for keyword in (*PATIENT_AND_STUDY_KEYWORDS, *IMAGE_KEYWORDS)}
 # A header has no longer value than this but the pixels, which stay on disk until they are asked for.
 LONGEST_HEADER_VALUE = 65536
+PREAMBLE_LENGTH = 128
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 # What pydicom raises, depending on where a file is damaged.
 DAMAGED = (
     InvalidDicomError,
@@ -93,72 +96,96 @@ DAMAGED = (
 
 @dataclass(frozen=True, eq=False)
 class CTHeader:
-    """One CT file's header, before it is known whether its series is the wanted one."""
+    """One CT file's header, before it is known whether its series is the wanted one.
+
+    Values are taken from the file's bytes: pydicom's own would take three times as long, and warn with what they hold.
+
+    Attributes:
+        path: of its file.
+        dataset: the elements of TAGS, the pixels left on disk.
+        size: bytes of the file.
+    """
 
     path: Path
     dataset: Dataset
     size: int
 
-    def value(self, keyword: str) -> Any:
-        """The element's value; None where absent or empty. Raises StudyError where it cannot be read."""
-        try:
-            value = self.dataset.get(keyword)
-        except DAMAGED as error:
-            raise StudyError(f"{self.path.name}: {keyword} cannot be read; export the series again") from error
-        return None if value is None or value == "" else value
-
     def text(self, keyword: str) -> str:
-        """The element as text. Raises StudyError where it is missing."""
-        value = self.value(keyword)
-        if value is None:
-            raise StudyError(
-                f"{self.path.name}: {keyword} is missing; a CT slice must have it: export the series again"
-            )
-        return str(value)
+        """The element as text, its values separated by backslashes; empty where it is absent."""
+        value = self._bytes(keyword)
+        return value.decode("latin-1").strip(" \0")
+
+    def required_text(self, keyword: str) -> str:
+        """The element as text.
+
+        Raises:
+            StudyError: it is absent or empty.
+        """
+        return self.text(keyword) or self._refuse(f"{keyword} is missing; a CT slice must have it")
 
     def numbers(self, keyword: str, count: int) -> tuple[float, ...]:
-        """The element as finite numbers. Raises StudyError where it is missing or something else."""
-        text = self.value(keyword)
+        """The element, decimal text, as so many finite numbers.
+
+        Raises:
+            StudyError: it is absent or something else.
+        """
+        text = self.required_text(keyword)
         try:
-            values = tuple(float(v) for v in (text if isinstance(text, Sequence) else [text]))
-        except DAMAGED:
+            values = tuple(float(part) for part in text.split("\\"))
+        except ValueError:
             values = ()
         if len(values) != count or not all(map(math.isfinite, values)):
-            found = (
-                "it is missing"
-                if text is None
-                else f"found {len(values)} numbers"
-                if values
-                else "found something else"
-            )
-            raise StudyError(
-                f"{self.path.name}: expected {count} finite numbers as {keyword}, {found}; export the series again"
-            )
+            self._refuse(f"{keyword} is not {count} finite number{'s' if count > 1 else ''}")
         return values
 
     def number(self, keyword: str) -> float:
-        """The element as one finite number. Raises StudyError where it is missing or something else."""
+        """The element, decimal text, as one finite number.
+
+        Raises:
+            StudyError: it is absent or something else.
+        """
         return self.numbers(keyword, 1)[0]
 
-    @property
-    def transfer_syntax_uid(self) -> UID:
-        """How the file is encoded; a file without a preamble does not say."""
-        uid = getattr(self.dataset, "file_meta", Dataset()).get("TransferSyntaxUID")
-        if uid is None:
-            return ImplicitVRLittleEndian if self.dataset.original_encoding[0] else ExplicitVRLittleEndian
-        return UID(str(uid))
+    def word(self, keyword: str) -> int:
+        """The element, 16 bits, as an unsigned number.
 
-    @cached_property
+        Raises:
+            StudyError: it is absent or something else.
+        """
+        value = self._bytes(keyword)
+        if len(value) != 2:
+            self._refuse(
+                f"{keyword} is missing; a CT slice must have it" if not value else f"{keyword} is not one number"
+            )
+        return int.from_bytes(value, "little" if self.dataset.original_encoding[1] else "big")
+
+    @property
+    def transfer_syntax_uid(self) -> str:
+        """How the file is encoded; a file without a preamble need not say."""
+        uid = getattr(self.dataset, "file_meta", Dataset()).get("TransferSyntaxUID")
+        implicit = self.dataset.original_encoding[0]
+        return str(uid or (ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian))
+
+    @property
     def image_type(self) -> frozenset[str]:
         """The words of ImageType."""
-        values = self.value("ImageType") or ()
-        text = " ".join([values] if isinstance(values, str) else map(str, values))
-        return frozenset(text.upper().replace("_", " ").split())
+        return frozenset(re.findall(r"\w+", self.text("ImageType").upper().replace("_", " ")))
+
+    def has(self, keyword: str) -> bool:
+        """Whether the element is there and not empty."""
+        return bool(self._bytes(keyword))
 
     @property
     def placed(self) -> bool:
         """Whether it says where it lies."""
-        return self.value("ImageOrientationPatient") is not None and self.value("ImagePositionPatient") is not None
+        return self.has("ImageOrientationPatient") and self.has("ImagePositionPatient")
+
+    def _bytes(self, keyword: str) -> bytes:
+        element = self.dataset.get_item(TAGS[keyword], keep_deferred=True)
+        return element.value or b"" if isinstance(element, RawDataElement) else b""
+
+    def _refuse(self, problem: str) -> NoReturn:
+        raise StudyError(f"{self.path.name}: {problem}: export the series again")
 
     @cached_property
     def normal(self) -> NDArray[np.float64]:
@@ -180,28 +207,31 @@ class CTHeader:
 
 
 def read_headers(study_dir: Path) -> tuple[list[CTHeader], Counter[str]]:
-    """The CT slices under a folder, and a count of everything else."""
+    """The CT slices under a folder, and a count of everything else by its kind.
+
+    Raises:
+        StudyError: no folder, a folder or file that cannot be read, a damaged DICOM file.
+    """
     if not study_dir.is_dir():
         what = "is a file" if study_dir.exists() else "does not exist"
         raise StudyError(f"{study_dir} {what}; expected a folder with one CT series")
     headers: list[CTHeader] = []
     others: Counter[str] = Counter()
-    for path in _files_under(study_dir):
-        # pydicom's warnings quote values: a patient's name among them.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dataset = _read_dataset(path)
-        if dataset is None:
-            others["other files"] += 1
-        elif _sop_class(dataset) == CTImageStorage:
-            headers.append(CTHeader(path, dataset, path.stat().st_size))
-        else:
-            others[_sop_class(dataset).name] += 1
+    # pydicom's warnings quote values: a patient's name among them.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for path in _files_under(study_dir):
+            header = _read_header(path)
+            sop_class = _sop_class_uid(header) if header else ""
+            if header and sop_class == CTImageStorage:
+                headers.append(header)
+            else:
+                others[UID(sop_class).name if header else "other file"] += 1
     return headers, others
 
 
 def _files_under(folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
+    def refuse(error: OSError) -> NoReturn:
         raise StudyError(f"a folder in the study cannot be read: {error.strerror}; check its permissions") from error
 
     for root, folders, names in os.walk(folder, onerror=refuse):
@@ -213,47 +243,55 @@ def _files_under(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def _read_dataset(path: Path) -> Dataset | None:
-    """What a header says; None for a file that is not DICOM."""
+def _read_header(path: Path) -> CTHeader | None:
+    """What a DICOM file says of itself; None for a file of another kind."""
+    header = None
     try:
         with path.open("rb") as file:
-            head = file.read(132)
-            has_preamble = head[128:] == b"DICM"
-            if not has_preamble and not _starts_without_preamble(head):
-                if path.suffix.lower() == ".dcm":
-                    raise StudyError(f"{path.name} is damaged: it holds no DICOM; export the series again")
-                return None
-            file.seek(0)
-            dataset = pydicom.dcmread(
-                file, defer_size=LONGEST_HEADER_VALUE, specific_tags=HEADER_KEYWORDS, force=not has_preamble
-            )
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(PREAMBLE_LENGTH + 4)
+            has_preamble = head[PREAMBLE_LENGTH:] == b"DICM"
+            if has_preamble or _starts_without_preamble(head):
+                header = _parse_header(path, file, size)
     except OSError as error:
         raise StudyError(f"{path.name} cannot be read: {error.strerror or error}") from error
-    except DAMAGED as error:
-        if not has_preamble:
-            return None
-        raise StudyError(f"{path.name} is damaged: its header cannot be read; export the series again") from error
-    if not _sop_class(dataset):
-        if not has_preamble:
-            return None
-        raise StudyError(f"{path.name} is damaged: its header ends early; export the series again")
-    return dataset
+    if header is None and (has_preamble or _must_be_dicom(path, size)):
+        what = "its header cannot be read" if size else "it is empty"
+        raise StudyError(f"{path.name} is damaged: {what}; export the series again, or delete it if it is no slice")
+    return header
+
+
+def _parse_header(path: Path, file: BinaryIO, size: int) -> CTHeader | None:
+    """The header of an open file; None where it is damaged."""
+    file.seek(0)
+    try:
+        dataset = pydicom.dcmread(file, defer_size=LONGEST_HEADER_VALUE, specific_tags=list(TAGS.values()), force=True)
+    except DAMAGED:
+        return None
+    header = CTHeader(path, dataset, size)
+    return header if _sop_class_uid(header) else None
 
 
 def _starts_without_preamble(head: bytes) -> bool:
-    """Whether a file begins with an identifying group's element, as old exports without the 128-byte preamble do."""
-    return len(head) == 132 and head[:2] in (b"\x08\x00", b"\x02\x00") and head[3] == 0
+    """Whether a file begins with an element of group 2 or 8, as exports without the 128-byte preamble do."""
+    return len(head) == PREAMBLE_LENGTH + 4 and head[:2] in (b"\x08\x00", b"\x02\x00") and head[3] == 0
 
 
-def _sop_class(dataset: Dataset) -> UID:
-    uid = dataset.get("SOPClassUID") or getattr(dataset, "file_meta", Dataset()).get("MediaStorageSOPClassUID") or ""
-    return UID(str(uid))
+def _must_be_dicom(path: Path, size: int) -> bool:
+    """Whether a file that holds no DICOM must have been a slice: at the end of a stack it would be missed silently."""
+    suffix = path.suffix.lower()
+    return suffix in DICOM_SUFFIXES or (size == 0 and (not suffix or suffix[1:].isdigit()))
 
 
-def patient_and_study(dataset: Dataset) -> Dataset:
-    """The attributes to copy, their bytes as they stand: decoding could warn with a patient's name."""
-    header = Dataset()
+def _sop_class_uid(header: CTHeader) -> str:
+    meta = getattr(header.dataset, "file_meta", Dataset())
+    return header.text("SOPClassUID") or str(meta.get("MediaStorageSOPClassUID") or "")
+
+
+def patient_and_study(header: CTHeader) -> Dataset:
+    """The attributes that an RTSTRUCT copies, as the file has them."""
+    copied = Dataset()
     for keyword in PATIENT_AND_STUDY_KEYWORDS:
-        if keyword in dataset:
-            header[keyword] = dataset.get_item(keyword, keep_deferred=True)
-    return header
+        if keyword in header.dataset:
+            copied[keyword] = header.dataset.get_item(keyword, keep_deferred=True)
+    return copied

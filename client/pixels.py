@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from anatomynet.client.headers import DAMAGED, CTHeader
+from anatomynet.client.headers import DAMAGED, TAGS, CTHeader
 from anatomynet.engine.errors import StudyError
 from anatomynet.engine.volume import HounsfieldArray
 
 # Pixels that carry no measurement become air.
 AIR_HU = -1000
+INT16_RANGE = (-32768, 32767)
 # Where the licence is permissive: pylibjpeg-libjpeg, the usual answer for lossless JPEG, is GPL.
 CODECS = {
     "JPEG 2000": "pylibjpeg pylibjpeg-openjpeg",
@@ -48,63 +49,71 @@ class StoredPixels:
 
 
 def stored_pixels(header: CTHeader) -> StoredPixels:
-    """How the values are stored. Raises StudyError for what a CT slice cannot be."""
-    for keyword, expected in (
-        ("SamplesPerPixel", "1"),
-        ("PhotometricInterpretation", "MONOCHROME2"),
-        ("BitsAllocated", "16"),
-    ):
-        if header.text(keyword) != expected:
-            raise StudyError(
-                f"{header.path.name}: {keyword} is {header.text(keyword)}; expected {expected} in a CT slice"
-            )
-    if header.value("NumberOfFrames") not in (None, 1):
-        raise StudyError(f"{header.path.name} has several frames; expected one file a slice")
-    unit = str(header.value("RescaleType") or "HU").strip().upper()
-    if unit not in ("HU", "US"):
-        raise StudyError(f"{header.path.name}: values are {unit}, not Hounsfield units; expected a CT reconstruction")
-    slope = header.number("RescaleSlope")
-    if slope == 0:
-        raise StudyError(f"{header.path.name}: RescaleSlope is 0; export the series again")
+    """How a slice's values are stored.
+
+    Raises:
+        StudyError: something that a CT slice cannot be, a missing tag, a file that ends before its pixels do.
+    """
+    _check_image(header)
+    signed = header.word("PixelRepresentation") == 1
     return StoredPixels(
         offset=_raw_pixel_offset(header),
         transfer_syntax_uid=header.transfer_syntax_uid,
-        signed=header.number("PixelRepresentation") == 1,
-        bits_stored=int(header.number("BitsStored")),
-        slope=slope,
+        signed=signed,
+        bits_stored=header.word("BitsStored"),
+        slope=header.number("RescaleSlope"),
         intercept=header.number("RescaleIntercept"),
-        padding=_padding_words(header),
+        padding=_padding(header, signed=signed),
     )
 
 
+def _check_image(header: CTHeader) -> None:
+    """Refuse what is no CT slice in Hounsfield units (PS3.3 C.8.2.1.1)."""
+    unit = header.text("RescaleType").upper() or "HU"
+    found_and_expected = [
+        ("PhotometricInterpretation", header.required_text("PhotometricInterpretation"), ("MONOCHROME2",)),
+        ("SamplesPerPixel", header.word("SamplesPerPixel"), (1,)),
+        ("NumberOfFrames", header.text("NumberOfFrames") or "1", ("1",)),
+        ("BitsAllocated", header.word("BitsAllocated"), (16,)),
+        ("BitsStored", header.word("BitsStored"), range(8, 17)),
+        ("PixelRepresentation", header.word("PixelRepresentation"), (0, 1)),
+        ("RescaleType", unit, ("HU", "US")),  # US is "unspecified", which old scanners write
+    ]
+    for keyword, found, expected in found_and_expected:
+        if found not in expected:
+            raise StudyError(
+                f"{header.path.name}: {keyword} is {found}, expected {expected[0]}; "
+                "it is no CT slice in Hounsfield units"
+            )
+    if header.number("RescaleSlope") <= 0:
+        raise StudyError(f"{header.path.name}: RescaleSlope is not above zero; export the series again")
+
+
 def _raw_pixel_offset(header: CTHeader) -> int | None:
-    dataset = header.dataset
-    if "PixelData" not in dataset:
+    element: Any = header.dataset.get_item(TAGS["PixelData"], keep_deferred=True)
+    if element is None:
         raise StudyError(f"{header.path.name} is damaged: it ends before its pixels; export the series again")
     if header.transfer_syntax_uid not in (ImplicitVRLittleEndian, ExplicitVRLittleEndian):
         return None
-    element: Any = dataset.get_item("PixelData", keep_deferred=True)
-    expected = int(header.number("Rows") * header.number("Columns")) * 2
-    present = min(element.length, header.size - element.value_tell)
+    expected = 2 * header.word("Rows") * header.word("Columns")
+    present = max(0, min(element.length, header.size - element.value_tell))
     if present < expected:
         raise StudyError(
-            f"{header.path.name} is damaged: expected {expected} bytes of pixels, found {max(present, 0)}; "
+            f"{header.path.name} is damaged: expected {expected} bytes of pixels, found {present}; "
             "export the series again"
         )
     return int(element.value_tell)
 
 
-def _padding_words(header: CTHeader) -> tuple[int, int] | None:
-    """Lowest and highest stored value that means "no measurement" (PS3.3 C.7.5.1.1.2), as signed or unsigned words."""
-    value = header.value("PixelPaddingValue")
-    if value is None:
+def _padding(header: CTHeader, *, signed: bool) -> tuple[int, int] | None:
+    """Lowest and highest stored value that means "no measurement" (PS3.3 C.7.5.1.1.2)."""
+    if not header.has("PixelPaddingValue"):
         return None
-    limit = header.value("PixelPaddingRangeLimit")
-    signed = header.number("PixelRepresentation") == 1
-    # Some writers give a negative padding as its unsigned word.
-    words = [int(v) & 0xFFFF for v in (value, value if limit is None else limit)]
-    low, high = sorted(w - 0x10000 if signed and w >= 0x8000 else w for w in words)
-    return low, high
+    words = [header.word("PixelPaddingValue")]
+    if header.has("PixelPaddingRangeLimit"):
+        words.append(header.word("PixelPaddingRangeLimit"))
+    values = [word - 0x10000 if signed and word >= 0x8000 else word for word in words]
+    return min(values), max(values)
 
 
 def read_hu(path: Path, pixels: StoredPixels, out: HounsfieldArray) -> None:
@@ -152,14 +161,16 @@ def _convert_to_hu(words: HounsfieldArray, pixels: StoredPixels) -> None:
     if unused:  # bits above may hold anything; the sign is the highest stored bit
         stored <<= unused
         stored >>= unused
-    largest = max(abs(pixels.intercept), 1) + (1 << (pixels.bits_stored - pixels.signed))
-    if pixels.slope == 1 and pixels.intercept.is_integer() and largest <= 32768:
-        words += np.int16(pixels.intercept)
+    if pixels.slope == 1 and pixels.intercept.is_integer() and _fits(stored, int(pixels.intercept)):
+        words += np.array(int(pixels.intercept)).astype(np.int16)  # wraps around to the right value
     else:
-        hu = stored * np.float64(pixels.slope) + pixels.intercept
-        words[...] = np.clip(np.rint(hu), -32768, 32767)
+        words[...] = np.clip(np.rint(stored * np.float64(pixels.slope) + pixels.intercept), *INT16_RANGE)
     if padding is not None:
         words[padding] = AIR_HU
+
+
+def _fits(stored: NDArray[Any], intercept: int) -> bool:
+    return bool(INT16_RANGE[0] <= int(stored.min()) + intercept and int(stored.max()) + intercept <= INT16_RANGE[1])
 
 
 def check_codecs(stored: Iterable[StoredPixels]) -> None:

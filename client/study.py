@@ -112,7 +112,7 @@ def read_ct_series(study_dir: Path, *, series_instance_uid: str | None = None) -
     headers, others = read_headers(Path(study_dir))
     by_series: dict[str, list[CTHeader]] = {}
     for header in headers:
-        by_series.setdefault(header.text("SeriesInstanceUID"), []).append(header)
+        by_series.setdefault(header.required_text("SeriesInstanceUID"), []).append(header)
     if not by_series:
         found = ", ".join(f"{count} {what}" for what, count in sorted(others.items())) or "nothing"
         raise StudyError(f"no CT slices in {study_dir}: found {found}; expected a folder with one CT series")
@@ -195,7 +195,7 @@ def _across_and_along(headers: list[CTHeader]) -> tuple[list[CTHeader], list[CTH
 
 def _stack(headers: list[CTHeader]) -> list[CTHeader]:
     """A series' slices without its localizers, which its ImageType does not always tell from slices."""
-    tail = uid_tail(headers[0].text("SeriesInstanceUID"))
+    tail = uid_tail(headers[0].required_text("SeriesInstanceUID"))
     placed = [h for h in headers if h.placed or "LOCALIZER" not in h.image_type]
     if not placed:
         raise StudyError(f"series {tail} holds only localizers; expected a stack of CT slices")
@@ -226,24 +226,24 @@ def _series_from_headers(headers: list[CTHeader]) -> CTSeries:
     geometry = _geometry_from_headers(headers)
     return CTSeries(
         slices=tuple(_slice_from_header(h) for h in headers),
-        study_instance_uid=first.text("StudyInstanceUID"),
-        series_instance_uid=first.text("SeriesInstanceUID"),
-        frame_of_reference_uid=first.text("FrameOfReferenceUID"),
+        study_instance_uid=first.required_text("StudyInstanceUID"),
+        series_instance_uid=first.required_text("SeriesInstanceUID"),
+        frame_of_reference_uid=first.required_text("FrameOfReferenceUID"),
         geometry=geometry,
-        header=patient_and_study(first.dataset),
+        header=patient_and_study(first),
     )
 
 
 def _check_uniform(headers: list[CTHeader]) -> None:
     """Refuse slices that differ where a volume must not; a value is named only where it cannot name a patient."""
     checks: list[tuple[str, Callable[[CTHeader], Any], bool]] = [
-        ("Rows", lambda h: h.number("Rows"), True),
-        ("Columns", lambda h: h.number("Columns"), True),
+        ("Rows", lambda h: h.word("Rows"), True),
+        ("Columns", lambda h: h.word("Columns"), True),
         ("PixelSpacing", lambda h: h.numbers("PixelSpacing", 2), True),
         ("ImageOrientationPatient", lambda h: h.numbers("ImageOrientationPatient", 6), True),
-        ("FrameOfReferenceUID", lambda h: h.text("FrameOfReferenceUID"), False),
-        ("StudyInstanceUID", lambda h: h.text("StudyInstanceUID"), False),
-        ("PatientID", lambda h: str(h.value("PatientID") or ""), False),
+        ("FrameOfReferenceUID", lambda h: h.required_text("FrameOfReferenceUID"), False),
+        ("StudyInstanceUID", lambda h: h.required_text("StudyInstanceUID"), False),
+        ("PatientID", lambda h: h.text("PatientID"), False),
     ]
     for keyword, read, tell in checks:
         reference = read(headers[0])
@@ -279,7 +279,7 @@ def _geometry_from_headers(headers: list[CTHeader]) -> VolumeGeometry:
     columns = np.column_stack([cosines[:3], cosines[3:], first.normal])
     x, y, z = first.position.tolist()
     geometry = VolumeGeometry(
-        shape=(len(headers), int(first.number("Rows")), int(first.number("Columns"))),
+        shape=(len(headers), first.word("Rows"), first.word("Columns")),
         spacing=(column_spacing, row_spacing, float(along[-1] - along[0]) / (len(headers) - 1)),
         origin=(x, y, z),
         direction=_direction(columns),
@@ -298,7 +298,7 @@ def _check_even_spacing(headers: list[CTHeader], along: NDArray[np.float64]) -> 
     places = _Places(headers)
     same = np.flatnonzero(gaps < SAME_POSITION_MM)
     if same.size:
-        acquisitions = {str(h.value("AcquisitionNumber")) for h in headers}
+        acquisitions = {h.text("AcquisitionNumber") for h in headers}
         reason = f" ({len(acquisitions)} acquisitions in one series)" if len(acquisitions) > 1 else ""
         raise GeometryError(
             f"{same.size + 1} slices share a position{reason}: {places.between(same)}; expected one slice at each: "
@@ -350,8 +350,7 @@ def _check_upright(headers: list[CTHeader], positions: NDArray[np.float64]) -> N
             "expected each straight above the last: reconstruct the series without tilt"
         )
     for header in headers:
-        tilt = header.value("GantryDetectorTilt")
-        if tilt is not None and abs(header.number("GantryDetectorTilt")) > TILT_TOLERANCE_DEGREES:
+        if header.text("GantryDetectorTilt") and abs(header.number("GantryDetectorTilt")) > TILT_TOLERANCE_DEGREES:
             raise GeometryError(
                 f"{header.path.name}: GantryDetectorTilt is {header.number('GantryDetectorTilt'):.2f} degrees; "
                 "expected slices without tilt: reconstruct the series without tilt"
@@ -362,8 +361,8 @@ def _slice_from_header(header: CTHeader) -> CTSlice:
     x, y, z = header.position.tolist()
     return CTSlice(
         path=header.path,
-        sop_instance_uid=header.text("SOPInstanceUID"),
-        sop_class_uid=header.text("SOPClassUID"),
+        sop_instance_uid=header.required_text("SOPInstanceUID"),
+        sop_class_uid=header.required_text("SOPClassUID"),
         position=(x, y, z),
         pixels=stored_pixels(header),
     )
