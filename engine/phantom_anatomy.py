@@ -31,6 +31,15 @@ CORD_Z = (30, 12, 0, -20, -40, -60, -80, -100, -120, -140, -160, -180, -200, FEE
 CORD_Y = (25.0, 26.0, 25.5, 26.0, 29.0, 33.4, 38.6, 45.5, 54.0, 63.5, 72.0, 81.0, 89.0, 112.0)
 GULLET_Z = (-97, -110, -120, -140, -160, -180, -200, FEET_END_Z)
 GULLET_Y = (12.5, 16.0, 20.5, 27.5, 34.0, 41.0, 47.0, 68.0)
+# The lung's outer wall: z, |x| of its lateral face, its radii in x and y, mm.
+LUNG_WALL = (
+    (-112.0, 48.0, 5.0, 8.0),
+    (-118, 66, 19, 22),
+    (-130, 84, 31, 36),
+    (-150, 103, 42, 52),
+    (-180, 120, 52, 68),
+    (FEET_END_Z, 132, 58, 84),
+)
 # Centre of each vertebra from C1 down, z mm.
 VERTEBRAE_Z = (7, -11, -30, -47, -64, -81, -99, -118, -138, -159, -181, -204, -228, -253, -279, -306)
 
@@ -138,16 +147,16 @@ def _skin(person: Person) -> Iterator[Part]:
     )
     face = Loft(
         (
-            (78, 0, -35, 50, 42),
-            (60, 0, -36, 66, 49),
-            (30, 0, -37, 67, 51),
-            (0, 0, -36, 65, 57),
-            (-20, 0, -37, 59, 57),
-            (-30, 0, -37, 54, 56),
-            (-40, 0, -35, 48, 51),
-            (-48, 0, -31, 42, 42),
-            (-58, 0, -22, 38, 34),
-            (-70, 0, -10, 38, 33),
+            (80, 0, -30, 48, 44),
+            (60, 0, -22, 66, 64),
+            (30, 0, -12, 69, 77),
+            (0, 0, -10, 67, 84),
+            (-20, 0, -10, 62, 85),
+            (-32, 0, -12, 57, 82),
+            (-42, 0, -10, 52, 74),
+            (-49, 0, -8, 48, 62),
+            (-58, 0, -4, 46, 50),
+            (-72, 0, 0, 46, 44),
         )
     )
     nose = Tube(((0, -82, 66), (0, -97, 44), (0, -92, 36)), (7, 11, 12))
@@ -158,10 +167,21 @@ def _skin(person: Person) -> Iterator[Part]:
         )
         for side in SIDES
     ]
+    girdle = Loft(
+        (
+            (-104, 0, 66, 100, 34),
+            (-120, 0, 67, 170, 46),
+            (-150, 0, 69, 212, 58),
+            (-200, 0, 66, 222, 64),
+            (FEET_END_Z, 0, 64, 222, 66),
+        ),
+        boxy=True,
+    )
     ears = [Tube(_on(side, (71, 8, 12), (77, 16, 28), (78, 18, 42)), (4, 6, 5), (0.7, 1.6, 1.3)) for side in SIDES]
-    body = Union((cranium, neck, face, nose, *shoulders))
+    body = Union((cranium, neck, face, nose, girdle, *shoulders))
+    deep = person.fat_mm
     yield Part(Union(tuple(ears)), ((0, -30),))
-    yield Part(body, ((0, SKIN), (1.8, FAT), (person.fat_mm, MUSCLE)), grain=9)
+    yield Part(body, ((0, SKIN), (1.8, FAT), (deep, MUSCLE), (deep + 7, -30), (deep + 8.5, MUSCLE)), grain=12)
 
 
 def _muscles(person: Person) -> Iterator[Part]:
@@ -213,21 +233,11 @@ def _muscles(person: Person) -> Iterator[Part]:
 
 def _chest(person: Person) -> Iterator[Part]:
     for side in SIDES:
-        drift = 3 * side
-        lung = Loft(
-            (
-                (-112, drift + 45 * side, 46, 6, 9),
-                (-118, drift + 48 * side, 46, 20, 22),
-                (-130, drift + 54 * side, 46, 31, 36),
-                (-150, drift + 62 * side, 44, 42, 54),
-                (-180, drift + 68 * side, 42, 52, 70),
-                (FEET_END_Z, drift + 74 * side, 38, 58, 86),
-            )
-        )
-        yield Part(lung, ((-2, MUSCLE), (0, LUNG)), grain=30)
+        lung = Loft(tuple((z, side * (x - r), 46, r, ry) for z, x, r, ry in LUNG_WALL))
+        yield Part(lung, ((-2, MUSCLE), (0, LUNG)), grain=45)
         for z in VERTEBRAE_Z[7:14]:
             yield _bone(_rib(side, z), 1.5)
-        clavicle = Tube(_on(side, (14, -22, -128), (55, -28, -122), (105, 8, -106), (152, 44, -100)), (9, 6, 5.5, 7))
+        clavicle = Tube(_on(side, (14, -9, -129), (52, -8, -124), (104, 18, -110), (152, 50, -102)), (9, 6, 5.5, 7))
         yield _bone(clavicle, 2)
         blade = Tube(_on(side, (160, 76, -128), (128, 108, -150), (98, 124, -230)), (8, 5, 3), (1, 1, 2.6))
         spine_of_scapula = Tube(_on(side, (162, 66, -106), (130, 108, -118), (88, 122, -132)), (6, 5, 4))
@@ -236,21 +246,21 @@ def _chest(person: Person) -> Iterator[Part]:
             _on(side, (183, 66, -134), (186, 68, -142), (197, 72, -172), (201, 76, FEET_END_Z)), (23, 24, 13, 12)
         )
         yield _bone(humerus, 2.5, core=200)
-    yield _bone(Tube(((0, -25, -128), (0, -45, -175), (0, -56, FEET_END_Z)), (9, 7, 7), (2.0, 0.9, 1)), 1.5)
+    yield _bone(Tube(((0, -12, -132), (0, -32, -175), (0, -58, FEET_END_Z)), (9, 7, 7), (2.2, 0.8, 1)), 1.5)
 
 
 def _rib(side: int, z: float) -> Tube:
-    """From its vertebra round the chest, falling, to the front; the first rib's ring is the smallest."""
-    reach = np.interp(z, (-250, -200, -160, -138, -118), (128, 124, 108, 88, 62))
-    depth = np.interp(z, (-250, -200, -160, -138, -118), (92, 84, 72, 52, 38))
-    angles = np.radians((75, 50, 25, 0, -30, -60))
-    fall = np.array((0, 2, 10, 22, 36, 48)) * np.interp(z, (-160, -118), (1.0, 0.5))
-    points = [
-        (float(side * (reach * np.cos(a) + 6)), float(46 + depth * np.sin(a)), float(z - f))
-        for a, f in zip(angles, fall, strict=True)
-    ]
-    start = (side * 20.0, cord_y(z) - 4, z)
-    return Tube((start, *points), (4.5,) * (len(points) + 1), (1, 1, 1.3))
+    """From its vertebra round the lung, falling, towards the breastbone."""
+    levels, reach, _, depth = np.array(LUNG_WALL[::-1]).T
+    angles = np.radians((80, 62, 40, 15, -15, -45, -70))
+    falls = np.array((-2, 2, 9, 18, 28, 38, 44)) * np.interp(z, (-160, -118), (1.0, 0.45))
+    points = [(side * 20.0, cord_y(z) - 4, z)]
+    for angle, fall in zip(angles, falls, strict=True):
+        x, y = (np.interp(z - fall, levels, r) + 6 for r in (reach, depth))
+        # Nearly a rectangle with round corners: the chest is flat in front and behind.
+        across, along = (np.sign(c) * np.abs(c) ** 0.7 for c in (np.cos(angle), np.sin(angle)))
+        points.append((float(side * x * across), float(46 + y * along), float(z - fall)))
+    return Tube(tuple(points), (4.2,) * len(points), (1, 1, 1.3))
 
 
 def _vessels(person: Person) -> Iterator[Part]:
@@ -363,8 +373,8 @@ def _face(person: Person) -> Iterator[Part]:
     yield Part(Ellipsoid((0, -52, 24), (22, 26, 3), boxy=True), ((0, DENSE),))  # hard palate
     yield Part(Ellipsoid((0, -48, 44), (13, 34, 19), boxy=True), ((-1.2, DENSE), (0, AIR)))  # nasal cavity
     for side in SIDES:
-        yield Part(Tube(_on(side, (6.5, -66, 34), (6.5, -26, 33)), (3.5, 4.5), (1, 1, 1.7)), ((0, 45),))  # turbinates
-        yield Part(Tube(_on(side, (6, -58, 47), (6, -30, 46)), (2.5, 3), (1, 1, 1.7)), ((0, 45),))
+        yield Part(Tube(_on(side, (6.5, -66, 34), (6.5, -26, 33)), (4.5, 5), (1, 1, 1.8)), ((0, 45),))  # turbinates
+        yield Part(Tube(_on(side, (6, -58, 47), (6, -30, 46)), (3.5, 3.5), (1, 1, 1.9)), ((0, 45),))
     yield Part(Ellipsoid((0, -50, 44), (1.2, 30, 19), boxy=True), ((0, 250),))  # septum
     yield Part(Ellipsoid((0, -44, 68), (13, 20, 11), boxy=True), ((-1.2, DENSE), (0, -650)), grain=250)  # ethmoid
     yield Part(Ellipsoid((1, -17, 62), (12, 12, 10), boxy=True), ((-1.2, DENSE), (0, AIR)))  # sphenoid sinus
@@ -460,14 +470,7 @@ def _airway(person: Person) -> Iterator[Part]:
         tuple((float(z), min(4.0, (-97 - z) / 12), y, 7.8, 5.8) for z, y in zip(GULLET_Z, GULLET_Y, strict=True))
     )
     yield Part(gullet, ((-1, -40), (0, GULLET)), "Esophagus")
-    yield Part(
-        Tube(
-            tuple((min(4.0, (-97 - z) / 12), y, float(z)) for z, y in zip(GULLET_Z[2:], GULLET_Y[2:], strict=True)),
-            (1.6,) * 6,
-            (1.5, 1, 1),
-        ),
-        ((0, -500),),
-    )
+    yield Part(Tube(((3, 24, -130), (3.5, 29, -143)), (1.8, 1.5), (1.6, 1, 1)), ((0, -600),))  # swallowed air
 
 
 def _glands(person: Person) -> Iterator[Part]:
@@ -475,17 +478,17 @@ def _glands(person: Person) -> Iterator[Part]:
     for side, size, small in zip(SIDES, person.parotid_size, person.submandibular_size, strict=True):
         suffix = "L" if side == LEFT else "R"
         rows = (
-            (27.0, 62.0, -5.0, 5.0, 8.0),
-            (20, 60, -2, 9, 13),
-            (10, 57.5, 0.5, 14.5, 17),
-            (0, 56.5, 1.2, 15, 18),
-            (-10, 55.5, 0.6, 13.5, 16.5),
-            (-20, 53.5, -1.5, 10, 12.5),
-            (-29, 52, -3, 4.5, 7),
+            (26.0, 61.0, -5.0, 4.5, 7.5),
+            (20, 59, -2, 8.5, 12.5),
+            (10, 56, 0.5, 13, 16.5),
+            (0, 55.5, 1.2, 13.5, 17),
+            (-10, 54.5, 0.6, 12.2, 15.5),
+            (-20, 53, -1.5, 9, 12),
+            (-28, 52, -3, 4, 6.5),
         )
         parotid = Loft(tuple((z, side * x, y, size * rx, size * ry) for z, x, y, rx, ry in rows))
         yield Part(parotid, (*rind, (0, person.parotid_hu)), f"Parotid_{suffix}", grain=22)
-        gland = _ball(side, (31.5, -25, -36), (8.8 * small, 14.5 * small, 13.5 * small))
+        gland = _ball(side, (31.5, -25, -36), (9.5 * small, 15.5 * small, 14.5 * small))
         yield Part(gland, (*rind, (0, SUBMANDIBULAR)), f"Submandibular_{suffix}", grain=10)
         yield Part(
             Tube(_on(side, (15, -10, -90), (16, -3, -108), (14, 3, -124)), (4, 8, 5), (0.9, 1.3, 1)),
@@ -510,14 +513,14 @@ def _jaw(person: Person) -> Iterator[Part]:
         coronoid = Tube(_on(side, (52, -30, 20), (51, -33, 35)), (5, 2.5))
         bow = (
             (46.0, -18.0, -13.0),
-            (42, -40, -18),
-            (33 + 0.6 * side * turn, -63, -23),
-            (19 + side * turn, -78, -27),
-            (side * turn, -83, -29),
+            (41, -40, -18),
+            (31 + 0.6 * side * turn, -62, -23),
+            (17 + side * turn, -79, -28),
+            (side * turn, -85, -30),
         )
         body = Tube(_on(side, *bow), (5.2 * thick, 5.8 * thick, 6.0 * thick, 6.0 * thick, 6.4 * thick), (1, 1, 2.05))
         halves += [ramus, condyle, coronoid, body]
-    yield Part(Union(tuple(halves)), ((0, CORTICAL), (2.2, 380)), "Mandible", grain=40)
+    yield Part(Union(tuple(halves)), ((0, 1300), (2.6, 350)), "Mandible", grain=60)
     for side in SIDES:
         yield Part(_arch_of_teeth(side, (-12, 0), 3.8, turn), ((0, ENAMEL), (2.2, 1200)))
         yield Part(_arch_of_teeth(side, (2.0, 14.0), 3.8, 0), ((0, ENAMEL), (2.2, 1200)))
