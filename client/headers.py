@@ -78,6 +78,7 @@ TAGS = {keyword: Tag(keyword) for keyword in (*PATIENT_AND_STUDY_KEYWORDS, *IMAG
 # A header has no longer value than this but the pixels, which stay on disk until they are asked for.
 LONGEST_HEADER_VALUE = 65536
 PREAMBLE_LENGTH = 128
+UID_TAIL_LENGTH = 8
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 # What pydicom raises, depending on where a file is damaged.
 DAMAGED = (
@@ -286,6 +287,11 @@ def _must_be_dicom(path: Path, size: int) -> bool:
 def _sop_class_uid(header: CTHeader) -> str:
     meta = getattr(header.dataset, "file_meta", Dataset())
     return header.text("SOPClassUID") or str(meta.get("MediaStorageSOPClassUID") or "")
+
+
+def uid_tail(uid: str) -> str:
+    """The last digits of a UID: enough to tell it from its neighbours in a message."""
+    return f"...{uid[-UID_TAIL_LENGTH:]}"
 
 
 def patient_and_study(header: CTHeader) -> Dataset:

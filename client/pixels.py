@@ -21,6 +21,7 @@ INT16_RANGE = (-32768, 32767)
 # Where the licence is permissive: pylibjpeg-libjpeg, the usual answer for lossless JPEG, is GPL.
 CODECS = {
     "JPEG 2000": "pylibjpeg pylibjpeg-openjpeg",
+    "High-Throughput JPEG 2000": "pylibjpeg pylibjpeg-openjpeg",
     "JPEG-LS": "pyjpegls",
     "JPEG": "python-gdcm",
 }
@@ -147,7 +148,7 @@ def _decoded_pixels(path: Path, shape: tuple[int, ...]) -> NDArray[np.generic]:
         raise StudyError(f"{path.name} is damaged: its pixels cannot be decoded; export the series again") from error
     if pixels.shape != shape or pixels.itemsize != 2:
         raise StudyError(f"{path.name}: its pixels decode to {pixels.shape}, expected {shape} of 16 bits")
-    return pixels
+    return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
 
 
 def _convert_to_hu(words: HounsfieldArray, pixels: StoredPixels) -> None:

@@ -3,6 +3,7 @@
 Every point is placed by its own slice's ImagePositionPatient and the orientation that all slices share.
 """
 
+import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from io import BytesIO
@@ -63,7 +64,10 @@ def write_rtstruct(
         if notes:
             dataset.StructureSetROISequence[-1].ROIDescription = " ".join(notes)[:1024]
     buffer = BytesIO()
-    dataset.save_as(buffer, enforce_file_format=True)
+    # pydicom's warnings quote values: a patient's name among them.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dataset.save_as(buffer, enforce_file_format=True)
     write_whole(path, buffer.getvalue(), overwrite=overwrite)
 
 
