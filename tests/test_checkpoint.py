@@ -1,0 +1,125 @@
+"""Weights and configuration travel together, and nothing else is ever read."""
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from anatomynet.engine.checkpoint import CONFIG_KEY, load_checkpoint, save_checkpoint
+from anatomynet.engine.config import ModelConfig
+from anatomynet.engine.errors import ModelError
+from anatomynet.engine.network import AnatomyNet
+
+CONFIG = ModelConfig("test", ("BrainStem", "Parotid_L"), 1, (1.0, 1.0, 2.0), (2.0, 2.0, 3.0), (-250.0, 550.0))
+
+
+@pytest.fixture
+def network() -> AnatomyNet:
+    torch.manual_seed(0)
+    network = AnatomyNet(CONFIG.classes)
+    network(torch.randn(1, 1, 8, 8, 8))  # moves the batch norms' means
+    return network
+
+
+@pytest.fixture
+def checkpoint(network: AnatomyNet, tmp_path: Path) -> Path:
+    path = tmp_path / "runs" / "test.safetensors"
+    save_checkpoint(path, network, CONFIG)
+    return path
+
+
+def test_every_bit_comes_back(network: AnatomyNet, checkpoint: Path) -> None:
+    loaded, config = load_checkpoint(checkpoint)
+    assert not loaded.training
+    for (name, saved), (loaded_name, tensor) in zip(
+        network.state_dict().items(), loaded.state_dict().items(), strict=True
+    ):
+        assert name == loaded_name
+        assert torch.equal(saved, tensor)
+    assert config.structures == CONFIG.structures
+
+
+def test_the_layout_in_memory_does_not_matter(network: AnatomyNet, checkpoint: Path) -> None:
+    again = checkpoint.with_name("again.safetensors")
+    save_checkpoint(again, network.to(memory_format=torch.channels_last_3d), CONFIG)  # type: ignore[call-overload]
+    assert again.read_bytes() == checkpoint.read_bytes()
+
+
+def test_the_configuration_knows_the_files_hash(network: AnatomyNet, checkpoint: Path) -> None:
+    _, config = load_checkpoint(checkpoint)
+    assert config.checkpoint_sha256 == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    # The hash is not part of what is hashed: saved again, the file is the same.
+    again = checkpoint.with_name("again.safetensors")
+    save_checkpoint(again, network, config)
+    assert load_checkpoint(again)[1] == config
+
+
+def test_nothing_is_left_beside(checkpoint: Path) -> None:
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+
+
+def test_a_failed_write_leaves_the_last_checkpoint(network: AnatomyNet, checkpoint: Path) -> None:
+    before = checkpoint.read_bytes()
+    checkpoint.with_name(f".{checkpoint.name}.part").mkdir()  # in the way
+    with pytest.raises(OSError, match="directory"):
+        save_checkpoint(checkpoint, network, CONFIG)
+    assert checkpoint.read_bytes() == before
+
+
+def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return Path.touch, (tmp_path / "exploded",)
+
+    for name, data in (("bomb.safetensors", pickle.dumps(Bomb())), ("bomb.pt", b"")):
+        path = tmp_path / name
+        path.write_bytes(data)
+        if not data:
+            torch.save({"bomb": Bomb()}, path)
+        with pytest.raises(ModelError, match="not safetensors"):
+            load_checkpoint(path)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 0.5, 0.999])
+def test_a_truncated_file_is_refused(checkpoint: Path, kept: float) -> None:
+    data = checkpoint.read_bytes()
+    checkpoint.write_bytes(data[: int(kept * len(data)) if 0 < kept < 1 else int(kept)])
+    with pytest.raises(ModelError, match="not safetensors"):
+        load_checkpoint(checkpoint)
+
+
+def test_weights_of_another_size_are_refused(checkpoint: Path) -> None:
+    save_checkpoint(checkpoint, AnatomyNet(8), CONFIG)
+    with pytest.raises(ModelError, match="do not fit a network of 3 classes"):
+        load_checkpoint(checkpoint)
+
+
+def test_a_checkpoint_without_configuration_is_refused(network: AnatomyNet, tmp_path: Path) -> None:
+    path = tmp_path / "bare.safetensors"
+    save_file(network.state_dict(), path)
+    with pytest.raises(ModelError, match="carries no model_config"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "not JSON"])
+def test_a_damaged_configuration_is_refused(network: AnatomyNet, tmp_path: Path, text: str) -> None:
+    path = tmp_path / "odd.safetensors"
+    save_file(network.state_dict(), path, metadata={CONFIG_KEY: text})
+    with pytest.raises(ModelError):
+        load_checkpoint(path)
+
+
+def test_an_absent_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.safetensors", tmp_path):
+        with pytest.raises(ModelError, match="no checkpoint"):
+            load_checkpoint(path)
+
+
+def test_metadata_is_all_that_is_not_weights(checkpoint: Path) -> None:
+    with safe_open(checkpoint, "pt") as file:
+        assert set(file.metadata()) == {CONFIG_KEY}
