@@ -28,6 +28,10 @@ class Shape(ABC):
     def distance(self, x: Array, y: Array, z: Array) -> Array:
         """Signed distance to the surface in mm, float32, of points given as three arrays of one shape."""
 
+    @abstractmethod
+    def mirrored(self) -> "Shape":
+        """The same shape on the patient's other side: x becomes -x."""
+
 
 @dataclass(frozen=True)
 class Ellipsoid(Shape):
@@ -48,38 +52,43 @@ class Ellipsoid(Shape):
         ]
         return _distance_from_norm(offsets, list(np.array(self.radii, dtype=np.float32)), boxy=self.boxy)
 
+    def mirrored(self) -> "Ellipsoid":
+        """See Shape."""
+        x, y, z = self.centre
+        return Ellipsoid((-x, y, z), self.radii, self.boxy)
+
 
 @dataclass(frozen=True)
 class Tube(Shape):
     """A tapered tube with round ends along a polyline.
 
     Attributes:
-        points: of the polyline, mm.
-        radii: at each point, mm, along an axis whose `stretch` is 1.
-        stretch: of the cross-section along x, y, z: (1, 1, 2) is a tube twice as tall as thick.
+        knots: two or more rows (x, y, z, radius), mm, of the polyline.
+        stretch: of the tube's thickness along x, y, z: (1, 1, 2) is a tube twice as tall as thick. Distances are then
+            those of the unstretched tube: exact at the surface, too small where it is stretched.
     """
 
-    points: tuple[Triple, ...]
-    radii: tuple[float, ...]
+    knots: tuple[tuple[float, float, float, float], ...]
     stretch: Triple = (1.0, 1.0, 1.0)
 
     def bounds(self) -> tuple[Triple, Triple]:
         """See Shape."""
-        points, reach = np.array(self.points), np.outer(self.radii, self.stretch)
-        return _triple((points - reach).min(axis=0)), _triple((points + reach).max(axis=0))
+        rows = np.array(self.knots)
+        reach = np.outer(rows[:, 3], self.stretch)
+        return _triple((rows[:, :3] - reach).min(axis=0)), _triple((rows[:, :3] + reach).max(axis=0))
 
     def distance(self, x: Array, y: Array, z: Array) -> Array:
         """See Shape."""
-        scaled = [p / np.float32(s) if s != 1 else p for p, s in zip((x, y, z), self.stretch, strict=True)]
-        knots = (np.array(self.points) / self.stretch).astype(np.float32)
-        radii = np.array(self.radii, dtype=np.float32)
-        nearest: Array | None = None
-        for i in range(len(knots) - 1):
-            d = _distance_from_segment(scaled, (knots[i], knots[i + 1]), (radii[i], radii[i + 1]))
-            nearest = d if nearest is None else np.minimum(nearest, d, out=nearest)
-        if nearest is None:
-            raise ValueError("a tube needs two points or more")
-        return nearest
+        point = [p / np.float32(s) if s != 1 else p for p, s in zip((x, y, z), self.stretch, strict=True)]
+        rows = (np.array(self.knots) / (*self.stretch, 1)).astype(np.float32)
+        d = _distance_from_segment(point, rows[0], rows[1])
+        for i in range(1, len(rows) - 1):
+            np.minimum(d, _distance_from_segment(point, rows[i], rows[i + 1]), out=d)
+        return d
+
+    def mirrored(self) -> "Tube":
+        """See Shape."""
+        return Tube(tuple((-x, y, z, r) for x, y, z, r in self.knots), self.stretch)
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,10 @@ class Loft(Shape):
         np.maximum(d, z - np.float32(self._top), out=d)
         return np.maximum(d, np.float32(self._bottom) - z, out=d)
 
+    def mirrored(self) -> "Loft":
+        """See Shape."""
+        return Loft(tuple((z, -x, y, rx, ry) for z, x, y, rx, ry in self.sections), self.boxy)
+
 
 @dataclass(frozen=True)
 class HalfSpace(Shape):
@@ -138,6 +151,11 @@ class HalfSpace(Shape):
         normal = (np.array(self.normal) / np.linalg.norm(self.normal)).astype(np.float32)
         d: Array = x * normal[0] + y * normal[1] + z * normal[2] - np.float32(normal @ np.array(self.point))
         return d
+
+    def mirrored(self) -> "HalfSpace":
+        """See Shape."""
+        (x, y, z), (nx, ny, nz) = self.point, self.normal
+        return HalfSpace((-x, y, z), (-nx, ny, nz))
 
 
 @dataclass(frozen=True)
@@ -157,6 +175,10 @@ class Common(Shape):
             np.maximum(d, shape.distance(x, y, z), out=d)
         return d
 
+    def mirrored(self) -> "Common":
+        """See Shape."""
+        return Common(tuple(shape.mirrored() for shape in self.shapes))
+
 
 @dataclass(frozen=True)
 class Union(Shape):
@@ -175,6 +197,10 @@ class Union(Shape):
         for shape in self.shapes[1:]:
             np.minimum(d, shape.distance(x, y, z), out=d)
         return d
+
+    def mirrored(self) -> "Union":
+        """See Shape."""
+        return Union(tuple(shape.mirrored() for shape in self.shapes))
 
 
 def _distance_from_norm(offsets: list[Array], radii: list[Array], *, boxy: bool) -> Array:
@@ -203,16 +229,15 @@ def _smallest(radii: list[Array]) -> Array:
     return smallest
 
 
-def _distance_from_segment(
-    point: list[Array], ends: tuple[Array, Array], radii: tuple[np.float32, np.float32]
-) -> Array:
-    along = ends[1] - ends[0]
-    offsets = [p - e for p, e in zip(point, ends[0], strict=True)]
+def _distance_from_segment(point: list[Array], start: Array, end: Array) -> Array:
+    """To the tapered capsule between two rows (x, y, z, radius)."""
+    along = end - start
+    offsets = [p - c for p, c in zip(point, start[:3], strict=True)]
     share = offsets[0] * along[0] + offsets[1] * along[1] + offsets[2] * along[2]
-    share *= np.float32(1) / np.maximum(along @ along, TINY)
+    share *= np.float32(1) / np.maximum(along[:3] @ along[:3], TINY)
     np.clip(share, 0, 1, out=share)
-    squares = sum((o - share * a) ** 2 for o, a in zip(offsets, along, strict=True))
-    d: Array = np.sqrt(squares) - (radii[0] + share * (radii[1] - radii[0]))
+    squares = sum((o - share * a) ** 2 for o, a in zip(offsets, along[:3], strict=True))
+    d: Array = np.sqrt(squares) - (start[3] + share * along[3])
     return d
 
 
