@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     import onnx
 
     from anatomynet.engine.config import ModelConfig
-    from anatomynet.engine.network import AnatomyNet
     from anatomynet.engine.volume import HounsfieldArray
+    from anatomynet.export.parity import Reference
 
 PHANTOM_SEED = 0
 NEEDED = ("torch", "safetensors", "onnx", "onnxscript", "onnxruntime")
@@ -30,12 +30,11 @@ NEEDED = ("torch", "safetensors", "onnx", "onnxscript", "onnxruntime")
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What is exported: the checkpoint, its network as ONNX, and the CT on which every file is proven."""
+    """What is exported: the network as ONNX, its configuration, and what the checkpoint itself draws."""
 
-    network: "AnatomyNet"
-    config: "ModelConfig"
     graph: "onnx.ModelProto"
-    hu: "HounsfieldArray"
+    config: "ModelConfig"
+    reference: "Reference"
 
 
 @click.command()
@@ -72,20 +71,23 @@ def main(checkpoint: Path | None, fp16: bool, output: Path, onnx_file: Path | No
 
 
 def read_source(checkpoint: Path | None, parity_input: Path | None) -> Source:
-    """Checkpoint, its graph, and the CT of the proof.
+    """Reads the checkpoint, runs it on the CT of the proof, and exports its network.
 
     Raises:
         ModelError: a checkpoint that cannot be read.
         DataError: a `parity_input` that cannot be read.
+        ParityError: a structure that the checkpoint does not find there.
     """
     from anatomynet.engine.checkpoint import load_checkpoint
     from anatomynet.export.onnx import network_model
+    from anatomynet.export.parity import draw_reference
 
     network, config = load_checkpoint(checkpoint)
     click.echo(f"checkpoint {config.name}, sha256 {config.checkpoint_sha256}: {', '.join(config.structures)}")
     hu = parity_volume(config, parity_input)
     click.echo(f"proof on {parity_input or 'a synthetic patient'}, {' x '.join(map(str, hu.shape))} voxels")
-    return Source(network, config, network_model(network), hu)
+    reference = draw_reference(network, config, hu)
+    return Source(network_model(network), config, reference)
 
 
 def parity_volume(config: "ModelConfig", case: Path | None) -> "HounsfieldArray":
@@ -141,7 +143,7 @@ def write_proven_onnx(source: Source, folder: Path, *, fp16: bool) -> Path:
     path = folder / f"{source.config.name}-{precision}.onnx"
     write_onnx(served_model(source.graph, source.config, fp16=fp16), path)
     click.echo(f"{path.name}, {path.stat().st_size / 1e6:.1f} MB")
-    for report in check_parity((source.network, source.config), load_runtime(path), source.hu, fp16=fp16):
+    for report in check_parity(source.reference, load_runtime(path), fp16=fp16):
         click.echo(f"  {report}")
     return path
 

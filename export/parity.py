@@ -64,37 +64,65 @@ class ParityReport:
         )
 
 
-def check_parity(
-    reference: tuple[AnatomyNet, ModelConfig], runtime: Runtime, hu: HounsfieldArray, *, fp16: bool
-) -> tuple[ParityReport, ...]:
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What a checkpoint itself draws on one CT, in FP32.
+
+    Attributes:
+        served: the checkpoint.
+        hu: int16 (z, y, x), the CT.
+        coarse: logits, float32 (1, classes, z, y, x), at the network's resolution.
+        labels: uint8 (z, y, x), on the CT's grid.
+    """
+
+    served: ServedNetwork
+    hu: HounsfieldArray
+    coarse: Tensor
+    labels: LabelArray
+
+
+def draw_reference(network: AnatomyNet, config: ModelConfig, hu: HounsfieldArray) -> Reference:
+    """Runs the checkpoint, in PyTorch, on a CT in which it finds every structure.
+
+    Raises:
+        ParityError: a structure that it does not find: nothing would be proven for that.
+    """
+    served = ServedNetwork(network, config).eval()
+    with torch.inference_mode():
+        coarse = served.network(served.network_input_from_hu(torch.from_numpy(hu)))
+    labels = labels_from_coarse_logits(served, coarse, hu.shape)
+    voxels = np.bincount(labels.ravel(), minlength=config.classes)
+    absent = [name for label, name in enumerate(config.structures, start=1) if not voxels[label]]
+    if absent:
+        raise ParityError(
+            f"the checkpoint itself finds no {', '.join(absent)} in this CT, so nothing would be proven: give a CT on "
+            "which it finds every structure with --parity-input"
+        )
+    return Reference(served, hu, coarse, labels)
+
+
+def check_parity(reference: Reference, runtime: Runtime, *, fp16: bool) -> tuple[ParityReport, ...]:
     """Holds a runtime against the checkpoint it was exported from.
 
     Args:
-        reference: network and configuration, as `load_checkpoint` gives them.
-        hu: int16 (z, y, x): a CT in which the checkpoint finds every structure.
         fp16: the exported file is FP16. The checkpoint must then also bear FP16 rounding of every activation.
 
     Returns:
-        Report of the runtime; for FP16 also that of the rounded network.
+        Report of the runtime; for FP16 that of the rounded network before it.
 
     Raises:
-        ParityError: what differs; or a structure that the checkpoint itself does not find in this CT.
+        ParityError: what differs.
     """
-    network, config = reference
+    config = reference.served.config
     if runtime.model != config:
         raise ParityError(
             f"the exported file is of checkpoint {runtime.model.checkpoint_sha256[:12]} ({runtime.model.name}), "
             f"expected {config.checkpoint_sha256[:12]} ({config.name})"
         )
-    drawn = _draw(ServedNetwork(network, config).eval(), hu)
-    _check_every_structure(drawn)
-    labels, confidence = runtime.infer(hu)
-    reports = [_compare(drawn, labels, confidence, subject=runtime.description)]
-    if fp16:
-        rounded, largest = half_rounded_logits(drawn.served, hu)
-        labels = labels_from_coarse_logits(drawn.served, rounded, hu.shape)
-        report = _compare(drawn, labels, border_confidence(rounded).numpy(), subject="all activations rounded to FP16")
-        reports.append(replace(report, largest_activation=largest))
+    # The rounded network first: the runtime keeps its memory once it has computed.
+    reports = [_compare_rounded(reference)] if fp16 else []
+    labels, confidence = runtime.infer(reference.hu)
+    reports.append(_compare(reference, labels, confidence, subject=runtime.description))
     for report in reports:
         _judge(report, fp16=fp16)
     return tuple(reports)
@@ -126,21 +154,6 @@ def labels_from_coarse_logits(served: ServedNetwork, coarse: Tensor, shape: tupl
     return labels
 
 
-@dataclass(frozen=True, eq=False)
-class _Drawn:
-    """What the checkpoint itself draws on one CT, in FP32."""
-
-    served: ServedNetwork
-    coarse: Tensor
-    labels: LabelArray
-
-
-def _draw(served: ServedNetwork, hu: HounsfieldArray) -> _Drawn:
-    with torch.inference_mode():
-        coarse = served.network(served.network_input_from_hu(torch.from_numpy(hu)))
-    return _Drawn(served, coarse, labels_from_coarse_logits(served, coarse, hu.shape))
-
-
 def _fine_logits(served: ServedNetwork, coarse: Tensor, slab: slice, shape: tuple[int, ...]) -> Tensor:
     """Logits (classes, slab, y, x) on the CT's grid. A slab is exact: nothing is interpolated along z.
 
@@ -155,43 +168,44 @@ def _slabs(depth: int) -> list[slice]:
     return [slice(start, min(start + SLAB_SLICES, depth)) for start in range(0, depth, SLAB_SLICES)]
 
 
-def _check_every_structure(drawn: _Drawn) -> None:
-    structures = drawn.served.config.structures
-    voxels = np.bincount(drawn.labels.ravel(), minlength=len(structures) + 1)
-    absent = [name for label, name in enumerate(structures, start=1) if not voxels[label]]
-    if absent:
-        raise ParityError(
-            f"the checkpoint itself finds no {', '.join(absent)} in this CT, so nothing is proven for it: give a CT "
-            "on which it finds every structure with --parity-input"
-        )
+def _compare_rounded(reference: Reference) -> ParityReport:
+    coarse, largest = half_rounded_logits(reference.served, reference.hu)
+    labels = labels_from_coarse_logits(reference.served, coarse, reference.hu.shape)
+    confidence = border_confidence(coarse).numpy()
+    report = _compare(reference, labels, confidence, subject="PyTorch, every activation rounded to FP16")
+    return replace(report, largest_activation=largest)
 
 
-def _compare(drawn: _Drawn, labels: LabelArray, confidence: NDArray[np.float32], *, subject: str) -> ParityReport:
-    changed = drawn.labels != labels
-    structures = drawn.served.config.structures
+def _compare(
+    reference: Reference, labels: LabelArray, confidence: NDArray[np.float32], *, subject: str
+) -> ParityReport:
+    changed = reference.labels != labels
+    structures = reference.served.config.structures
     count = len(structures) + 1
-    expected, found = (np.bincount(array.ravel(), minlength=count)[1:] for array in (drawn.labels, labels))
-    common = np.bincount(drawn.labels[~changed], minlength=count)[1:]
+    expected, found = (np.bincount(array.ravel(), minlength=count)[1:] for array in (reference.labels, labels))
+    common = np.bincount(reference.labels[~changed], minlength=count)[1:]
     judged = [i for i in range(len(structures)) if expected[i] > SMALLEST_JUDGED_VOXELS]
     dsc = {structures[i]: float(2 * common[i] / (expected[i] + found[i])) for i in judged}
     worst = min(dsc, key=dsc.__getitem__, default="none is large enough")
-    difference = np.abs(border_confidence(drawn.coarse).numpy() - confidence)
+    difference = np.abs(border_confidence(reference.coarse).numpy() - confidence)
     return ParityReport(
         subject=subject,
         voxels=labels.size,
         changed=int(changed.sum()),
-        worst_margin=_worst_margin(drawn, changed),
+        worst_margin=_worst_margin(reference, changed),
         smallest_dsc=dsc.get(worst, 1.0),
         worst_structure=worst,
         confidence_difference=float(difference.max()),
     )
 
 
-def _worst_margin(drawn: _Drawn, changed: NDArray[np.bool_]) -> float:
+def _worst_margin(reference: Reference, changed: NDArray[np.bool_]) -> float:
     worst = 0.0
     for slab in _slabs(changed.shape[0]):
         if changed[slab].any():
-            logits = _fine_logits(drawn.served, drawn.coarse, slab, changed.shape)[:, torch.from_numpy(changed[slab])]
+            logits = _fine_logits(reference.served, reference.coarse, slab, changed.shape)[
+                :, torch.from_numpy(changed[slab])
+            ]
             best, second = logits.topk(2, dim=0).values
             worst = max(worst, float((best - second).max()))
     return worst
