@@ -164,7 +164,7 @@ def phantom_case(model: ModelConfig, *, spacing: Point, seed: int) -> Case:
 
 
 def validate(
-    network: AnatomyNet, model: ModelConfig, cases: list[Case], device: torch.device
+    network: AnatomyNet, model: ModelConfig, cases: list[Case], device: torch.device | str
 ) -> dict[str, list[float]]:
     """DSC of each structure over the cases that have it, drawn by the same `segment` that serves."""
     runtime = TorchRuntime(network, network_grid_config(model), device=str(device))

@@ -1,0 +1,106 @@
+"""The proof on real input: patients' CT as DICOM -> the real tritonserver -> RTSTRUCT -> plastimatch -> DSC.
+
+Nothing in between is ours to judge: plastimatch reads the contours, the physicians' masks say where the organs are.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from anatomynet.client.study import read_ct_series, volume_from_series
+from anatomynet.client.triton import TritonRuntime
+from anatomynet.engine.checkpoint import load_checkpoint
+from anatomynet.engine.data import Case
+from anatomynet.engine.metrics import dice
+from anatomynet.engine.runtime import load_runtime
+from anatomynet.engine.segment import segment
+from anatomynet.engine.structures import STRUCTURES
+from anatomynet.engine.train import validate
+from tests.openkbp import on_own_grid, requires_openkbp, validation_case, write_study
+
+BIN = Path(sys.executable).parent
+# All seven structures; the second at another spacing; the third outside the trained spacing, so resampled.
+PATIENTS = ("pt_236", "pt_222", "pt_201")
+DSC_TOLERANCE = 0.02
+# A mirrored mask of a paired organ overlaps its partner's place at best by chance.
+MIRRORED_DSC = 0.5
+
+pytestmark = requires_openkbp
+
+
+@pytest.fixture(scope="module")
+def shipped_server(shipped_repository: Path, start_triton: "StartTriton") -> str:
+    """HOST:PORT of the real tritonserver on the repository that anatomynet-export made of the shipped checkpoint."""
+    return start_triton(shipped_repository).grpc_url
+
+
+@pytest.fixture(scope="module", params=PATIENTS)
+def patient(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Path]:
+    """A validation patient, and the folder of its DICOM study."""
+    _, config = load_checkpoint()
+    case = validation_case(request.param, config.structures)
+    study = tmp_path_factory.mktemp(request.param) / "study"
+    write_study(study, case)
+    return case, study
+
+
+@pytest.fixture(scope="module")
+def drawn(patient: tuple[Case, Path], shipped_server: str) -> dict[str, NDArray[np.bool_]]:
+    """Structure -> mask (z, y, x) of 512 x 512 slices, as plastimatch reads the command's RTSTRUCT."""
+    import nibabel
+
+    _, study = patient
+    folder = study.parent
+    rtstruct = folder / "rs.dcm"
+    run = [BIN / "anatomynet-client", "segment", study, "--url", shipped_server, "--output", rtstruct]
+    subprocess.run(run, check=True)
+    convert = ["convert", "--input", rtstruct, "--referenced-ct", study, "--output-prefix", folder / "masks"]
+    subprocess.run(
+        [BIN / "plastimatch", *convert, "--prefix-format", "nii.gz"], check=True, stdout=subprocess.DEVNULL
+    )
+    names = {structure.tg263_name: name for name, structure in STRUCTURES.items()}
+    return {
+        # NIfTI stores (x, y, z); the study's slices run to the head, as plastimatch's do.
+        names[path.name.removesuffix(".nii.gz")]: np.asarray(nibabel.load(path).dataobj).T > 0
+        for path in (folder / "masks").glob("*.nii.gz")
+    }
+
+
+def test_contours_lie_where_the_physicians_drew_them(
+    patient: tuple[Case, Path], drawn: dict[str, NDArray[np.bool_]]
+) -> None:
+    case, _ = patient
+    network, config = load_checkpoint()
+    expected = validate(network, config, [case], "cpu")
+    for label, name in enumerate(config.structures, start=1):
+        if case.annotated[label - 1]:
+            mask = drawn.get(name)
+            found = on_own_grid(mask) if mask is not None else np.zeros(case.labels.shape, bool)
+            reached = dice(found, case.labels == label)
+            assert reached == pytest.approx(expected[name][0], abs=DSC_TOLERANCE), name
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_left_is_left(patient: tuple[Case, Path], drawn: dict[str, NDArray[np.bool_]], axis: int) -> None:
+    """What a flip of any axis would do to the score, so that the test above could not pass with one."""
+    case, _ = patient
+    _, config = load_checkpoint()
+    for name in ("Parotid_L", "Parotid_R"):
+        truth = case.labels == config.structures.index(name) + 1
+        mask = on_own_grid(drawn[name])
+        assert dice(np.flip(mask, axis), truth) < MIRRORED_DSC < dice(mask, truth)
+    left, right = (np.nonzero(drawn[name])[2].mean() for name in ("Parotid_L", "Parotid_R"))
+    assert left > right  # x runs to the patient's left
+
+
+def test_embedded_engine_draws_the_same(patient: tuple[Case, Path], shipped_server: str) -> None:
+    volume = volume_from_series(read_ct_series(patient[1]))
+    with TritonRuntime(shipped_server) as server:
+        served = segment(volume, server)
+    embedded = segment(volume, load_runtime())
+    np.testing.assert_array_equal(served.labels, embedded.labels)
+    assert served.confidence == pytest.approx(embedded.confidence, abs=1e-6)

@@ -1,0 +1,88 @@
+"""What is built is what is promised: wheel, sdist, and a base install that needs neither torch nor numpy 1."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted(
+    f"anatomynet/{path.relative_to(ROOT).as_posix()}"
+    for package in ("engine", "export", "client")
+    for path in (ROOT / package).rglob("*.py")
+)
+DATA = (
+    "anatomynet/py.typed",
+    "anatomynet/engine/configs/oar9.toml",
+    "anatomynet/engine/configs/openkbp7.toml",
+    "anatomynet/engine/weights/openkbp7.safetensors",
+    "anatomynet/engine/weights/openkbp7.onnx",
+    "anatomynet/engine/weights/openkbp7.md",
+)
+SCRIPTS = {"anatomynet-train", "anatomynet-export", "anatomynet-client", "tritonserver"}
+LARGEST_WHEEL_MB = 12
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The wheel, made from the sdist, and the sdist."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, "-m", "build", "--outdir", folder, ROOT], check=True, capture_output=True)
+    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    return wheel, sdist
+
+
+def test_wheel_holds_every_module_and_nothing_else(built: tuple[Path, Path]) -> None:
+    with zipfile.ZipFile(built[0]) as wheel:
+        names = wheel.namelist()
+        entry_points = next(wheel.read(n).decode() for n in names if n.endswith("entry_points.txt"))
+    modules = [n for n in names if n.endswith(".py")]
+    assert sorted(modules) == sorted(["anatomynet/__init__.py", *MODULES])
+    assert set(DATA) <= set(names)
+    assert {line.split(" = ")[0] for line in entry_points.splitlines() if " = " in line} == SCRIPTS
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+    assert built[0].stat().st_size < LARGEST_WHEEL_MB * 1e6
+
+
+def test_sdist_holds_what_builds_it(built: tuple[Path, Path]) -> None:
+    with tarfile.open(built[1]) as sdist:
+        names = {name.split("/", 1)[1] for name in sdist.getnames() if "/" in name}
+    assert {"pyproject.toml", "README.md", "LICENSE"} <= names
+    assert {f"src/{name}" for name in (*MODULES, *DATA)} <= names
+
+
+@pytest.fixture(scope="module")
+def base_install(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bin folder of a fresh environment with the wheel alone."""
+    folder = tmp_path_factory.mktemp("base")
+    venv.create(folder, with_pip=True)
+    subprocess.run(
+        [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", built[0]],
+        check=True,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+    )
+    return folder / "bin"
+
+
+def test_base_install_has_numpy_2_and_no_torch(base_install: Path) -> None:
+    listed = subprocess.run(
+        [base_install / "python", "-m", "pip", "list", "--format", "freeze"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.lower()
+    assert "numpy==2." in listed
+    assert "torch==" not in listed
+    assert "openvino==" not in listed
+
+
+def test_base_install_says_what_is_missing(base_install: Path) -> None:
+    run = subprocess.run([base_install / "anatomynet-client", "info"], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "anatomynet[local]" in run.stderr
+    assert "Traceback" not in run.stderr
