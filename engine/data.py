@@ -4,6 +4,7 @@ case/img.nrrd                    Hounsfield units
 case/structures/BrainStem.nrrd   a mask a structure; no file means not annotated, never absent
 """
 
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ CONTRASTS = (0.9, 1.1)
 BRIGHTNESS = 0.06  # of the window's half width
 LARGEST_NOISE = 0.05
 FOREGROUND_SHARE = 0.8  # of crops are centred on a structure's voxel
-SPACE_LPS = "left-posterior-superior"
+SPACES_LPS = ("left-posterior-superior", "LPS")  # as NRRD spells it
+SPACING_TOLERANCE = 0.01  # of a mask's, against the CT's
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +79,7 @@ def read_case(folder: Path, structures: tuple[str, ...]) -> Case:
     """Reads one case of the PDDCA layout.
 
     Raises:
-        DataError: a file that is not NRRD, axes that are not LPS, a mask of another shape, or no known structure.
+        DataError: a file that is not NRRD, axes that are not LPS, a mask of another grid, or no known structure.
     """
     hu, geometry = _read_nrrd(folder / "img.nrrd")
     if not np.isfinite(hu).all():
@@ -88,9 +90,13 @@ def read_case(folder: Path, structures: tuple[str, ...]) -> Case:
         path = folder / "structures" / f"{name}.nrrd"
         annotated.append(path.is_file())
         if path.is_file():
-            mask, _ = _read_nrrd(path)
+            mask, mask_geometry = _read_nrrd(path)
             if mask.shape != hu.shape:
                 raise DataError(f"{path}: expected the CT's shape {hu.shape} (z, y, x), found {mask.shape}")
+            if not np.allclose(mask_geometry.spacing, geometry.spacing, rtol=SPACING_TOLERANCE):
+                raise DataError(
+                    f"{path}: expected the CT's spacing {geometry.spacing} mm, found {mask_geometry.spacing}"
+                )
             labels[mask > 0] = label
     if not any(annotated):
         raise DataError(f"{folder}: none of {', '.join(structures)} in its structures/")
@@ -193,16 +199,19 @@ def _read_nrrd(path: Path) -> tuple[NDArray[Any], VolumeGeometry]:
 
     try:
         array, header = nrrd.read(str(path), index_order="C")
-    except (OSError, nrrd.NRRDError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is not a readable NRRD file: {error}") from error
-    directions = np.asarray(header.get("space directions", np.eye(3)), dtype=np.float64)
+    # pynrrd lets zlib's error through, and StopIteration where the file is empty.
+    except (OSError, nrrd.NRRDError, ValueError, EOFError, StopIteration, zlib.error) as error:
+        raise DataError(f"{path} is not a readable NRRD file: {error or type(error).__name__}") from error
+    space, directions = header.get("space"), np.asarray(header.get("space directions", np.nan), dtype=np.float64)
+    along_axes = array.ndim == 3 and directions.shape == (3, 3) and (np.diag(directions) > 0).all()
     if (
-        header.get("space") != SPACE_LPS
-        or array.ndim != 3
-        or not np.array_equal(directions, np.diag(np.diag(directions)))
+        space not in SPACES_LPS
+        or not along_axes
+        or not np.allclose(directions, np.diag(np.diag(directions)), atol=1e-6)
     ):
         raise DataError(
-            f"{path}: expected three axes along {SPACE_LPS}, found {header.get('space')} {directions.tolist()}"
+            f"{path}: expected three axes along {SPACES_LPS[0]}, found {array.ndim} in {space}, "
+            f"space directions {directions.tolist()}"
         )
     x, y, z = np.diag(directions).tolist()
     origin_x, origin_y, origin_z = np.asarray(header.get("space origin", np.zeros(3)), dtype=np.float64).tolist()

@@ -1,0 +1,379 @@
+"""Cases are read as they lie on disk or refused, and augmentation keeps image, labels and sides together."""
+
+from pathlib import Path
+from typing import Any
+
+import nrrd
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
+from anatomynet.engine.data import Augmentation, Case, Sample, cut_to_body, find_cases, network_grid_config, read_case
+from anatomynet.engine.errors import DataError
+from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.preprocess import body_box, trained_grid
+from anatomynet.engine.volume import CTVolume
+
+OPENKBP = Path(__file__).resolve().parents[2] / "shared" / "data" / "openkbp"
+STRUCTURES = ("BrainStem", "Parotid_L", "Parotid_R")
+STEM, LEFT, RIGHT = 1, 2, 3
+MODEL = ModelConfig("test", STRUCTURES, 1, (1.0, 1.0, 2.0), (2.0, 2.0, 3.0), (-250.0, 550.0))
+SHAPE = (6, 7, 8)
+LEAST_DICE = 0.93  # of what is bright and what is labelled so, after interpolation of one and not of the other
+SEEDS = range(40)
+
+
+def write_nrrd(path: Path, array: NDArray[Any], **header: object) -> None:
+    """An array (z, y, x), axes LPS unless the header says otherwise; None leaves a field out."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fields = {
+        "space": "left-posterior-superior",
+        "space directions": np.diag([1.5, 1.25, 2.5]),
+        "space origin": [-10.0, 20.0, -30.0],
+    } | {key.replace("_", " "): value for key, value in header.items()}
+    nrrd.write(str(path), array, {k: v for k, v in fields.items() if v is not None}, index_order="C")
+
+
+def mask_of(*voxels: tuple[int, int, int]) -> NDArray[np.uint8]:
+    mask = np.zeros(SHAPE, np.uint8)
+    for voxel in voxels:
+        mask[voxel] = 1
+    return mask
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A case with BrainStem and Parotid_L, each of two voxels."""
+    folder = tmp_path / "pt_1"
+    write_nrrd(folder / "img.nrrd", np.arange(np.prod(SHAPE)).reshape(SHAPE).astype(np.int16))
+    write_nrrd(folder / "structures" / "BrainStem.nrrd", mask_of((1, 2, 3), (1, 2, 4)))
+    write_nrrd(folder / "structures" / "Parotid_L.nrrd", mask_of((4, 5, 6), (4, 5, 7)))
+    return folder
+
+
+def test_a_case_is_read_as_z_y_x(folder: Path) -> None:
+    case = read_case(folder, STRUCTURES)
+    assert case.name == "pt_1"
+    assert np.array_equal(case.volume.hu, np.arange(np.prod(SHAPE)).reshape(SHAPE))
+    assert case.volume.geometry == VolumeGeometry(SHAPE, (1.5, 1.25, 2.5), (-10.0, 20.0, -30.0))
+    assert np.argwhere(case.labels == STEM).tolist() == [[1, 2, 3], [1, 2, 4]]
+    assert np.argwhere(case.labels == LEFT).tolist() == [[4, 5, 6], [4, 5, 7]]
+    assert case.annotated == (True, True, False)
+
+
+def test_labels_follow_the_models_order(folder: Path) -> None:
+    case = read_case(folder, ("Parotid_R", "Parotid_L", "BrainStem"))
+    assert case.annotated == (False, True, True)
+    assert case.labels[1, 2, 3] == 3
+    assert case.labels[4, 5, 6] == 2
+
+
+def test_other_files_are_left_alone(folder: Path) -> None:
+    (folder / "structures" / "Thyroid.nrrd").write_bytes(b"not read")
+    assert read_case(folder, STRUCTURES).annotated == (True, True, False)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32, np.uint8])
+def test_hounsfield_units_of_any_type_are_rounded_to_int16(folder: Path, dtype: type[np.generic]) -> None:
+    write_nrrd(folder / "img.nrrd", np.full(SHAPE, 99.6).astype(dtype))
+    hu = read_case(folder, STRUCTURES).volume.hu
+    assert hu.dtype == np.int16
+    assert (hu == (100 if np.issubdtype(dtype, np.floating) else 99)).all()
+
+
+def test_hounsfield_units_beyond_int16_are_clipped(folder: Path) -> None:
+    write_nrrd(folder / "img.nrrd", np.where(np.indices(SHAPE)[2] > 3, 1e6, -1e6))
+    assert set(np.unique(read_case(folder, STRUCTURES).volume.hu)) == {-32768, 32767}
+
+
+def test_an_annotated_structure_may_be_empty(folder: Path) -> None:
+    write_nrrd(folder / "structures" / "Parotid_R.nrrd", mask_of())
+    case = read_case(folder, STRUCTURES)
+    assert case.annotated == (True, True, True)
+    assert not (case.labels == RIGHT).any()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_hounsfield_units_that_are_no_numbers_are_refused(folder: Path, value: float) -> None:
+    hu = np.zeros(SHAPE, np.float32)
+    hu[0, 0, 0] = value
+    write_nrrd(folder / "img.nrrd", hu)
+    with pytest.raises(DataError, match=r"img\.nrrd: expected finite"):
+        read_case(folder, STRUCTURES)
+
+
+def test_a_mask_of_another_shape_is_refused(folder: Path) -> None:
+    write_nrrd(folder / "structures" / "Parotid_L.nrrd", np.zeros((6, 7, 9), np.uint8))
+    with pytest.raises(DataError, match=r"Parotid_L\.nrrd: expected the CT's shape \(6, 7, 8\).*found \(6, 7, 9\)"):
+        read_case(folder, STRUCTURES)
+
+
+def test_a_mask_of_another_spacing_is_refused(folder: Path) -> None:
+    write_nrrd(folder / "structures" / "Parotid_L.nrrd", mask_of(), space_directions=np.diag([1.5, 1.25, 3.0]))
+    with pytest.raises(DataError, match=r"Parotid_L\.nrrd: expected the CT's spacing"):
+        read_case(folder, STRUCTURES)
+
+
+@pytest.mark.parametrize("file", ["img.nrrd", "structures/BrainStem.nrrd"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"space": "right-anterior-superior"},
+        {"space": None},
+        {"space_directions": np.diag([-1.5, 1.25, 2.5])},
+        {"space_directions": np.diag([1.5, 1.25, -2.5])},
+        {"space_directions": np.diag([1.5, 0.0, 2.5])},
+        {"space_directions": np.array([[0.0, 1.5, 0.0], [1.25, 0.0, 0.0], [0.0, 0.0, 2.5]])},
+        {"space_directions": np.array([[1.5, 0.1, 0.0], [0.0, 1.25, 0.0], [0.0, 0.0, 2.5]])},
+        {"space_directions": None},
+    ],
+)
+def test_axes_that_are_not_lps_are_refused(folder: Path, file: str, header: dict[str, object]) -> None:
+    write_nrrd(folder / file, np.zeros(SHAPE, np.int16), **header)
+    with pytest.raises(DataError, match=rf"{Path(file).name}: expected three axes along left-posterior-superior"):
+        read_case(folder, STRUCTURES)
+
+
+def test_lps_may_be_abbreviated_and_rounded(folder: Path) -> None:
+    rounded = np.diag([1.5, 1.25, 2.5]) + 1e-9
+    write_nrrd(folder / "img.nrrd", np.zeros(SHAPE, np.int16), space="LPS", space_directions=rounded)
+    assert read_case(folder, STRUCTURES).volume.geometry.spacing == pytest.approx((1.5, 1.25, 2.5))
+
+
+def test_four_axes_are_refused(folder: Path) -> None:
+    nrrd.write(str(folder / "img.nrrd"), np.zeros((2, *SHAPE), np.int16), {"space": "left-posterior-superior"})
+    with pytest.raises(DataError, match="expected three axes"):
+        read_case(folder, STRUCTURES)
+
+
+def test_no_known_structure_is_refused(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"pt_1: none of Mandible, Larynx"):
+        read_case(folder, ("Mandible", "Larynx"))
+
+
+@pytest.mark.parametrize("damage", [b"", b"not NRRD", b"NRRD0005\n", b"NRRD0005\ntype: nonsense\n\n"])
+def test_damaged_files_are_refused(folder: Path, damage: bytes) -> None:
+    (folder / "img.nrrd").write_bytes(damage)
+    with pytest.raises(DataError, match=r"img\.nrrd"):
+        read_case(folder, STRUCTURES)
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.9])
+def test_truncated_files_are_refused(folder: Path, kept: float) -> None:
+    data = (folder / "img.nrrd").read_bytes()
+    (folder / "img.nrrd").write_bytes(data[: int(kept * len(data))])
+    with pytest.raises(DataError, match=r"img\.nrrd"):
+        read_case(folder, STRUCTURES)
+
+
+def test_changed_bytes_are_refused(folder: Path) -> None:
+    data = bytearray((folder / "img.nrrd").read_bytes())
+    start = data.index(b"\n\n") + 12  # behind the header of the compressed stream
+    data[start : start + 8] = b"\xff" * 8
+    (folder / "img.nrrd").write_bytes(data)
+    with pytest.raises(DataError, match=r"img\.nrrd"):
+        read_case(folder, STRUCTURES)
+
+
+def test_a_missing_ct_is_refused(folder: Path) -> None:
+    (folder / "img.nrrd").unlink()
+    with pytest.raises(DataError, match=r"img\.nrrd"):
+        read_case(folder, STRUCTURES)
+
+
+def test_cases_are_found_by_name(folder: Path) -> None:
+    write_nrrd(folder.parent / "pt_0" / "img.nrrd", np.zeros(SHAPE, np.int16))
+    (folder.parent / "empty").mkdir()
+    assert find_cases(folder.parent) == [folder.parent / "pt_0", folder]
+
+
+def test_no_case_is_refused(tmp_path: Path) -> None:
+    for empty in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(DataError, match=r"no case in .*: expected folders with img\.nrrd"):
+            find_cases(empty)
+
+
+@pytest.mark.skipif(not OPENKBP.is_dir(), reason=f"no OpenKBP data at {OPENKBP}")
+def test_a_real_patient_is_anatomy() -> None:
+    """Left is left, up is up: what a wrong axis order would break."""
+    model = load_config("openkbp7")[0]
+    case = read_case(OPENKBP / "validation" / "pt_236", model.structures)
+    assert case.annotated == (True,) * len(model.structures)
+    middle = {
+        name: case.volume.geometry.points_from_indices(np.mean(np.argwhere(case.labels == label), axis=0)[::-1])
+        for label, name in enumerate(model.structures, start=1)
+    }
+    assert middle["Parotid_L"][0] > middle["BrainStem"][0] > middle["Parotid_R"][0]
+    assert middle["BrainStem"][1] > middle["Mandible"][1]
+    assert middle["BrainStem"][2] > middle["Larynx"][2] > middle["Esophagus"][2]
+    bone = case.volume.hu[case.labels == model.structures.index("Mandible") + 1]
+    muscle_and_nerve = case.volume.hu[case.labels == model.structures.index("BrainStem") + 1]
+    assert np.median(bone) > 200
+    assert 0 < np.median(muscle_and_nerve) < 80
+
+
+@pytest.mark.skipif(not OPENKBP.is_dir(), reason=f"no OpenKBP data at {OPENKBP}")
+def test_a_real_patient_keeps_every_label_in_the_body_box() -> None:
+    model = load_config("openkbp7")[0]
+    case = read_case(OPENKBP / "validation" / "pt_236", model.structures)
+    cut = cut_to_body(case)
+    assert np.array_equal(np.bincount(cut.labels.ravel())[1:], np.bincount(case.labels.ravel())[1:])
+    assert cut.labels.size < 0.6 * case.labels.size
+
+
+def test_the_networks_grid_is_the_strides_coarser() -> None:
+    model = load_config("openkbp7")[0]
+    coarse = network_grid_config(model)
+    assert coarse.in_plane_stride == 1
+    assert coarse.smallest_spacing == (3.75, 3.75, 2.0)
+    assert coarse.structures == model.structures
+    geometry = VolumeGeometry((100, 128, 128), (4.0, 4.0, 2.5))
+    assert trained_grid(geometry, coarse) is geometry
+
+
+def head() -> Case:
+    """24 x 48 x 48 voxels: soft tissue in air, the left parotid bright, the right one half as bright and smaller."""
+    z, y, x = np.indices((24, 48, 48))
+    hu = np.where((abs(y - 24) < 20) & (abs(x - 24) < 20), -100, -1000)
+    labels = np.zeros(hu.shape, np.uint8)
+    for label, centre, radius, brightness in ((LEFT, (14, 26, 36), 7, 550), (RIGHT, (10, 22, 12), 6, 250)):
+        inside = (z - centre[0]) ** 2 + (y - centre[1]) ** 2 + (x - centre[2]) ** 2 <= radius**2
+        labels[inside], hu[inside] = label, brightness
+    geometry = VolumeGeometry((24, 48, 48), (1.5, 1.5, 2.5))
+    return Case("head", CTVolume(hu.astype(np.int16), geometry), labels, (False, True, True))
+
+
+def draw(case: Case, seed: int, model: ModelConfig = MODEL, **settings_: Any) -> Sample:
+    augmentation = Augmentation(model, TrainConfig(**({"crop": (16, 40, 40)} | settings_)))
+    return augmentation.draw(case, np.random.default_rng(seed))
+
+
+def flipped(sample: Sample) -> bool:
+    """Whether the bright parotid is called the right one."""
+    bright = sample.image[0, 0] > 0.5
+    return bool((sample.target[bright] == RIGHT).sum() > (sample.target[bright] == LEFT).sum())
+
+
+def test_the_same_seed_is_the_same_sample() -> None:
+    first, again, other = draw(head(), 1), draw(head(), 1), draw(head(), 2)
+    assert torch.equal(first.image, again.image)
+    assert torch.equal(first.target, again.target)
+    assert not torch.equal(first.image, other.image)
+
+
+@pytest.mark.parametrize("whole_share", [0.0, 1.0])
+def test_image_and_labels_stay_together(whole_share: float) -> None:
+    for seed in SEEDS:
+        sample = draw(head(), seed, whole_share=whole_share)
+        # Half way between tissue (-0.625) and the darker parotid (0.25); contrast and brightness move it little.
+        bright, labelled = sample.image[0, 0] > -0.2, sample.target > 0
+        if labelled.sum() > 200:
+            overlap = 2 * (bright & labelled).sum() / (bright.sum() + labelled.sum())
+            assert overlap >= LEAST_DICE
+
+
+def test_a_flip_exchanges_left_and_right() -> None:
+    flips = []
+    for seed in SEEDS:
+        sample = draw(head(), seed, whole_share=1.0)
+        x = torch.arange(48.0).expand_as(sample.target)
+        # Whatever happened, the left parotid lies where x grows.
+        assert x[sample.target == LEFT].mean() > x[sample.target == RIGHT].mean() + 10
+        flips.append(flipped(sample))
+        assert sample.annotated == (False, True, True)
+    assert 0.25 < np.mean(flips) < 0.75
+
+
+def test_a_flip_exchanges_what_is_annotated() -> None:
+    case = head()
+    one_sided = Case("one", case.volume, np.where(case.labels == LEFT, case.labels, 0), (True, True, False))
+    outcomes = set()
+    for seed in SEEDS:
+        sample = draw(one_sided, seed, whole_share=1.0)
+        labels = tuple(np.unique(sample.target.numpy()).tolist())
+        outcomes.add((labels, sample.annotated))
+    assert outcomes == {((0, LEFT), (True, True, False)), ((0, RIGHT), (True, False, True))}
+
+
+def test_a_model_of_one_side_never_takes_the_other_for_it() -> None:
+    # In a mirrored image the left parotid looks like a right one, which this model must not draw.
+    model = ModelConfig("left", ("Parotid_L",), 1, (1.0, 1.0, 2.0), (2.0, 2.0, 3.0), (-250.0, 550.0))
+    case = head()
+    left_only = Case("left", case.volume, (case.labels == LEFT).astype(np.uint8), (True,))
+    outcomes = set()
+    for seed in SEEDS:
+        sample = draw(left_only, seed, model, whole_share=1.0)
+        outcomes.add((tuple(np.unique(sample.target.numpy()).tolist()), sample.annotated))
+    assert outcomes == {((0, 1), (True,)), ((0,), (False,))}
+
+
+def test_most_crops_show_a_structure() -> None:
+    case = head()
+    labels = np.zeros_like(case.labels)
+    labels[20, 40, 40] = STEM
+    far = Case("far", case.volume, labels, (True, False, False))
+    seen = [bool(draw(far, seed, crop=(8, 16, 16), whole_share=0.0).target.any()) for seed in SEEDS]
+    assert np.mean(seen) > 0.6
+
+
+sides = st.tuples(st.integers(8, 20), st.integers(8, 40), st.integers(8, 40))
+
+
+@settings(deadline=None, max_examples=40)
+@given(shape=sides, crop=sides, whole=st.booleans(), seed=st.integers(0, 1000))
+def test_samples_are_finite_and_of_the_announced_shape(
+    shape: tuple[int, int, int], crop: tuple[int, int, int], whole: bool, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    hu = random.integers(-1024, 3000, shape).astype(np.int16)
+    labels = random.integers(0, 4, shape).astype(np.uint8) * bool(seed % 3)  # every third case is empty
+    case = Case("any", CTVolume(hu, VolumeGeometry(shape, (1.5, 1.5, 2.5))), labels, (True, True, True))
+    sample = draw(case, seed, crop=crop, whole_share=float(whole))
+    expected = shape if whole else tuple(np.minimum(crop, shape))
+    assert sample.image.shape == (1, 1, *expected)
+    assert sample.target.shape == expected
+    assert (sample.image.dtype, sample.target.dtype) == (torch.float32, torch.int64)
+    assert torch.isfinite(sample.image).all()
+    assert sample.image.abs().max() <= 1
+    assert 0 <= sample.target.min() <= sample.target.max() <= 3
+
+
+def test_outside_the_volume_is_air() -> None:
+    case = Case(
+        "full",
+        CTVolume(np.full((16, 32, 32), 150, np.int16), VolumeGeometry((16, 32, 32), (1.5, 1.5, 2.5))),
+        np.ones((16, 32, 32), np.uint8),
+        (True, True, True),
+    )
+    for seed in SEEDS:
+        sample = draw(case, seed, whole_share=1.0)
+        # Soft tissue is 0 here, and all of it is labelled; where the turned volume ends, -1 begins.
+        outside = sample.target == 0
+        if outside.sum() > 50:
+            assert sample.image[0, 0][outside].median() < -0.6
+            return
+    pytest.fail("no sample looked over the edge")
+
+
+def test_cutting_to_the_body_keeps_places() -> None:
+    case = head()
+    wide = np.full((40, 96, 96), -1000, np.int16)
+    wide[8:32, 24:72, 24:72] = case.volume.hu
+    labels = np.zeros(wide.shape, np.uint8)
+    labels[8:32, 24:72, 24:72] = case.labels
+    geometry = VolumeGeometry((40, 96, 96), (1.5, 1.5, 2.5), (-70.0, 12.0, 300.0))
+    cut = cut_to_body(Case("wide", CTVolume(wide, geometry), labels, case.annotated))
+    start, stop = body_box(wide, in_plane_stride=1)
+    assert cut.labels.shape == tuple(np.subtract(stop, start))
+    assert (cut.labels > 0).sum() == (labels > 0).sum()
+    for label in (LEFT, RIGHT):
+        there = [
+            g.points_from_indices(np.mean(np.argwhere(array == label), axis=0)[::-1])
+            for g, array in ((geometry, labels), (cut.volume.geometry, cut.labels))
+        ]
+        np.testing.assert_allclose(there[0], there[1], atol=1e-6)
+    assert (cut.volume.hu[cut.labels == LEFT] == 550).all()
