@@ -106,6 +106,52 @@ def phantom(folder: Path, seed: int, overwrite: bool) -> None:
 
 
 @main.command()
+@click.argument("study", type=click.Path(path_type=Path))
+@click.option("--reference", type=click.Path(path_type=Path), required=True, help="The physician's contours: RTSTRUCT.")
+@click.option("--prediction", type=click.Path(path_type=Path), required=True, help="The network's contours: RTSTRUCT.")
+@click.option("--series", help="SeriesInstanceUID, or its end, where the study has several.")
+@click.option("--aliases", type=click.Path(path_type=Path), help="Your ROI names: a TOML table, structure = [names].")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Every number, as JSON.")
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="A line a structure, for a spreadsheet.")
+@click.option("--figure", type=click.Path(path_type=Path), help="A PNG: reference green, prediction red, both yellow.")
+@click.option("--animation", type=click.Path(path_type=Path), help="A GIF or MP4: side by side through the slices.")
+@click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
+@reports_errors
+def compare(
+    study: Path,
+    reference: Path,
+    prediction: Path,
+    series: str | None,
+    aliases: Path | None,
+    json_path: Path | None,
+    csv_path: Path | None,
+    figure: Path | None,
+    animation: Path | None,
+    overwrite: bool,
+) -> None:
+    """Measure how well two structure sets on the CT in the folder STUDY agree, structure by structure."""
+    from anatomynet.client.compare import compare_files, table_lines, write_csv, write_json
+    from anatomynet.client.overlay import write_animation, write_figure
+    from anatomynet.client.study import read_ct_series, volume_from_series
+
+    for path in filter(None, (json_path, csv_path, figure, animation)):
+        refuse_existing(path, overwrite=overwrite)
+    ct_series = read_ct_series(study, series_instance_uid=series)
+    comparison = compare_files(prediction, reference, ct_series, alias_file=aliases)
+    for line in table_lines(comparison):
+        click.echo(line)
+    if json_path:
+        write_json(json_path, comparison, overwrite=overwrite)
+    if csv_path:
+        write_csv(csv_path, comparison, overwrite=overwrite)
+    volume = volume_from_series(ct_series) if figure or animation else None
+    if volume and figure:
+        write_figure(figure, volume, comparison, overwrite=overwrite)
+    if volume and animation:
+        write_animation(animation, volume, comparison, overwrite=overwrite)
+
+
+@main.command()
 @click.option("--url", help=URL_HELP)
 @reports_errors
 def info(url: str | None) -> None:

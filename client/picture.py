@@ -1,14 +1,20 @@
-"""A picture of a LabelMap on its CT: one plane each way through what was drawn. A glance, not a review."""
+"""Pictures of label maps on their CT: planes through what was drawn, framed with a legend. A glance, not a review."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anatomynet.client.output import write_whole
 from anatomynet.engine.preprocess import canonical_from_array, resample_linear
-from anatomynet.engine.volume import CTVolume, LabelMap
+from anatomynet.engine.volume import CTVolume, LabelArray, LabelMap
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PillowImage
 
 WINDOW = (-160, 240)  # soft tissue, HU
 PANEL_HEIGHT = 420  # pixels
@@ -19,33 +25,82 @@ BACKGROUND = (16, 16, 20)
 TEXT = (220, 220, 225)
 TINT = 0.25  # of the colour inside a contour
 
+Colour = tuple[int, int, int]
 Image = NDArray[np.uint8]
+LegendLine = tuple[Colour | None, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """A CT to paint labels on, turned to canonical axes. Patient's right on the left, head up: radiological convention.
+
+    Attributes:
+        hu: int16 (z, y, x).
+        sides: mm of a voxel (z, y, x).
+        colours: float32 (labels + 1, 3), of the background first.
+        tint: share of the colour inside a contour.
+    """
+
+    hu: NDArray[np.int16]
+    sides: tuple[float, float, float]
+    colours: NDArray[np.float32]
+    tint: float = TINT
+
+    def panel(self, labels: LabelArray, axis: int, index: int) -> Image:
+        """RGB of PANEL_HEIGHT rows, square pixels: the plane `index` across `axis`, labels (z, y, x) painted on it."""
+        hu, drawn = (np.moveaxis(array, axis, 0)[index] for array in (self.hu, labels))
+        if axis != 0:
+            hu, drawn = hu[::-1], drawn[::-1]
+        sides = [side for a, side in enumerate(self.sides) if a != axis]
+        height, width = (count * side for count, side in zip(hu.shape, sides, strict=True))
+        shape = (PANEL_HEIGHT, round(PANEL_HEIGHT * width / height))
+        grey = resample_linear(hu[None], (1, *shape))[0].clip(*WINDOW)
+        rows = (np.arange(shape[0]) * hu.shape[0] // shape[0])[:, None]
+        drawn = drawn[rows, np.arange(shape[1]) * hu.shape[1] // shape[1]]
+        return self._painted((grey - WINDOW[0]) / (WINDOW[1] - WINDOW[0]) * 255, drawn)
+
+    def _painted(self, grey: NDArray[np.float32], drawn: LabelArray) -> Image:
+        image = np.repeat(grey[..., None], 3, axis=-1)
+        inside = drawn > 0
+        image[inside] = (1 - self.tint) * image[inside] + self.tint * self.colours[drawn[inside]]
+        border = np.zeros_like(inside)
+        border[:-1] |= drawn[:-1] != drawn[1:]
+        border[:, :-1] |= drawn[:, :-1] != drawn[:, 1:]
+        line = np.maximum(drawn, np.maximum(np.roll(drawn, -1, 0), np.roll(drawn, -1, 1)))
+        image[border] = self.colours[line[border]]
+        return image.astype(np.uint8)
+
+
+def scene_from_volume(volume: CTVolume, colours: Sequence[Colour], *, tint: float = TINT) -> Scene:
+    """The scene of a CT; colours[i] is painted for label i + 1.
+
+    Raises:
+        GeometryError: an oblique volume.
+    """
+    hu = canonical_from_array(volume.hu, volume.geometry)
+    x, y, z = volume.geometry.canonical().spacing
+    return Scene(hu, (z, y, x), np.array([BACKGROUND, *colours], dtype=np.float32), tint)
 
 
 def write_picture(path: Path, volume: CTVolume, label_map: LabelMap, *, overwrite: bool = False) -> None:
     """Writes a PNG: axial, coronal and sagittal plane, each through the most structures, and a legend.
 
-    The patient's right is on the picture's left, the head up: the radiological convention.
-
     Raises:
         GeometryError: an oblique volume.
         OutputError: a file that exists, or cannot be written.
     """
-    hu = canonical_from_array(volume.hu, volume.geometry)
+    scene = scene_from_volume(volume, [s.colour for s in label_map.structures])
     labels = canonical_from_array(label_map.labels, label_map.geometry)
-    spacing_zyx = volume.geometry.canonical().spacing[::-1]
-    colours = np.array([BACKGROUND, *(s.colour for s in label_map.structures)], dtype=np.float32)
-    panels = []
-    for axis in range(3):
-        index = _telling_plane(labels, axis)
-        sides = [spacing_zyx[a] for a in range(3) if a != axis]
-        panels.append(_panel(hu.take(index, axis), labels.take(index, axis), sides, colours, upside_down=axis != 0))
-    buffer = BytesIO()
-    _framed(panels, label_map).save(buffer, format="PNG")
-    write_whole(path, buffer.getvalue(), overwrite=overwrite)
+    panels = [scene.panel(labels, axis, telling_plane(labels, axis)) for axis in range(3)]
+    present = set(np.unique(labels).tolist())
+    legend: list[LegendLine] = [
+        (s.colour, s.tg263_name) if label in present else (None, f"{s.tg263_name} (none)")
+        for label, s in enumerate(label_map.structures, start=1)
+    ]
+    write_png(path, framed([panels], legend), overwrite=overwrite)
 
 
-def _telling_plane(labels: NDArray[np.uint8], axis: int) -> int:
+def telling_plane(labels: LabelArray, axis: int) -> int:
     """The plane across `axis` that shows the most structures, then the most of them; the middle one if none."""
     present = np.unique(labels)[1:]
     others = tuple(a for a in range(3) if a != axis)
@@ -56,50 +111,34 @@ def _telling_plane(labels: NDArray[np.uint8], axis: int) -> int:
     return int(np.argmax((share > 0).sum(axis=0) + share.mean(axis=0)))
 
 
-def _panel(
-    hu: NDArray[np.int16],
-    labels: NDArray[np.uint8],
-    sides: list[float],
-    colours: NDArray[np.float32],
-    *,
-    upside_down: bool,
-) -> Image:
-    """One plane (rows, columns), `sides` mm a pixel -> RGB of PANEL_HEIGHT rows, square pixels, contours on it."""
-    if upside_down:
-        hu, labels = hu[::-1], labels[::-1]
-    height, width = (count * side for count, side in zip(hu.shape, sides, strict=True))
-    shape = (PANEL_HEIGHT, round(PANEL_HEIGHT * width / height))
-    low, high = WINDOW
-    grey = resample_linear(hu[None], (1, *shape))[0].clip(low, high)
-    rows = (np.arange(shape[0]) * hu.shape[0] // shape[0])[:, None]
-    drawn = labels[rows, np.arange(shape[1]) * hu.shape[1] // shape[1]]
-    image = np.repeat(((grey - low) / (high - low) * 255)[..., None], 3, axis=-1)
-    inside = drawn > 0
-    image[inside] = (1 - TINT) * image[inside] + TINT * colours[drawn[inside]]
-    border = np.zeros_like(inside)
-    border[:-1] |= drawn[:-1] != drawn[1:]
-    border[:, :-1] |= drawn[:, :-1] != drawn[:, 1:]
-    line = np.maximum(drawn, np.maximum(np.roll(drawn, -1, 0), np.roll(drawn, -1, 1)))
-    image[border] = colours[line[border]]
-    return image.astype(np.uint8)
-
-
-def _framed(panels: list[Image], label_map: LabelMap):  # type: ignore[no-untyped-def]  # a PIL image; PIL is lazy
-    """The panels side by side, and a legend of what was drawn."""
+def framed(rows: Sequence[Sequence[Image]], legend: Sequence[LegendLine]) -> "PillowImage":
+    """Panels in rows, and a legend at the right."""
     from PIL import Image as Pillow
     from PIL import ImageDraw
 
-    width = sum(panel.shape[1] + MARGIN for panel in panels) + LEGEND_WIDTH
-    canvas = Pillow.new("RGB", (width, PANEL_HEIGHT + 2 * MARGIN), BACKGROUND)
-    x = MARGIN
-    for panel in panels:
-        canvas.paste(Pillow.fromarray(panel), (x, MARGIN))
-        x += panel.shape[1] + MARGIN
+    width = max(sum(panel.shape[1] + MARGIN for panel in row) for row in rows)
+    height = max(len(rows) * (PANEL_HEIGHT + MARGIN), len(legend) * LINE_HEIGHT + MARGIN) + MARGIN
+    canvas = Pillow.new("RGB", (width + MARGIN + LEGEND_WIDTH, height), BACKGROUND)
+    for number, row in enumerate(rows):
+        x = MARGIN
+        for panel in row:
+            canvas.paste(Pillow.fromarray(panel), (x, MARGIN + number * (PANEL_HEIGHT + MARGIN)))
+            x += panel.shape[1] + MARGIN
     draw = ImageDraw.Draw(canvas)
-    present = set(np.unique(label_map.labels).tolist())
-    for line, (label, structure) in enumerate(enumerate(label_map.structures, start=1)):
-        y = MARGIN + line * LINE_HEIGHT
-        if label in present:
-            draw.rectangle((x, y + 3, x + 10, y + 13), fill=structure.colour)
-        draw.text((x + 16, y + 2), structure.tg263_name + ("" if label in present else " (none)"), fill=TEXT)
+    for line, (colour, text) in enumerate(legend):
+        x, y = width + MARGIN, MARGIN + line * LINE_HEIGHT
+        if colour:
+            draw.rectangle((x, y + 3, x + 10, y + 13), fill=colour)
+        draw.text((x + 16, y + 2), text, fill=TEXT)
     return canvas
+
+
+def write_png(path: Path, image: "PillowImage", *, overwrite: bool = False) -> None:
+    """Writes a picture.
+
+    Raises:
+        OutputError: a file that exists, or cannot be written.
+    """
+    buffer = BytesIO()
+    image.save(buffer, format="PNG")
+    write_whole(path, buffer.getvalue(), overwrite=overwrite)
