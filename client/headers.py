@@ -20,10 +20,16 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.dataelem import RawDataElement
-from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
+from pydicom.dataset import Dataset, FileDataset
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.tag import Tag
-from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    MediaStorageDirectoryStorage,
+)
 
 from anatomynet.engine.errors import GeometryError, StudyError
 
@@ -83,6 +89,7 @@ DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 # What pydicom raises, depending on where a file is damaged.
 DAMAGED = (
     InvalidDicomError,
+    BytesLengthException,
     EOFError,
     struct.error,
     zlib.error,
@@ -108,7 +115,7 @@ class CTHeader:
     """
 
     path: Path
-    dataset: Dataset
+    dataset: FileDataset
     size: int
 
     def text(self, keyword: str) -> str:
@@ -161,9 +168,19 @@ class CTHeader:
         return int.from_bytes(value, "little" if self.dataset.original_encoding[1] else "big")
 
     @property
+    def sop_class_uids(self) -> tuple[str, str]:
+        """What the file is, as the image says and as the file's own header says; they may differ, or be empty."""
+        return self.text("SOPClassUID"), str(self.dataset.file_meta.get("MediaStorageSOPClassUID") or "")
+
+    @property
+    def has_pixels(self) -> bool:
+        """Whether it gets as far as its pixels."""
+        return "PixelData" in self.dataset
+
+    @property
     def transfer_syntax_uid(self) -> str:
         """How the file is encoded; a file without a preamble need not say."""
-        uid = getattr(self.dataset, "file_meta", Dataset()).get("TransferSyntaxUID")
+        uid = self.dataset.file_meta.get("TransferSyntaxUID")
         implicit = self.dataset.original_encoding[0]
         return str(uid or (ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian))
 
@@ -223,11 +240,12 @@ def read_headers(study_dir: Path) -> tuple[list[CTHeader], Counter[str]]:
         warnings.simplefilter("ignore")
         for path in _files_under(study_dir):
             header = _read_header(path)
-            sop_class = _sop_class_uid(header) if header else ""
-            if header and sop_class == CTImageStorage:
+            if header is None:
+                others["other file"] += 1
+            elif CTImageStorage in header.sop_class_uids:
                 headers.append(header)
             else:
-                others[UID(sop_class).name if header else "other file"] += 1
+                others[UID(header.sop_class_uids[0]).name] += 1
     return headers, others
 
 
@@ -246,6 +264,7 @@ def _files_under(folder: Path) -> Iterator[Path]:
 
 def _read_header(path: Path) -> CTHeader | None:
     """What a DICOM file says of itself; None for a file of another kind."""
+    damage = "its header cannot be read"
     header = None
     try:
         with path.open("rb") as file:
@@ -256,9 +275,16 @@ def _read_header(path: Path) -> CTHeader | None:
                 header = _parse_header(path, file, size)
     except OSError as error:
         raise StudyError(f"{path.name} cannot be read: {error.strerror or error}") from error
+    if header and CTImageStorage in header.sop_class_uids:
+        if not header.has_pixels:
+            header, damage = None, "it ends before its pixels"
+        elif len({*header.sop_class_uids} - {""}) > 1:
+            header, damage = None, "it says both that it is a CT and that it is not"
     if header is None and (has_preamble or _must_be_dicom(path, size)):
-        what = "its header cannot be read" if size else "it is empty"
-        raise StudyError(f"{path.name} is damaged: {what}; export the series again, or delete it if it is no slice")
+        raise StudyError(
+            f"{path.name} is damaged: {damage if size else 'it is empty'}; "
+            "export the series again, or delete it if it is no slice"
+        )
     return header
 
 
@@ -270,7 +296,8 @@ def _parse_header(path: Path, file: BinaryIO, size: int) -> CTHeader | None:
     except DAMAGED:
         return None
     header = CTHeader(path, dataset, size)
-    return header if _sop_class_uid(header) else None
+    # Only a DICOMDIR has its class in the file's own header alone; another file without one was cut.
+    return header if header.has("SOPClassUID") or MediaStorageDirectoryStorage in header.sop_class_uids else None
 
 
 def _starts_without_preamble(head: bytes) -> bool:
@@ -282,11 +309,6 @@ def _must_be_dicom(path: Path, size: int) -> bool:
     """Whether a file that holds no DICOM must have been a slice: at the end of a stack it would be missed silently."""
     suffix = path.suffix.lower()
     return suffix in DICOM_SUFFIXES or (size == 0 and (not suffix or suffix[1:].isdigit()))
-
-
-def _sop_class_uid(header: CTHeader) -> str:
-    meta = getattr(header.dataset, "file_meta", Dataset())
-    return header.text("SOPClassUID") or str(meta.get("MediaStorageSOPClassUID") or "")
 
 
 def uid_tail(uid: str) -> str:

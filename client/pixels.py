@@ -92,8 +92,6 @@ def _check_image(header: CTHeader) -> None:
 
 def _raw_pixel_offset(header: CTHeader) -> int | None:
     element: Any = header.dataset.get_item(TAGS["PixelData"], keep_deferred=True)
-    if element is None:
-        raise StudyError(f"{header.path.name} is damaged: it ends before its pixels; export the series again")
     if header.transfer_syntax_uid not in (ImplicitVRLittleEndian, ExplicitVRLittleEndian):
         return None
     expected = 2 * header.word("Rows") * header.word("Columns")

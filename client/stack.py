@@ -13,7 +13,7 @@ from anatomynet.client.headers import CTHeader, uid_tail
 from anatomynet.engine.errors import GeometryError, StudyError
 from anatomynet.engine.geometry import VolumeGeometry
 
-# Positions written with one decimal make neighbouring gaps differ by up to 0.1 mm.
+# How far a slice may lie from its place on the even grid: positions are often written with one decimal.
 SPACING_TOLERANCE_MM = 0.1
 # Less than this along the normal is the same position: no scanner reconstructs so finely.
 SAME_POSITION_MM = 0.02
@@ -101,25 +101,28 @@ def _check_copies(headers: list[CTHeader]) -> None:
 
 
 def _check_even_spacing(headers: list[CTHeader]) -> None:
-    gaps = np.diff([h.position @ headers[0].normal for h in headers])
-    usual = float(np.median(gaps))
+    along = np.array([h.position @ headers[0].normal for h in headers])
+    gaps = np.diff(along)
     same = np.flatnonzero(gaps < SAME_POSITION_MM)
-    uneven = np.flatnonzero(np.abs(gaps - usual) > SPACING_TOLERANCE_MM)
     if same.size:
         acquisitions = len({h.text("AcquisitionNumber") for h in headers})
         raise GeometryError(
             f"slices share a position{f' ({acquisitions} acquisitions in one series)' if acquisitions > 1 else ''}: "
             f"{_places(headers, same)}; expected one slice at each: export each acquisition as a series of its own"
         )
-    if uneven.size:
-        steps = np.rint(gaps / usual)
-        if (np.abs(gaps - steps * usual) <= SPACING_TOLERANCE_MM).all():
-            problem = f"missing slices, {int(steps.sum()) - gaps.size} in all"
-        else:
-            problem = f"uneven spacing, {gaps.min():.4g} to {gaps.max():.4g} mm"
-        raise GeometryError(
-            f"{problem}: {_places(headers, uneven)}; expected one every {usual:.4g} mm: export the whole series again"
-        )
+    if np.abs(along - np.linspace(along[0], along[-1], along.size)).max() <= SPACING_TOLERANCE_MM:
+        return
+    usual = float(np.median(gaps))
+    off = np.abs(gaps - usual)
+    uneven = np.flatnonzero(off > min(SPACING_TOLERANCE_MM, off.max() / 2))
+    steps = np.rint(gaps / usual)
+    if (np.abs(gaps - steps * usual) <= SPACING_TOLERANCE_MM).all() and steps.sum() > gaps.size:
+        problem = f"missing slices, {int(steps.sum()) - gaps.size} in all"
+    else:
+        problem = f"uneven spacing, {gaps.min():.4g} to {gaps.max():.4g} mm"
+    raise GeometryError(
+        f"{problem}: {_places(headers, uneven)}; expected one every {usual:.4g} mm: export the whole series again"
+    )
 
 
 def _places(headers: list[CTHeader], gaps: Iterable[int]) -> str:
