@@ -5,7 +5,9 @@ Nothing in between is ours to judge: plastimatch reads the contours, the physici
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -22,6 +24,9 @@ from anatomynet.engine.structures import STRUCTURES
 from anatomynet.engine.train import validate
 from tests.openkbp import on_own_grid, requires_openkbp, validation_case, write_study
 
+if TYPE_CHECKING:
+    from tests.conftest import ServerStarter
+
 BIN = Path(sys.executable).parent
 # All seven structures; the second at another spacing; the third outside the trained spacing, so resampled.
 PATIENTS = ("pt_236", "pt_222", "pt_201")
@@ -33,9 +38,12 @@ pytestmark = requires_openkbp
 
 
 @pytest.fixture(scope="module")
-def shipped_server(shipped_repository: Path, start_triton: "StartTriton") -> str:
-    """HOST:PORT of the real tritonserver on the repository that anatomynet-export made of the shipped checkpoint."""
-    return start_triton(shipped_repository).grpc_url
+def shipped_server(start_server: "ServerStarter", tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """HOST:PORT of the real tritonserver on the repository that anatomynet-export makes of the shipped checkpoint."""
+    repository = tmp_path_factory.mktemp("shipped") / "triton_repo"
+    subprocess.run([BIN / "anatomynet-export", "--fp16", "--output", repository], check=True)
+    with start_server(repository) as server:
+        yield server.url
 
 
 @pytest.fixture(scope="module", params=PATIENTS)
@@ -59,9 +67,7 @@ def drawn(patient: tuple[Case, Path], shipped_server: str) -> dict[str, NDArray[
     run = [BIN / "anatomynet-client", "segment", study, "--url", shipped_server, "--output", rtstruct]
     subprocess.run(run, check=True)
     convert = ["convert", "--input", rtstruct, "--referenced-ct", study, "--output-prefix", folder / "masks"]
-    subprocess.run(
-        [BIN / "plastimatch", *convert, "--prefix-format", "nii.gz"], check=True, stdout=subprocess.DEVNULL
-    )
+    subprocess.run([BIN / "plastimatch", *convert, "--prefix-format", "nii.gz"], check=True, stdout=subprocess.DEVNULL)
     names = {structure.tg263_name: name for name, structure in STRUCTURES.items()}
     return {
         # NIfTI stores (x, y, z); the study's slices run to the head, as plastimatch's do.
