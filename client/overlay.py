@@ -53,9 +53,9 @@ def write_figure(path: Path, volume: CTVolume, comparison: Comparison, *, overwr
         GeometryError: an oblique volume.
         OutputError: a file that exists, or cannot be written.
     """
-    scene = scene_from_volume(volume, OVERLAY_COLOURS, tint=OVERLAY_TINT)
     reference = canonical_from_array(label_map_of(comparison, "reference"), comparison.geometry)
     overlay = canonical_from_array(overlay_labels(comparison), comparison.geometry)
+    scene = scene_from_volume(volume, overlay, OVERLAY_COLOURS, tint=OVERLAY_TINT)
     columns = [[scene.panel(overlay, axis, k) for k in _telling_planes(reference, axis)] for axis in range(3)]
     rows = [[column[row] for column in columns if row < len(column)] for row in range(ROWS)]
     legend: list[LegendLine] = [
@@ -118,11 +118,11 @@ def _telling_planes(labels: LabelArray, axis: int) -> list[int]:
 
 def _frames(volume: CTVolume, comparison: Comparison) -> Iterator[Image]:
     """RGB of each axial slice, even sides."""
-    scene = scene_from_volume(volume, [pair.structure.colour for pair in comparison.pairs])
     sides = [
         canonical_from_array(label_map_of(comparison, side), comparison.geometry)
         for side in ("reference", "prediction")
     ]
+    scene = scene_from_volume(volume, sides[0] | sides[1], [pair.structure.colour for pair in comparison.pairs])
     for k in range(len(scene.hu)):
         panels = [scene.panel(labels, 0, k) for labels in sides]
         yield _captioned(panels, ("reference", "prediction"), f"slice {k + 1} of {len(scene.hu)}")

@@ -1,5 +1,6 @@
 """Pictures of label maps on their CT: planes through what was drawn, framed with a legend. A glance, not a review."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -24,8 +25,10 @@ LINE_HEIGHT = 20
 BACKGROUND = (16, 16, 20)
 TEXT = (220, 220, 225)
 TINT = 0.25  # of the colour inside a contour
+SURROUNDINGS_MM = 40  # of the patient, shown around what was drawn
 
 Colour = tuple[int, int, int]
+Box = tuple[slice, slice, slice]
 Image = NDArray[np.uint8]
 LegendLine = tuple[Colour | None, str]
 
@@ -39,24 +42,27 @@ class Scene:
         sides: mm of a voxel (z, y, x).
         colours: float32 (labels + 1, 3), of the background first.
         tint: share of the colour inside a contour.
+        box: what of it is shown, (z, y, x).
     """
 
     hu: NDArray[np.int16]
     sides: tuple[float, float, float]
     colours: NDArray[np.float32]
-    tint: float = TINT
+    tint: float
+    box: Box
 
     def panel(self, labels: LabelArray, axis: int, index: int) -> Image:
         """RGB of PANEL_HEIGHT rows, square pixels: the plane `index` across `axis`, labels (z, y, x) painted on it."""
-        hu, drawn = (np.moveaxis(array, axis, 0)[index] for array in (self.hu, labels))
+        rows, columns = (self.box[a] for a in range(3) if a != axis)
+        hu, drawn = (np.moveaxis(array, axis, 0)[index, rows, columns] for array in (self.hu, labels))
         if axis != 0:
             hu, drawn = hu[::-1], drawn[::-1]
         sides = [side for a, side in enumerate(self.sides) if a != axis]
         height, width = (count * side for count, side in zip(hu.shape, sides, strict=True))
         shape = (PANEL_HEIGHT, round(PANEL_HEIGHT * width / height))
         grey = resample_linear(hu[None], (1, *shape))[0].clip(*WINDOW)
-        rows = (np.arange(shape[0]) * hu.shape[0] // shape[0])[:, None]
-        drawn = drawn[rows, np.arange(shape[1]) * hu.shape[1] // shape[1]]
+        y, x = (np.arange(new) * old // new for new, old in zip(shape, hu.shape, strict=True))
+        drawn = drawn[y[:, None], x]
         return self._painted((grey - WINDOW[0]) / (WINDOW[1] - WINDOW[0]) * 255, drawn)
 
     def _painted(self, grey: NDArray[np.float32], drawn: LabelArray) -> Image:
@@ -71,15 +77,22 @@ class Scene:
         return image.astype(np.uint8)
 
 
-def scene_from_volume(volume: CTVolume, colours: Sequence[Colour], *, tint: float = TINT) -> Scene:
-    """The scene of a CT; colours[i] is painted for label i + 1.
+def scene_from_volume(volume: CTVolume, drawn: LabelArray, colours: Sequence[Colour], *, tint: float = TINT) -> Scene:
+    """The scene of a CT, cut to SURROUNDINGS_MM around what was drawn; colours[i] is painted for label i + 1.
+
+    Args:
+        volume: the CT.
+        drawn: uint8 (z, y, x) on canonical axes, what shall be in sight; the whole CT where nothing is.
+        colours: of the labels.
+        tint: share of the colour inside a contour.
 
     Raises:
         GeometryError: an oblique volume.
     """
     hu = canonical_from_array(volume.hu, volume.geometry)
     x, y, z = volume.geometry.canonical().spacing
-    return Scene(hu, (z, y, x), np.array([BACKGROUND, *colours], dtype=np.float32), tint)
+    palette = np.array([BACKGROUND, *colours], dtype=np.float32)
+    return Scene(hu, (z, y, x), palette, tint, _surroundings(drawn, (z, y, x)))
 
 
 def write_picture(path: Path, volume: CTVolume, label_map: LabelMap, *, overwrite: bool = False) -> None:
@@ -89,8 +102,8 @@ def write_picture(path: Path, volume: CTVolume, label_map: LabelMap, *, overwrit
         GeometryError: an oblique volume.
         OutputError: a file that exists, or cannot be written.
     """
-    scene = scene_from_volume(volume, [s.colour for s in label_map.structures])
     labels = canonical_from_array(label_map.labels, label_map.geometry)
+    scene = scene_from_volume(volume, labels, [s.colour for s in label_map.structures])
     panels = [scene.panel(labels, axis, telling_plane(labels, axis)) for axis in range(3)]
     present = set(np.unique(labels).tolist())
     legend: list[LegendLine] = [
@@ -109,6 +122,17 @@ def telling_plane(labels: LabelArray, axis: int) -> int:
         return labels.shape[axis] // 2
     share = areas / areas.max(axis=1, keepdims=True)
     return int(np.argmax((share > 0).sum(axis=0) + share.mean(axis=0)))
+
+
+def _surroundings(drawn: LabelArray, sides: tuple[float, float, float]) -> Box:
+    plane = drawn.any(axis=0)
+    found = [np.flatnonzero(v) for v in (drawn.any(axis=(1, 2)), plane.any(axis=1), plane.any(axis=0))]
+    margins = [math.ceil(SURROUNDINGS_MM / side) for side in sides]
+    z, y, x = (
+        slice(max(0, int(where[0]) - margin), int(where[-1]) + 1 + margin) if where.size else slice(None)
+        for where, margin in zip(found, margins, strict=True)
+    )
+    return z, y, x
 
 
 def framed(rows: Sequence[Sequence[Image]], legend: Sequence[LegendLine]) -> "PillowImage":
