@@ -42,7 +42,7 @@ PLANNING_SPACING = (0.9765625, 0.9765625, 2.0)  # a field of view of 500 mm; fro
 BODY_CENTRE_Y = 25.0  # of the anatomy's frame: lies on the scan's middle
 NECK_Z = (-110.0, -10.0)  # over which the trunk's size and position pass into the head's
 PIVOT = (0.0, 30.0, -60.0)  # about which the head turns: C5
-WAVE_LIMITS = ((0.5, 0.08, -0.06, 0.0), (1.4, 0.2, 0.06, 6.28))  # of Posture.waves; lengths of 30 to 80 mm
+WAVE_LIMITS = ((0.7, 0.05, -0.05, 0.0), (2.0, 0.11, 0.05, 6.28))  # of Posture.waves; lengths of 57 to 125 mm
 HU_RANGE = (-1024, 3071)  # 12 bits, as scanners store them
 
 SLAB_VOXELS = 2_000_000  # painted at a time: bounds the memory
