@@ -41,9 +41,7 @@ def write_study(folder: Path, case: Case) -> None:
     write_ct_series(folder, full_size_volume(case), seed=1)
 
 
-def on_own_grid(
-    mask: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
-) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+def on_own_grid(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """A 512 x 512 mask (z, y, x) on the case's 128 x 128 grid: where at least half of the 4 x 4 pixels are inside."""
     depth, height, width = mask.shape
     blocks = mask.reshape(depth, height // REDUCTION, REDUCTION, width // REDUCTION, REDUCTION)
