@@ -13,6 +13,7 @@ from anatomynet.engine.command import reports_errors
 from anatomynet.engine.structures import structures_by_name
 
 if TYPE_CHECKING:
+    from anatomynet.engine.regions import Region
     from anatomynet.engine.runtime import Runtime
     from anatomynet.engine.volume import LabelMap
 
@@ -149,6 +150,46 @@ def compare(
         write_figure(figure, volume, comparison, overwrite=overwrite)
     if volume and animation:
         write_animation(animation, volume, comparison, overwrite=overwrite)
+
+
+@main.command()
+@click.argument("study", type=click.Path(path_type=Path))
+@click.argument("rtstruct", metavar="RS.dcm", type=click.Path(path_type=Path))
+@click.option("--reference", metavar="RS.dcm", type=click.Path(path_type=Path), help="Contours to compare with.")
+@click.option("--output", type=click.Path(path_type=Path), help="HTML file to write; RS.review.html.")
+@click.option("--series", help="SeriesInstanceUID, or its end, where the study has several.")
+@click.option("--with-patient-header", is_flag=True, help="Name the patient on the page; nobody is named without.")
+@click.option("--overwrite", is_flag=True, help="Replace a page that exists.")
+@reports_errors
+def review(
+    study: Path,
+    rtstruct: Path,
+    reference: Path | None,
+    output: Path | None,
+    series: str | None,
+    with_patient_header: bool,
+    overwrite: bool,
+) -> None:
+    """Write one HTML file to look through the contours RS.dcm on the CT in the folder STUDY, in any browser."""
+    from anatomynet.client.review import patient_header, regions_from_structure_set, write_review
+    from anatomynet.client.structure_set import read_structure_set
+    from anatomynet.client.study import read_ct_series, volume_from_series
+    from anatomynet.engine.findings import find_warnings
+
+    output = output or rtstruct.absolute().with_suffix(".review.html")
+    refuse_existing(output, overwrite=overwrite)
+    ct_series = read_ct_series(study, series_instance_uid=series)
+    drawn, warnings = regions_from_structure_set(read_structure_set(rtstruct, ct_series))
+    compared: tuple[Region, ...] = ()
+    if reference:
+        compared, unread = regions_from_structure_set(read_structure_set(reference, ct_series))
+        warnings += unread
+    volume = volume_from_series(ct_series)
+    expected = [region.structure for region in compared if region.structure and region.voxels]
+    warnings += find_warnings(volume, drawn, expected=expected)
+    header = patient_header(ct_series) if with_patient_header else None
+    write_review(output, volume, drawn, reference=compared, warnings=warnings, header=header, overwrite=overwrite)
+    click.echo(f"{output}: {len(drawn)} structures, {len(warnings)} warnings")
 
 
 @main.command()

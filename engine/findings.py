@@ -1,0 +1,238 @@
+"""Findings: what a reviewer should look at first. Rules on the CT and on what was drawn, wherever it was drawn.
+
+The ranges are those of engine/configs/volume_ranges.toml, which benchmarks/volume_ranges.py derives from training
+cases. A rule that would often speak without need stays silent: a warning must be worth a look.
+"""
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from anatomynet.engine.geometry import Index, VolumeGeometry
+from anatomynet.engine.metrics import CUBIC_MM_PER_ML
+from anatomynet.engine.postprocess import STRAY_SHARE
+from anatomynet.engine.regions import Region, middle_of
+from anatomynet.engine.structures import STRUCTURES, Structure
+from anatomynet.engine.volume import CTVolume
+
+METAL_HU = 2800  # above dense enamel; fillings and implants saturate the scale at 3071
+METAL_ML = 2.0  # less is a small filling or two, which most patients have
+METAL_REACH_MM = 30.0  # around the structures; metal elsewhere is the couch or a mask's buttons
+LOW_CONFIDENCE = 0.6  # mean top probability along the border
+MIDLINE_MM = 10.0  # an organ of one side may reach across the midline by so much
+SMALLEST_PIECE_ML = 0.1
+# They run out of every head-and-neck scan towards the feet.
+THROUGH_THE_NECK = ("SpinalCord", "Esophagus")
+# Planning CT of the head and neck, mm: in plane, between slices; the scan's width, and its length.
+USUAL_PIXEL = (0.4, 1.6)
+USUAL_SLICE = (0.5, 5.0)
+USUAL_WIDTH = (200.0, 850.0)
+USUAL_LENGTH = (120.0, 800.0)
+FACES = (("feet", "head"), ("front", "back"), ("right", "left"))  # of the patient, for z, y, x
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to look at.
+
+    Attributes:
+        name: of the structure, as shown to the user; None for the scan as a whole.
+        text: what was found and what was expected, one line.
+        index: the voxel (z, y, x) to look at; None where there is no place.
+    """
+
+    name: str | None
+    text: str
+    index: Index | None
+
+
+def find_warnings(
+    volume: CTVolume, regions: Sequence[Region], *, expected: Sequence[Structure] = ()
+) -> tuple[Finding, ...]:
+    """What deserves a look, the gravest first; empty where nothing does.
+
+    Regions that are none of our structures are passed over: what a target volume should look like, no rule knows.
+
+    Args:
+        volume: the CT, in any orientation along the patient's axes.
+        regions: what was drawn on it.
+        expected: structures that should be there, besides those in `regions` that have no voxel.
+
+    Raises:
+        GeometryError: an oblique volume.
+    """
+    known = [region for region in regions if region.structure]
+    present = {region.structure.name: region for region in known if region.structure and region.voxels}
+    findings = [*_exchanged_sides(present, volume.geometry), *_missing(known, present, expected)]
+    for name, region in present.items():
+        findings += _cut_off(name, region, volume.geometry)
+        findings += _several_pieces(region, volume.geometry)
+        findings += _unusual_size(name, region, volume.geometry)
+        findings += _low_confidence(region)
+    findings += _asymmetry(present)
+    findings += _metal(volume, list(present.values()))
+    findings += _unusual_scan(volume.geometry)
+    return tuple(findings)
+
+
+def _exchanged_sides(present: Mapping[str, Region], geometry: VolumeGeometry) -> Iterator[Finding]:
+    """An organ of one side that lies on the other: of its partner, or of the midline where it has none."""
+    unpaired = [_left_mm(region, geometry) for name, region in present.items() if not STRUCTURES[name].mirror]
+    for name, region in present.items():
+        partner = present.get(STRUCTURES[name].mirror or "")
+        side = name[-1]
+        if not STRUCTURES[name].mirror or (partner and side == "R"):
+            continue
+        towards_left = 1 if side == "L" else -1
+        if partner:
+            if _left_mm(region, geometry) < _left_mm(partner, geometry):
+                text = f"lies to the patient's right of {partner.name}: left and right are exchanged"
+                yield Finding(region.name, text, middle_of(region))
+        elif unpaired and towards_left * (_left_mm(region, geometry) - float(np.median(unpaired))) < -MIDLINE_MM:
+            text = f"lies on the patient's {'right' if side == 'L' else 'left'}: the side is exchanged"
+            yield Finding(region.name, text, middle_of(region))
+
+
+def _left_mm(region: Region, geometry: VolumeGeometry) -> float:
+    """LPS x of the region's centre of mass."""
+    centre = np.argwhere(region.box).mean(axis=0) + region.start
+    return float(geometry.points_from_indices(centre[::-1])[0])
+
+
+def _missing(
+    known: Sequence[Region], present: Mapping[str, Region], expected: Sequence[Structure]
+) -> Iterator[Finding]:
+    empty = {region.structure.name: region.name for region in known if region.structure and not region.voxels}
+    wanted = empty | {s.name: s.tg263_name for s in expected if s.name not in present and s.name not in empty}
+    for name in wanted:
+        yield Finding(wanted[name], "not found on this CT", None)
+    for name, region in present.items():
+        mirror = STRUCTURES[name].mirror
+        if mirror and mirror not in present and mirror not in wanted:
+            yield Finding(STRUCTURES[mirror].tg263_name, f"not drawn, though {region.name} is", middle_of(region))
+
+
+def _cut_off(name: str, region: Region, geometry: VolumeGeometry) -> Iterator[Finding]:
+    """A structure that reaches an outer face of the scan."""
+    order, flips = geometry.canonical_axes()
+    for axis, flip, (low, high) in zip(order, flips, FACES, strict=True):
+        ends = ((0, high if flip else low), (geometry.shape[axis] - 1, low if flip else high))
+        for last, face in ends:
+            edge = last - region.start[axis]
+            if not 0 <= edge < region.box.shape[axis] or (face == "feet" and name in THROUGH_THE_NECK):
+                continue
+            z, y, x = (np.argwhere(region.box.take([edge], axis)).mean(axis=0).astype(int) + region.start).tolist()
+            index = tuple(last if a == axis else i for a, i in enumerate((z, y, x)))
+            text = f"reaches the end of the scan towards the {face}: the rest of it may be missing"
+            yield Finding(region.name, text, (index[0], index[1], index[2]))
+
+
+def _several_pieces(region: Region, geometry: VolumeGeometry) -> Iterator[Finding]:
+    from scipy import ndimage
+
+    pieces, count = ndimage.label(region.box, structure=np.ones((3, 3, 3)))
+    sizes = np.bincount(pieces.ravel(), minlength=count + 1)[1:]
+    least = max(STRAY_SHARE * sizes.max(), SMALLEST_PIECE_ML / _voxel_ml(geometry))
+    large = np.flatnonzero(sizes >= least)
+    if len(large) > 1:
+        second = large[np.argsort(sizes[large])[-2]] + 1
+        z, y, x = (np.argwhere(pieces == second)[0] + region.start).tolist()
+        volume_ml = sizes[second - 1] * _voxel_ml(geometry)
+        text = f"in {len(large)} pieces, one of them {volume_ml:.1f} ml: expected one"
+        yield Finding(region.name, text, (z, y, x))
+
+
+def _unusual_size(name: str, region: Region, geometry: VolumeGeometry) -> Iterator[Finding]:
+    """Volume outside its range; the mean cross-section where the length depends on the scan."""
+    ranges = size_ranges()
+    if name in ranges["volume_ml"]:
+        size, unit, what = region.voxels * _voxel_ml(geometry), "ml", ""
+        low, high = ranges["volume_ml"][name]
+    elif name in ranges["cross_section_mm2"]:
+        order, _ = geometry.canonical_axes()
+        slices = int(region.box.any(axis=tuple(a for a in range(3) if a != order[0])).sum())
+        length_mm = slices * geometry.spacing[2 - order[0]]
+        size, unit, what = region.voxels * _voxel_ml(geometry) * CUBIC_MM_PER_ML / length_mm, "mm²", " in cross-section"
+        low, high = ranges["cross_section_mm2"][name]
+    else:
+        return
+    if not low <= size <= high:
+        kind = "small" if size < low else "large"
+        text = f"unusually {kind}: {float(f'{size:.3g}'):g} {unit}{what}, expected {low:g} to {high:g}"
+        yield Finding(region.name, text, middle_of(region))
+
+
+def _asymmetry(present: Mapping[str, Region]) -> Iterator[Finding]:
+    for name, limit in size_ranges()["largest_ratio"].items():
+        left, right = present.get(name), present.get(STRUCTURES[name].mirror or "")
+        if not left or not right:
+            continue
+        larger, smaller = sorted((left, right), key=lambda region: region.voxels, reverse=True)
+        ratio = larger.voxels / smaller.voxels
+        if ratio > limit:
+            text = f"{ratio:.1f} times as large as {smaller.name}: expected at most {limit:g} times"
+            yield Finding(larger.name, text, middle_of(larger))
+
+
+def _low_confidence(region: Region) -> Iterator[Finding]:
+    if region.confidence is not None and region.confidence < LOW_CONFIDENCE:
+        text = f"border confidence {region.confidence:.2f}, expected {LOW_CONFIDENCE:g} or more: its border is a guess"
+        yield Finding(region.name, text, middle_of(region))
+
+
+def _metal(volume: CTVolume, present: Sequence[Region]) -> Iterator[Finding]:
+    """Metal near the structures, and whose slices it lies in: its streaks run along the slices."""
+    if not present:
+        return
+    starts = np.array([region.start for region in present])
+    stops = starts + [region.box.shape for region in present]
+    reach = np.ceil(METAL_REACH_MM / np.array(volume.geometry.spacing[::-1])).astype(int)
+    low = np.maximum(starts.min(axis=0) - reach, 0)
+    high = np.minimum(stops.max(axis=0) + reach, volume.geometry.shape)
+    places = np.argwhere(volume.hu[tuple(map(slice, low, high))] >= METAL_HU) + low
+    volume_ml = len(places) * _voxel_ml(volume.geometry)
+    if volume_ml < METAL_ML:
+        return
+    axis = volume.geometry.canonical_axes()[0][0]
+    slices = np.unique(places[:, axis])
+    touched = [r.name for r, a, b in zip(present, starts, stops, strict=True) if _any_in(slices, a[axis], b[axis])]
+    z, y, x = places[len(places) // 2].tolist()
+    whose = f"the borders of {', '.join(touched)}" if touched else "borders"
+    yield Finding(None, f"metal, {volume_ml:.1f} ml in {len(slices)} slices: streaks may hide {whose}", (z, y, x))
+
+
+def _any_in(values: Any, first: int, stop: int) -> bool:
+    return bool(((values >= first) & (values < stop)).any())
+
+
+def _unusual_scan(geometry: VolumeGeometry) -> Iterator[Finding]:
+    canonical = geometry.canonical()
+    pixel, slice_distance = max(canonical.spacing[:2]), canonical.spacing[2]
+    width = canonical.shape[2] * canonical.spacing[0]
+    length = canonical.shape[0] * slice_distance
+    for what, value, (low, high) in (
+        ("voxels in plane", pixel, USUAL_PIXEL),
+        ("slice distance", slice_distance, USUAL_SLICE),
+        ("field of view", width, USUAL_WIDTH),
+        ("length of the scan", length, USUAL_LENGTH),
+    ):
+        if not low <= value <= high:
+            yield Finding(None, f"{what} {value:.3g} mm: contours were learned on {low:g} to {high:g} mm", None)
+
+
+@cache
+def size_ranges() -> dict[str, Any]:
+    """The tables of volume_ranges.toml: volume_ml and cross_section_mm2, name -> low, high; largest_ratio, left of a
+    pair -> how often the larger side may hold the smaller.
+    """
+    text = (resources.files("anatomynet.engine") / "configs" / "volume_ranges.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
+def _voxel_ml(geometry: VolumeGeometry) -> float:
+    return float(np.prod(geometry.spacing)) / CUBIC_MM_PER_ML
