@@ -1,0 +1,199 @@
+"""How well does a checkpoint agree with the physicians on a folder of cases?
+
+    python benchmarks/accuracy.py ../shared/data/openkbp/validation [--checkpoint FILE] [--plot]
+
+Every case of the folder (the PDDCA layout) is drawn by the same `segment` that serves, on its own grid. A structure
+that is not annotated does not count; one that is annotated and not drawn counts as a miss, with the worst scores.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from common import RESULTS, machine, write_result
+from numpy.typing import NDArray
+
+from anatomynet.engine.checkpoint import load_checkpoint
+from anatomynet.engine.command import reports_errors
+from anatomynet.engine.data import Case, find_cases, network_grid_config, read_case
+from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.metrics import Agreement, compare_label_maps
+from anatomynet.engine.runtime import Runtime, TorchRuntime, load_runtime
+from anatomynet.engine.segment import segment
+from anatomynet.engine.structures import structures_by_name
+from anatomynet.engine.volume import LabelMap
+
+MEASURES = {
+    "dice": "DSC",
+    "surface_dice": "surface DSC",
+    "hd95_mm": "HD95 mm",
+    "mean_surface_distance_mm": "mean mm",
+    "added_path_length_mm": "added path mm",
+}
+RESAMPLINGS = 2000
+INTERVAL = (2.5, 97.5)  # percentiles: 95 %
+# Mean DSC over the nine organs of PDDCA's test set, as published.
+PUBLISHED = {"MICCAI 2015 best": 0.76, "AnatomyNet": 0.7925, "FocusNet": 0.803, "UaNet": 0.8123}
+
+Values = NDArray[np.float64]
+
+
+@click.command()
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path), help=".safetensors or .onnx; the shipped checkpoint.")
+@click.option("--name", default="accuracy", show_default=True, help="Of the files in benchmarks/results.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only so many cases.")
+@click.option("--seed", default=1808, show_default=True, help="Of the bootstrap.")
+@click.option("--plot", is_flag=True, help="A box plot beside the JSON.")
+@reports_errors
+def main(data: Path, checkpoint: Path | None, name: str, limit: int | None, seed: int, plot: bool) -> None:
+    """Measure a checkpoint on the cases in the folder DATA."""
+    runtimes = Runtimes(checkpoint)
+    agreements = []
+    with click.progressbar(find_cases(data)[:limit], label="drawing", show_pos=True) as folders:
+        for folder in folders:
+            agreements.append(agreements_of(read_case(folder, runtimes.structures), runtimes))
+    result = {
+        **machine(),
+        "runtime": sorted({r.description for r in runtimes.used}),
+        "checkpoint_sha256": runtimes.used[0].model.checkpoint_sha256,
+        "data": f"{data.resolve().parent.name}/{data.name}",
+        "cases": len(agreements),
+        "bootstrap": {"resamplings": RESAMPLINGS, "seed": seed, "interval_percentiles": INTERVAL},
+        "structures": summary(agreements, runtimes.structures, np.random.default_rng(seed)),
+        "published_mean_dice_on_pddca": PUBLISHED,
+    }
+    write_result(name, result)
+    for line in table(result):
+        click.echo(line)
+    if plot:
+        write_box_plot(RESULTS / f"{name}.png", result)
+
+
+class Runtimes:
+    """The checkpoint as it draws cases of either resolution.
+
+    Args:
+        checkpoint: .safetensors or .onnx; None is the shipped checkpoint.
+
+    Attributes:
+        structures: names of what it draws.
+        used: the runtimes that have drawn.
+    """
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        self.used: list[Runtime] = []
+        if checkpoint is not None and checkpoint.suffix == ".onnx":
+            served = coarse = load_runtime(checkpoint)
+        else:
+            network, config = load_checkpoint(checkpoint)
+            served, coarse = TorchRuntime(network, config), TorchRuntime(network, network_grid_config(config))
+        self._served: Runtime = served
+        self._coarse: Runtime = coarse
+        self.structures = served.model.structures
+
+    def choose(self, geometry: VolumeGeometry) -> Runtime:
+        """The served model for a CT at its scanner's resolution; without its first pooling for one already reduced."""
+        model = self._served.model
+        reduced = geometry.canonical().spacing[0] > model.largest_spacing[0] * model.in_plane_stride**0.5
+        runtime = self._coarse if reduced else self._served
+        if runtime not in self.used:
+            self.used.append(runtime)
+        return runtime
+
+
+def agreements_of(case: Case, runtimes: Runtimes) -> dict[str, Agreement]:
+    """The agreement on each structure that is annotated."""
+    drawn = segment(case.volume, runtimes.choose(case.volume.geometry))
+    truth = LabelMap(case.labels, case.volume.geometry, structures_by_name(runtimes.structures))
+    annotated = {name for name, known in zip(runtimes.structures, case.annotated, strict=True) if known}
+    return {a.structure: a for a in compare_label_maps(drawn, truth) if a.structure in annotated}
+
+
+def summary(
+    agreements: list[dict[str, Agreement]], structures: Iterable[str], random: np.random.Generator
+) -> list[dict[str, Any]]:
+    """For each structure, and for the mean of them: cases, misses, means with intervals, and every value."""
+    names = list(structures)
+    draws = random.multinomial(len(agreements), np.full(len(agreements), 1 / len(agreements)), RESAMPLINGS)
+    rows: list[dict[str, Any]] = [
+        {
+            "structure": name,
+            "cases": sum(name in case for case in agreements),
+            "missed": sum(case[name].outcome == "missed" for case in agreements if name in case),
+        }
+        for name in names
+    ]
+    rows.append({key: sum(row[key] for row in rows) for key in ("cases", "missed")} | {"structure": "mean"})
+    for key in MEASURES:
+        values = np.array([[getattr(case[n], key) if n in case else np.nan for n in names] for case in agreements])
+        means = np.vstack((_column_means(values, np.ones((1, len(values)))), _column_means(values, draws)))
+        # The mean of the structures' means: each counts the same, however often it is annotated.
+        means = np.column_stack((means, means[:, np.isfinite(means[0])].mean(axis=1)))
+        for column, row in enumerate(rows):
+            row[key] = _with_interval(means[:, column])
+            if column < len(names):
+                row[key]["values"] = [round(float(v), 4) for v in values[:, column] if np.isfinite(v)]
+    return rows
+
+
+def _column_means(values: Values, weights: NDArray[Any]) -> Values:
+    """Means (weightings, columns) of (cases, columns) for (weightings, cases); NaN where nothing has a weight."""
+    present = np.isfinite(values)
+    count = weights @ present
+    total = weights @ np.where(present, values, 0)
+    return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
+
+
+def _with_interval(means: Values) -> dict[str, Any]:
+    """The first mean, and the percentiles of the resampled ones."""
+    if not np.isfinite(means[0]):
+        return {"mean": None, "interval": None}
+    low, high = np.nanpercentile(means[1:], INTERVAL)
+    return {"mean": round(float(means[0]), 4), "interval": [round(float(low), 4), round(float(high), 4)]}
+
+
+def table(result: dict[str, Any]) -> Iterable[str]:
+    """What is printed: means with 95 % intervals, and what others published, with what keeps the two apart."""
+    yield f"checkpoint {result['checkpoint_sha256'][:12]} on {result['cases']} cases of {result['data']}"
+    yield f"{'':<16}{'cases':>6}{'missed':>7}" + "".join(f"{title:>26}" for title in MEASURES.values())
+    for row in result["structures"]:
+        cells = "".join(f"{_cell(row[key]):>26}" for key in MEASURES)
+        yield f"{row['structure']:<16}{row['cases']:>6}{row['missed']:>7}{cells}"
+    published = ", ".join(f"{name} {value}" for name, value in result["published_mean_dice_on_pddca"].items())
+    yield f"Published mean DSC over the nine organs of PDDCA: {published}."
+    yield "Not to be set against the figures above: the patients, the physicians, the organs and the voxel size differ."
+
+
+def _cell(measure: dict[str, Any]) -> str:
+    if measure["mean"] is None:
+        return "not annotated"
+    digits = 3 if measure["mean"] <= 1 else 1
+    low, high = measure["interval"]
+    return f"{measure['mean']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def write_box_plot(path: Path, result: dict[str, Any]) -> None:
+    """A box a structure: DSC and surface DSC of the cases."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in result["structures"] if row["cases"] and row["structure"] != "mean"]
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for axis, key in zip(axes, ("dice", "surface_dice"), strict=True):
+        labels = [f"{row['structure']} ({row['cases']})" for row in rows]
+        axis.boxplot([row[key]["values"] for row in rows], tick_labels=labels)
+        axis.set_title(MEASURES[key])
+        axis.set_ylim(0, 1)
+        axis.tick_params(axis="x", rotation=45)
+        axis.grid(axis="y", alpha=0.3)
+    figure.suptitle(f"{result['data']}: {result['cases']} cases, checkpoint {result['checkpoint_sha256'][:12]}")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
