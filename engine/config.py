@@ -15,7 +15,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from anatomynet.engine.errors import ModelError
 from anatomynet.engine.structures import structures_by_name
 
-SHIPPED_NAME = "openkbp7"
+SHIPPED_NAME = "openkbp7"  # whose weights ship too
+SHIPPED_CONFIGS = (SHIPPED_NAME, "oar9")
 # What a TrainConfig may hold, both ends allowed.
 TRAIN_RANGES: dict[str, tuple[float, float]] = {
     "steps": (1, math.inf),
@@ -149,14 +150,13 @@ def load_config(source: str | Path) -> tuple[ModelConfig, TrainConfig]:
         ModelError: a file that is not there or not TOML, an unknown key, a value out of range.
     """
     shipped = resources.files("anatomynet.engine") / "configs" / f"{source}.toml"
-    path = shipped if shipped.is_file() else Path(source)
+    path = shipped if source in SHIPPED_CONFIGS else Path(source)
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        names = sorted(
-            p.name.removesuffix(".toml") for p in (resources.files("anatomynet.engine") / "configs").iterdir()
-        )
-        raise ModelError(f"no configuration {source}: expected a TOML file or one of {', '.join(names)}") from error
+        raise ModelError(
+            f"no configuration {source}: expected a TOML file or one of {', '.join(SHIPPED_CONFIGS)}"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{source} is not TOML: {error}") from error
     unknown = sorted(set(tables) - {"model", "train"})

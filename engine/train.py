@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from anatomynet.engine.checkpoint import save_checkpoint
+from anatomynet.engine.command import reports_errors
 from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
 from anatomynet.engine.data import Augmentation, Case, Sample, cut_to_body, find_cases, network_grid_config, read_case
 from anatomynet.engine.errors import ModelError
@@ -51,7 +52,7 @@ class Training:
             self.network.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay
         )
         self.step = 0
-        self.best = 0.0
+        self.best = -1.0  # below the worst DSC: the first validation always writes a checkpoint
 
     def learn(self, sample: Sample) -> float:
         """One optimiser step on one volume; returns the loss."""
@@ -184,7 +185,8 @@ def read_cases(folder: Path, model: ModelConfig) -> list[Case]:
         DataError: no case there, or one that cannot be used.
     """
     paths = find_cases(folder)
-    return [read_case(path, model.structures) for path in tqdm(paths, desc=f"reading {folder.name}", unit="case")]
+    with tqdm(paths, desc=f"reading {folder.name}", unit="case") as bar:  # closed, so that an error starts a new line
+        return [read_case(path, model.structures) for path in bar]
 
 
 def fit(training: Training, cases: list[Case], held_out: list[Case], output: Path) -> None:
@@ -258,6 +260,7 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 @click.option("--output", type=click.Path(path_type=Path), help="Checkpoint to write; runs/NAME.safetensors.")
 @click.option("--resume", is_flag=True, help="Go on from the state beside --output.")
 @click.option("--steps", type=click.IntRange(min=1), help="Instead of the configuration's.")
+@reports_errors
 def main(data: Path, config: str, output: Path | None, resume: bool, steps: int | None) -> None:
     """Train AnatomyNet on a folder of annotated CTs."""
     model, train = load_config(config)
@@ -271,6 +274,8 @@ def main(data: Path, config: str, output: Path | None, resume: bool, steps: int 
     training = Training(model, train, device)
     if resume:
         training.restore(output.with_suffix(".state.safetensors"))
+    else:
+        output.with_suffix(".csv").unlink(missing_ok=True)  # another run's log
     fit(training, cases, held_out, output)
     click.echo(f"{output}: best mean validation DSC {training.best:.3f}, {training.step} steps on {device.type}")
 

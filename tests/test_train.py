@@ -1,0 +1,331 @@
+"""Training learns, can be interrupted at any step, and says in one line why it cannot start."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import nrrd
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors import safe_open
+from torch import Tensor
+
+from anatomynet.engine.checkpoint import load_checkpoint
+from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
+from anatomynet.engine.data import Case
+from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.runtime import TorchRuntime
+from anatomynet.engine.train import FINAL_RATE, main, phantom_case, rate_share, samples
+from anatomynet.engine.volume import CTVolume
+
+SHAPE = (8, 16, 24)
+STEPS, STEPS_PER_EPOCH = 20, 5
+LEARNT = 0.75  # share of the first epoch's loss that may be left in the last one
+WAIT_S = 240  # for a process on a busy machine
+CONFIG = f"""
+[model]
+name = "tiny"
+structures = ["BrainStem", "Parotid_L", "Parotid_R"]
+in_plane_stride = 1
+smallest_spacing = [1.0, 1.0, 2.0]
+largest_spacing = [2.0, 2.0, 3.0]
+hu_window = [-250.0, 550.0]
+
+[train]
+steps = {STEPS}
+steps_per_epoch = {STEPS_PER_EPOCH}
+warmup_steps = 2
+learning_rate = 5e-3
+crop = [8, 16, 16]
+whole_share = 0.2
+phantom_share = 0.0
+ema_decay = 0.8
+missing = "mask"
+precision = "float32"
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums in one order, so that runs can be compared bit by bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_case(folder: Path, shift: int, structures: tuple[str, ...] = ("BrainStem", "Parotid_L", "Parotid_R")) -> None:
+    """A small head: three boxes, each of its own Hounsfield units, moved along y by `shift`."""
+    header = {
+        "space": "left-posterior-superior",
+        "space directions": np.diag([1.5, 1.5, 2.5]),
+        "space origin": [0.0, 0.0, 0.0],
+    }
+    hu = np.full(SHAPE, -50, np.int16)
+    boxes = {
+        "BrainStem": (250, np.s_[2:7, 1 + shift : 6 + shift, 9:15]),
+        "Parotid_L": (400, np.s_[2:7, 7 + shift : 12 + shift, 17:22]),
+        "Parotid_R": (550, np.s_[2:7, 7 + shift : 12 + shift, 2:7]),
+    }
+    (folder / "structures").mkdir(parents=True)
+    for name, (brightness, box) in boxes.items():
+        hu[box] = brightness
+        if name in structures:
+            mask = np.zeros(SHAPE, np.uint8)
+            mask[box] = 1
+            nrrd.write(str(folder / "structures" / f"{name}.nrrd"), mask, header, index_order="C")
+    nrrd.write(str(folder / "img.nrrd"), hu, header, index_order="C")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two cases to train on, one of them without a right parotid, and one to validate."""
+    folder = tmp_path_factory.mktemp("data")
+    write_case(folder / "train" / "a", 0)
+    write_case(folder / "train" / "b", 3, ("BrainStem", "Parotid_L"))
+    write_case(folder / "validation" / "c", 2)
+    (folder / "tiny.toml").write_text(CONFIG)
+    return folder
+
+
+def train(data: Path, output: Path, *options: str) -> Result:
+    return CliRunner().invoke(
+        main, ["--data", str(data), "--config", str(data / "tiny.toml"), "--output", str(output), *options]
+    )
+
+
+def refusal(result: Result) -> str:
+    """The one line on stderr of a command that cannot start."""
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    lines = [line for line in result.stderr.splitlines() if line and "reading" not in line]  # tqdm's bars
+    assert len(lines) == 1
+    return lines[0]
+
+
+def rows_of(path: Path) -> list[dict[str, float]]:
+    with path.open(newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def state_of(path: Path) -> tuple[int, dict[str, Tensor]]:
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["step"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a run that nothing disturbed."""
+    output = tmp_path_factory.mktemp("run") / "tiny.safetensors"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    result = train(data, output)
+    torch.set_num_threads(threads)
+    assert result.exit_code == 0, result.output
+    assert "best mean validation DSC" in result.stdout
+    return output
+
+
+def test_the_loss_falls(trained: Path) -> None:
+    losses = [row["loss"] for row in rows_of(trained.with_suffix(".csv"))]
+    assert len(losses) == STEPS // STEPS_PER_EPOCH
+    assert losses[-1] < LEARNT * losses[0]
+
+
+def test_log_checkpoint_and_state_are_written_and_nothing_else(trained: Path) -> None:
+    assert sorted(path.name for path in trained.parent.iterdir()) == [
+        "tiny.csv",
+        "tiny.safetensors",
+        "tiny.state.safetensors",
+    ]
+    rows = rows_of(trained.with_suffix(".csv"))
+    assert [row["step"] for row in rows] == list(range(STEPS_PER_EPOCH, STEPS + 1, STEPS_PER_EPOCH))
+    assert list(rows[0]) == ["step", "loss", "mean", "BrainStem", "Parotid_L", "Parotid_R"]
+    assert rows[-1]["mean"] == pytest.approx(np.mean(list(rows[-1].values())[3:]), abs=2e-4)
+    assert state_of(trained.with_suffix(".state.safetensors"))[0] == STEPS
+
+
+def test_the_checkpoint_can_be_served(data: Path, trained: Path) -> None:
+    network, config = load_checkpoint(trained)
+    assert replace(config, checkpoint_sha256="") == load_config(data / "tiny.toml")[0]
+    labels, confidence = TorchRuntime(network, config).infer(np.zeros((16, 16, 16), np.int16))
+    assert labels.shape == (16, 16, 16)
+    assert confidence.shape == (3,)
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(data: Path, trained: Path, tmp_path: Path) -> None:
+    output = tmp_path / "tiny.safetensors"
+    log, state = output.with_suffix(".csv"), output.with_suffix(".state.safetensors")
+    options = ["--data", str(data), "--config", str(data / "tiny.toml"), "--output", str(output)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "anatomynet.engine.train", *options],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        deadline = time.monotonic() + WAIT_S
+        while not log.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 130, stderr.decode()
+    assert b"Traceback" not in stderr
+    assert STEPS_PER_EPOCH <= state_of(state)[0] < STEPS
+
+    resumed = train(data, output, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    step, tensors = state_of(state)
+    expected_step, expected = state_of(trained.with_suffix(".state.safetensors"))
+    assert step == expected_step
+    assert tensors.keys() == expected.keys()
+    assert [name for name, tensor in tensors.items() if not torch.equal(tensor, expected[name])] == []
+    assert output.read_bytes() == trained.read_bytes()
+    assert [row["mean"] for row in rows_of(log)] == [row["mean"] for row in rows_of(trained.with_suffix(".csv"))]
+
+
+def test_a_finished_run_has_nothing_to_resume(data: Path, trained: Path) -> None:
+    before = trained.read_bytes()
+    assert train(data, trained, "--resume").exit_code == 0
+    assert trained.read_bytes() == before
+
+
+def test_a_new_run_starts_a_new_log(data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "again.safetensors"
+    for _ in range(2):
+        assert train(data, output, "--steps", "1").exit_code == 0
+    assert [row["step"] for row in rows_of(output.with_suffix(".csv"))] == [1]
+
+
+def test_even_a_run_that_learns_nothing_writes_what_it_announces(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    write_case(folder / "train" / "a", 0)
+    write_case(folder / "validation" / "c", 0, ("Parotid_R",))
+    # It is not there, and a network of one step draws everything somewhere: DSC 0.
+    path = folder / "validation" / "c" / "structures" / "Parotid_R.nrrd"
+    mask, header = nrrd.read(str(path))
+    nrrd.write(str(path), np.zeros_like(mask), header)
+    (folder / "tiny.toml").write_text(CONFIG)
+    output = tmp_path / "nothing.safetensors"
+    assert train(folder, output, "--steps", "1").exit_code == 0
+    assert rows_of(output.with_suffix(".csv"))[0]["mean"] == 0
+    assert output.is_file()
+
+
+def test_resuming_with_another_configuration_is_refused(data: Path, trained: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text(CONFIG.replace("550.0", "600.0"))
+    result = CliRunner().invoke(
+        main, ["--data", str(data), "--config", str(other), "--output", str(trained), "--resume"]
+    )
+    assert "another configuration" in refusal(result)
+
+
+def test_resuming_without_a_state_is_refused(data: Path, tmp_path: Path) -> None:
+    assert "nothing to resume" in refusal(train(data, tmp_path / "new.safetensors", "--resume"))
+
+
+@pytest.mark.parametrize("kept", [0, 100, 0.5])
+def test_resuming_from_a_damaged_state_is_refused(data: Path, trained: Path, tmp_path: Path, kept: float) -> None:
+    state = trained.with_suffix(".state.safetensors").read_bytes()
+    (tmp_path / "t.state.safetensors").write_bytes(state[: int(kept * len(state)) if kept < 1 else int(kept)])
+    assert "nothing to resume" in refusal(train(data, tmp_path / "t.safetensors", "--resume"))
+
+
+def test_resuming_from_a_checkpoint_is_refused(data: Path, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.state.safetensors").write_bytes(trained.read_bytes())
+    assert "start a new output" in refusal(train(data, tmp_path / "t.safetensors", "--resume"))
+
+
+def test_an_empty_folder_is_refused(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(CONFIG)
+    assert "no case in" in refusal(train(tmp_path, tmp_path / "t.safetensors"))
+
+
+def test_a_missing_validation_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(CONFIG)
+    write_case(tmp_path / "train" / "a", 0)
+    assert "validation" in refusal(train(tmp_path, tmp_path / "t.safetensors"))
+
+
+def test_a_case_without_any_structure_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(CONFIG)
+    write_case(tmp_path / "train" / "bare", 0, ())
+    assert "bare: none of BrainStem" in refusal(train(tmp_path, tmp_path / "t.safetensors"))
+
+
+def test_an_unknown_configuration_is_refused(data: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["--data", str(data), "--config", "oar99", "--output", str(tmp_path / "t")])
+    assert "no configuration oar99" in refusal(result)
+
+
+def test_no_data_is_a_wrong_usage() -> None:
+    assert CliRunner().invoke(main, []).exit_code == 2
+
+
+def test_the_rate_rises_then_falls() -> None:
+    config = TrainConfig(steps=100, warmup_steps=10)
+    shares = [rate_share(step, config) for step in range(100)]
+    assert shares[:10] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    assert shares[10] == 1.0
+    assert all(a > b for a, b in pairwise(shares[10:]))
+    assert rate_share(55, config) == pytest.approx((1 + FINAL_RATE) / 2)
+    assert rate_share(100, config) == pytest.approx(FINAL_RATE)
+    assert rate_share(10_000, config) == pytest.approx(FINAL_RATE)
+
+
+def test_the_rate_may_do_without_warm_up() -> None:
+    assert rate_share(0, TrainConfig(steps=1, warmup_steps=0)) == 1.0
+    assert rate_share(1, TrainConfig(steps=1, warmup_steps=5)) == pytest.approx(0.4)
+
+
+MODEL = ModelConfig("tiny", ("BrainStem", "Parotid_L"), 1, (1.0, 1.0, 2.0), (2.0, 2.0, 3.0), (-250.0, 550.0))
+PLAN = TrainConfig(steps=9, crop=(8, 16, 16), whole_share=0.5, phantom_share=0.0)
+
+
+def uniform_cases() -> list[Case]:
+    """Three cases that their Hounsfield units tell apart: normalised, they are -0.5, 0 and 0.5."""
+    geometry = VolumeGeometry((10, 64, 64), (1.5, 1.5, 2.5))
+    labels = np.zeros(geometry.shape, np.uint8)
+    labels[4, 32, 32] = 1
+    return [
+        Case(str(hu), CTVolume(np.full(geometry.shape, hu, np.int16), geometry), labels, (True, True))
+        for hu in (-50, 150, 350)
+    ]
+
+
+def test_every_pass_sees_every_case_once() -> None:
+    middles = [float(s.image[0, 0, :, 6:10, 6:10].median()) for s in samples(uniform_cases(), MODEL, PLAN, first=0)]
+    seen = [int(np.argmin(np.abs(np.array([-0.5, 0, 0.5]) - middle))) for middle in middles]
+    assert [sorted(seen[i : i + 3]) for i in (0, 3, 6)] == [[0, 1, 2]] * 3
+    assert len({tuple(seen[i : i + 3]) for i in (0, 3, 6)}) > 1  # shuffled anew
+
+
+def test_a_steps_sample_hangs_on_the_step_alone() -> None:
+    from_the_start = list(samples(uniform_cases(), MODEL, PLAN, first=0))
+    from_the_middle = list(samples(uniform_cases(), MODEL, PLAN, first=5))
+    assert (len(from_the_start), len(from_the_middle)) == (9, 4)
+    for one, other in zip(from_the_start[5:], from_the_middle, strict=True):
+        assert torch.equal(one.image, other.image)
+        assert torch.equal(one.target, other.target)
+
+
+def test_another_seed_gives_other_samples() -> None:
+    one = next(samples(uniform_cases(), MODEL, PLAN, first=0))
+    other = next(samples(uniform_cases(), MODEL, replace(PLAN, seed=1), first=0))
+    assert one.image.shape != other.image.shape or not torch.equal(one.image, other.image)
+
+
+def test_a_phantom_is_a_case_with_every_structure() -> None:
+    model, _ = load_config("openkbp7")
+    case = phantom_case(model, spacing=(4.0, 4.0, 3.0), seed=1)
+    assert case.annotated == (True,) * len(model.structures)
+    assert case.volume.geometry.spacing == (4.0, 4.0, 3.0)
+    assert set(np.unique(case.labels)) == set(range(len(model.structures) + 1))
