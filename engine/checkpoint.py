@@ -8,20 +8,36 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from anatomynet.engine.config import ModelConfig, model_config_from_json, shipped_weights
-from anatomynet.engine.errors import ModelError
+from anatomynet.engine.errors import ModelError, OutputError
 from anatomynet.engine.network import AnatomyNet
 
 CONFIG_KEY = "model_config"
 
 
 def save_checkpoint(path: Path, network: AnatomyNet, config: ModelConfig) -> None:
-    """Writes weights and configuration, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
+    """Writes weights and configuration, whole or not at all.
+
+    Raises:
+        OutputError: see write_whole.
+    """
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in network.state_dict().items()}
     metadata = {CONFIG_KEY: dataclasses.replace(config, checkpoint_sha256="").to_json()}
-    beside.write_bytes(save(tensors, metadata=metadata))  # save_file would make it private to its owner
-    beside.replace(path)
+    write_whole(path, save(tensors, metadata=metadata))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file beside `path`, then renames it; the umask says who may read it, unlike with save_file.
+
+    Raises:
+        OutputError: it could not be written; what was at `path` is still there.
+    """
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(data)
+        beside.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} could not be written: {error.strerror or error}") from error
 
 
 def load_checkpoint(path: Path | None = None) -> tuple[AnatomyNet, ModelConfig]:

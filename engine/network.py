@@ -23,7 +23,6 @@ HEAD_CHANNELS = 14
 # One hidden unit for every 15 channels in a plain block, for every 16 in a block that follows a concatenation.
 REDUCTION = 15
 REDUCTION_AFTER_CONCATENATION = 16
-SMALLEST_SIDE = 8
 AIR = -1.0  # what lies outside the volume, after normalisation
 
 

@@ -17,11 +17,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from anatomynet.engine.checkpoint import save_checkpoint
+from anatomynet.engine.checkpoint import save_checkpoint, write_whole
 from anatomynet.engine.command import reports_errors
 from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
 from anatomynet.engine.data import Augmentation, Case, Sample, cut_to_body, find_cases, network_grid_config, read_case
-from anatomynet.engine.errors import ModelError
+from anatomynet.engine.errors import ModelError, OutputError
 from anatomynet.engine.geometry import Point, VolumeGeometry
 from anatomynet.engine.losses import hybrid_loss
 from anatomynet.engine.metrics import dice
@@ -80,16 +80,18 @@ class Training:
         return float(loss.detach())
 
     def save(self, path: Path) -> None:
-        """Writes the state, whole or not at all; `restore` reads it."""
+        """Writes the state, whole or not at all; `restore` reads it.
+
+        Raises:
+            OutputError: it could not be written.
+        """
         tensors: dict[str, Tensor] = {}
         for prefix, network in (("network", self.network), ("average", self.average)):
             tensors |= {f"{prefix}.{k}": v.detach().contiguous().cpu() for k, v in network.state_dict().items()}
         for index, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{k}": v.contiguous().cpu() for k, v in moments.items()}
         metadata = {"model": self.model.to_json(), "step": str(self.step), "best": repr(self.best)}
-        beside = path.with_name(f".{path.name}.part")
-        beside.write_bytes(save(tensors, metadata=metadata))
-        beside.replace(path)
+        write_whole(path, save(tensors, metadata=metadata))
 
     def restore(self, path: Path) -> None:
         """Goes on from what `save` wrote.
@@ -267,7 +269,10 @@ def main(data: Path, config: str, output: Path | None, resume: bool, steps: int 
     if steps:
         train = dataclasses.replace(train, steps=steps)
     output = output or Path("runs") / f"{model.name}.safetensors"
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:  # before an hour of training, not after
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output.parent} cannot be a folder for the checkpoint: {error.strerror}") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cases = [cut_to_body(case) for case in read_cases(data / "train", model)]
     held_out = read_cases(data / "validation", model)

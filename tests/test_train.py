@@ -266,6 +266,11 @@ def test_an_unknown_configuration_is_refused(data: Path, tmp_path: Path) -> None
     assert "no configuration oar99" in refusal(result)
 
 
+def test_an_impossible_output_is_refused_before_training(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert "cannot be a folder" in refusal(train(data, tmp_path / "file" / "t.safetensors"))
+
+
 def test_no_data_is_a_wrong_usage() -> None:
     assert CliRunner().invoke(main, []).exit_code == 2
 
