@@ -91,9 +91,8 @@ def segment(
 @reports_errors
 def phantom(folder: Path, seed: int, overwrite: bool) -> None:
     """Write a synthetic 178 x 512 x 512 CT study to FOLDER, and its true contours to FOLDER.truth.dcm."""
-    from anatomynet.client.ct_writer import write_ct_series
-
     from anatomynet.client.contours import trace_contours
+    from anatomynet.client.ct_writer import write_ct_series
     from anatomynet.client.rtstruct import write_rtstruct
     from anatomynet.engine.phantom import make_phantom
 
@@ -108,8 +107,8 @@ def phantom(folder: Path, seed: int, overwrite: bool) -> None:
 
 @main.command()
 @click.argument("study", type=click.Path(path_type=Path))
-@click.option("--reference", type=click.Path(path_type=Path), required=True, help="The physician's contours: RTSTRUCT.")
-@click.option("--prediction", type=click.Path(path_type=Path), required=True, help="The network's contours: RTSTRUCT.")
+@click.option("--reference", type=click.Path(path_type=Path), required=True, help="RTSTRUCT, SEG or NIfTI.")
+@click.option("--prediction", type=click.Path(path_type=Path), required=True, help="RTSTRUCT, SEG or NIfTI.")
 @click.option("--series", help="SeriesInstanceUID, or its end, where the study has several.")
 @click.option("--aliases", type=click.Path(path_type=Path), help="Your ROI names: a TOML table, structure = [names].")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Every number, as JSON.")
@@ -130,7 +129,7 @@ def compare(
     animation: Path | None,
     overwrite: bool,
 ) -> None:
-    """Measure how well two structure sets on the CT in the folder STUDY agree, structure by structure."""
+    """Measure how well a physician's contours and the network's agree on the CT in the folder STUDY."""
     from anatomynet.client.compare import compare_files, table_lines, write_csv, write_json
     from anatomynet.client.overlay import write_animation, write_figure
     from anatomynet.client.study import read_ct_series, volume_from_series

@@ -1,6 +1,6 @@
 """Two structure sets of one CT -> how well they agree: a physician's contours and the network's, by name.
 
-read_structure_set twice -> compare_structure_sets -> a table, JSON, CSV, a figure and an animation (overlay.py)
+read_structures twice -> compare_structure_sets -> a table, JSON, CSV, a figure and an animation (overlay.py)
 """
 
 import csv
@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from anatomynet.client.mask_files import read_structures
 from anatomynet.client.output import write_whole
-from anatomynet.client.structure_set import Roi, StructureSet, read_structure_set
+from anatomynet.client.structure_set import Roi, StructureSet
 from anatomynet.client.study import CTSeries
 from anatomynet.engine.aliases import Aliases, load_aliases, structure_from_roi_name
 from anatomynet.engine.errors import StudyError
@@ -75,7 +76,7 @@ class Comparison:
 
 
 def compare_files(prediction: Path, reference: Path, series: CTSeries, *, alias_file: Path | None = None) -> Comparison:
-    """The agreement of two files of contours on one CT.
+    """The agreement of two files on one CT, each an RTSTRUCT, a DICOM SEG, a NIfTI mask or a folder of them.
 
     Raises:
         StudyError: a file that cannot be read or was drawn on another CT; no structure in common.
@@ -86,7 +87,7 @@ def compare_files(prediction: Path, reference: Path, series: CTSeries, *, alias_
     def known(name: str) -> bool:
         return structure_from_roi_name(name, aliases) is not None
 
-    drawn, truth = (read_structure_set(path, series, wanted=known) for path in (prediction, reference))
+    drawn, truth = (read_structures(path, series, wanted=known) for path in (prediction, reference))
     return compare_structure_sets(drawn, truth, aliases)
 
 

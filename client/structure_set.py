@@ -21,6 +21,7 @@ from anatomynet.client.headers import DAMAGED, uid_tail
 from anatomynet.client.study import CTSeries
 from anatomynet.engine.errors import StudyError
 from anatomynet.engine.geometry import Index, VolumeGeometry
+from anatomynet.engine.metrics import common_box
 
 # A contour this share of the slice spacing off its slice still belongs to it: positions are often cut to 0.1 mm.
 OFF_SLICE_SHARE = 0.2
@@ -90,12 +91,18 @@ def read_structure_set(path: Path, series: CTSeries, *, wanted: Callable[[str], 
     dataset = _read_rtstruct(path)
     try:
         names = {int(item.ROINumber): str(item.get("ROIName", "")) for item in dataset.StructureSetROISequence}
-        _check_frame_of_reference(dataset, series, path)
+        check_frames_of_reference(_frames_of_reference(dataset), series, path)
         contours = {int(item.ReferencedROINumber): item for item in dataset.get("ROIContourSequence") or ()}
         rois = [_roi(name, contours.get(n, Dataset()), series) for n, name in names.items() if wanted(name)]
     except DAMAGED as error:
         raise StudyError(f"{path.name} is damaged: its contours cannot be read; export it again") from error
     return StructureSet(series.geometry, tuple(rois), tuple(names.values()))
+
+
+def roi_from_mask(name: str, mask: Mask) -> Roi:
+    """The ROI of a mask (z, y, x) on a series' grid."""
+    z, y, x = common_box(mask, mask)
+    return Roi(name, None, (z.start, y.start, x.start), mask[z, y, x].copy())
 
 
 def fill_contours(polygons: Sequence[Contour], shape: Index) -> tuple[Index, Mask]:
@@ -146,12 +153,12 @@ def _read_rtstruct(path: Path) -> Dataset:
     return dataset
 
 
-def _check_frame_of_reference(dataset: Dataset, series: CTSeries, path: Path) -> None:
-    """Points mean nothing in another frame of reference (PS3.3 C.7.4.1)."""
-    frames = {str(item.get("ReferencedFrameOfReferenceUID", "")) for item in dataset.StructureSetROISequence}
-    frames |= {
-        str(item.get("FrameOfReferenceUID", "")) for item in dataset.get("ReferencedFrameOfReferenceSequence") or ()
-    }
+def check_frames_of_reference(frames: set[str], series: CTSeries, path: Path) -> None:
+    """Points and masks mean nothing in another frame of reference (PS3.3 C.7.4.1).
+
+    Raises:
+        StudyError: a frame of reference that is not the series', or none.
+    """
     other = sorted(frames - {series.frame_of_reference_uid, ""})
     if other or not any(frames):
         found = uid_tail(other[0]) if other else "none"
@@ -159,6 +166,12 @@ def _check_frame_of_reference(dataset: Dataset, series: CTSeries, path: Path) ->
             f"{path.name} was drawn in frame of reference {found}; expected that of the CT, "
             f"{uid_tail(series.frame_of_reference_uid)}: export both together"
         )
+
+
+def _frames_of_reference(dataset: Dataset) -> set[str]:
+    frames = {str(item.get("ReferencedFrameOfReferenceUID", "")) for item in dataset.StructureSetROISequence}
+    referenced = dataset.get("ReferencedFrameOfReferenceSequence") or ()
+    return frames | {str(item.get("FrameOfReferenceUID", "")) for item in referenced}
 
 
 def _roi(name: str, item: Dataset, series: CTSeries) -> Roi:
