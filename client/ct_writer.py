@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,12 @@ def write_ct_series(study_dir: Path, volume: CTVolume, *, seed: int = 0, patient
     template = _ct_template(volume, digest, patient_position)
     try:
         study_dir.mkdir(parents=True, exist_ok=True)
-        for k in range(volume.geometry.shape[0]):
-            _fill_slice(template, volume, k, digest)
-            template.save_as(study_dir / f"CT{k + 1:04d}.dcm", enforce_file_format=True)
+        with TemporaryDirectory(prefix=".", suffix=".part", dir=study_dir) as beside:
+            for k in range(volume.geometry.shape[0]):
+                _fill_slice(template, volume, k, digest)
+                template.save_as(Path(beside, f"CT{k + 1:04d}.dcm"), enforce_file_format=True)
+            for path in sorted(Path(beside).iterdir()):
+                path.replace(study_dir / path.name)
     except OSError as error:
         raise OutputError(f"{study_dir} cannot be written: {error.strerror}") from error
     return read_ct_series(study_dir, series_instance_uid=str(template.SeriesInstanceUID))

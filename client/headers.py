@@ -72,6 +72,7 @@ IMAGE_KEYWORDS = (
     "PixelSpacing",
     "BitsAllocated",
     "BitsStored",
+    "HighBit",
     "PixelRepresentation",
     "PixelPaddingValue",
     "PixelPaddingRangeLimit",
@@ -254,10 +255,10 @@ def _files_under(folder: Path) -> Iterator[Path]:
         raise StudyError(f"a folder in the study cannot be read: {error.strerror}; check its permissions") from error
 
     for root, folders, names in os.walk(folder, onerror=refuse):
-        folders.sort()
+        # What is hidden is not the scanner's: a Mac leaves a "._IMG1.dcm" beside IMG1.dcm on foreign disks.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(root, name)
-            # A Mac leaves a "._IMG1.dcm" beside IMG1.dcm on foreign disks.
             if not name.startswith(".") and path.is_file():
                 yield path
 

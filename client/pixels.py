@@ -76,7 +76,8 @@ def _check_image(header: CTHeader) -> None:
         ("SamplesPerPixel", header.word("SamplesPerPixel"), (1,)),
         ("NumberOfFrames", header.text("NumberOfFrames") or "1", ("1",)),
         ("BitsAllocated", header.word("BitsAllocated"), (16,)),
-        ("BitsStored", header.word("BitsStored"), range(8, 17)),
+        ("BitsStored", header.word("BitsStored"), range(16, 7, -1)),
+        ("HighBit", header.word("HighBit"), (header.word("BitsStored") - 1,)),
         ("PixelRepresentation", header.word("PixelRepresentation"), (0, 1)),
         ("RescaleType", unit, ("HU", "US")),  # US is "unspecified", which old scanners write
     ]

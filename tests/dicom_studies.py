@@ -7,11 +7,12 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pydicom
 import pytest
+from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from anatomynet.client.ct_writer import write_ct_series
@@ -29,6 +30,8 @@ DIRECTIONS: dict[str, Direction] = {
     "coronal": ((1, 0, 0), (0, 0, 1), (0, -1, 0)),
     "sagittal": ((0, 0, -1), (1, 0, 0), (0, -1, 0)),
 }
+Mask = NDArray[np.bool_]
+Scalar = TypeVar("Scalar", bound=np.generic)
 # No word of these may ever appear in a message.
 PATIENT = {"PatientName": "Meier^Secret", "PatientID": "PID4711", "PatientBirthDate": "19610102"}
 
@@ -87,30 +90,33 @@ def complaints(judge: str, *paths: Path) -> list[str]:
     return [line for line in result.stderr.splitlines() if line.startswith(("Error", "Warning", "(0x"))]
 
 
-def masks_by_plastimatch(rtstruct: Path, study: Path, folder: Path) -> dict[str, tuple[np.ndarray, VolumeGeometry]]:
+def masks_by_plastimatch(rtstruct: Path, study: Path, folder: Path) -> dict[str, tuple[Mask, VolumeGeometry]]:
     """ROI name -> mask (z, y, x) as plastimatch draws it, and the grid it draws on."""
-    import SimpleITK
+    import SimpleITK  # its calls are not typed
 
     plastimatch = Path(sys.executable).with_name("plastimatch")
     command = [plastimatch, "convert", "--input", rtstruct, "--referenced-ct", study, "--output-prefix", folder]
     subprocess.run([*map(str, command), "--prefix-format", "nii.gz"], check=True, capture_output=True)
     masks = {}
     for path in folder.glob("*.nii.gz"):
-        image = SimpleITK.ReadImage(str(path))
+        image: Any = SimpleITK.ReadImage(str(path))
         mask = SimpleITK.GetArrayFromImage(image) > 0
+        width, height, depth = image.GetSize()
         a, b, c, d, e, f, g, h, i = image.GetDirection()
-        geometry = VolumeGeometry(mask.shape, image.GetSpacing(), image.GetOrigin(), ((a, b, c), (d, e, f), (g, h, i)))
+        direction = ((a, b, c), (d, e, f), (g, h, i))
+        geometry = VolumeGeometry((depth, height, width), image.GetSpacing(), image.GetOrigin(), direction)
         masks[path.name.removesuffix(".nii.gz")] = (mask, geometry)
     return masks
 
 
-def on_grid(mask: np.ndarray, geometry: VolumeGeometry, wanted: VolumeGeometry) -> np.ndarray:
-    """A mask's values at another grid's voxel centres, which must be its own."""
+def on_grid(values: NDArray[Scalar], geometry: VolumeGeometry, wanted: VolumeGeometry) -> NDArray[Scalar]:
+    """An array's values at another grid's voxel centres, which must be its own."""
     z, y, x = np.indices(wanted.shape)
     indices = geometry.indices_from_points(wanted.points_from_indices(np.stack([x, y, z], axis=-1)))
     nearest = np.rint(indices).astype(int)
     assert np.abs(indices - nearest).max() < 1e-2
-    return np.asarray(mask[nearest[..., 2], nearest[..., 1], nearest[..., 0]])
+    found: NDArray[Scalar] = values[nearest[..., 2], nearest[..., 1], nearest[..., 0]]
+    return found
 
 
 def words_of_patient() -> Iterable[str]:

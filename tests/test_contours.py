@@ -25,7 +25,8 @@ small_masks = arrays(np.bool_, array_shapes(min_dims=3, max_dims=3, min_side=1, 
 
 
 def label_map(labels: Labels) -> LabelMap:
-    return LabelMap(labels, VolumeGeometry(labels.shape, (1.0, 1.0, 1.0)), CATALOGUE)
+    depth, height, width = labels.shape
+    return LabelMap(labels, VolumeGeometry((depth, height, width), (1.0, 1.0, 1.0)), CATALOGUE)
 
 
 def contours_of(mask: NDArray[np.bool_]) -> tuple[Contour, ...]:
@@ -38,11 +39,11 @@ def contours_of_slice(*rows: str) -> list[NDArray[np.float64]]:
     return [c.points for c in contours_of(np.array([[[c == "#" for c in row] for row in rows]]))]
 
 
-def drawn(contours: tuple[Contour, ...], shape: tuple[int, int, int]) -> NDArray[np.bool_]:
+def drawn(contours: tuple[Contour, ...], shape: tuple[int, ...]) -> NDArray[np.bool_]:
     """What scikit-image draws; a margin, since it leaves out what it takes for the border."""
     mask = np.zeros(shape, np.bool_)
     for contour in contours:
-        padded = polygon2mask((shape[1] + 2, shape[2] + 2), contour.points[:, ::-1] + 1)
+        padded = polygon2mask((shape[1] + 2, shape[2] + 2), contour.points[:, ::-1] + 1)  # type: ignore[no-untyped-call]
         mask[contour.slice_index] |= padded[1:-1, 1:-1]
     return mask
 
@@ -76,10 +77,10 @@ def test_areas_are_those_of_marching_squares(mask: NDArray[np.bool_]) -> None:
     contours = contours_of(mask)
     for z, plane in enumerate(mask):
         padded = np.pad(plane.astype(float), 1)
-        theirs = find_contours(padded, 0.5, fully_connected="high", positive_orientation="high")
+        theirs = find_contours(padded, 0.5, fully_connected="high", positive_orientation="high")  # type: ignore[no-untyped-call]
         ours = [c.points for c in contours if c.slice_index == z]
         assert sum(map(signed_area, ours)) == pytest.approx(-sum(signed_area(c[:-1, ::-1]) for c in theirs))
-        assert len(ours) == label(plane, connectivity=2).max()
+        assert len(ours) == label(plane, connectivity=2).max()  # type: ignore[no-untyped-call]
 
 
 @given(small_masks)

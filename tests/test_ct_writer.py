@@ -1,5 +1,6 @@
 """The CT series that is written: valid, exact, and the same each time."""
 
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ def test_dciodvfy_and_dcentvfy_have_no_complaint(tmp_path: Path, position: str) 
 
 def test_every_int16_comes_back(tmp_path: Path) -> None:
     hu = np.arange(-32768, 32768, dtype=np.int16).reshape(4, 128, 128)
-    series = write_ct_series(tmp_path, CTVolume(hu, VolumeGeometry(hu.shape, (1.0, 1.0, 1.0))))
+    series = write_ct_series(tmp_path, CTVolume(hu, VolumeGeometry((4, 128, 128), (1.0, 1.0, 1.0))))
     np.testing.assert_array_equal(volume_from_series(series).hu, hu)
 
 
@@ -59,6 +60,17 @@ def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be written"):
         write_ct_series(tmp_path / "file" / "study", random_volume())
+
+
+def test_a_full_disk_leaves_no_part_of_a_series(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        with pytest.raises(OutputError, match="cannot be written"):
+            write_ct_series(tmp_path / "study", random_volume())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "study").iterdir()) == []
 
 
 def test_read_again_it_is_the_same_series(tmp_path: Path) -> None:

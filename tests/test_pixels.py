@@ -6,7 +6,7 @@ import numpy as np
 import pydicom
 import pytest
 from numpy.typing import NDArray
-from pydicom.pixels import apply_rescale
+from pydicom.pixels.processing import apply_rescale
 
 from anatomynet.client.pixels import AIR_HU
 from anatomynet.client.study import read_ct_series, volume_from_series
@@ -26,7 +26,8 @@ def read(folder: Path) -> NDArray[np.int16]:
 def by_pydicom(path: Path) -> NDArray[np.int16]:
     dataset = pydicom.dcmread(path)
     hu = apply_rescale(dataset.pixel_array, dataset)
-    return np.clip(np.rint(hu), -32768, 32767).astype(np.int16)
+    rounded: NDArray[np.int16] = np.clip(np.rint(hu), -32768, 32767).astype(np.int16)
+    return rounded
 
 
 @pytest.mark.parametrize("signed", [0, 1])
@@ -36,7 +37,7 @@ def by_pydicom(path: Path) -> NDArray[np.int16]:
 )
 def test_rescaled_as_pydicom_does(tmp_path: Path, signed: int, bits: int, slope: float, intercept: float) -> None:
     paths = write_study(tmp_path)
-    words = WORDS & ((1 << bits) - 1)  # pydicom takes the words as they are: nothing above the stored bits
+    words = WORDS & np.uint16((1 << bits) - 1)  # pydicom takes the words as they are: nothing above the stored bits
     if signed:
         words = ((words.astype(np.int32) ^ (1 << (bits - 1))) - (1 << (bits - 1))).astype(np.int16).view(np.uint16)
     for path in paths:
@@ -56,7 +57,14 @@ def test_rescaled_as_pydicom_does(tmp_path: Path, signed: int, bits: int, slope:
 def test_every_slice_has_its_own_slope_and_intercept(tmp_path: Path) -> None:
     paths = write_study(tmp_path)
     for k, path in enumerate(paths):
-        store(path, WORDS & 0xFFF, BitsStored=12, PixelRepresentation=0, RescaleSlope=1 + k % 2, RescaleIntercept=-k)
+        store(
+            path,
+            WORDS & np.uint16(0xFFF),
+            BitsStored=12,
+            PixelRepresentation=0,
+            RescaleSlope=1 + k % 2,
+            RescaleIntercept=-k,
+        )
     for k, plane in enumerate(read(tmp_path)):
         np.testing.assert_array_equal(plane, (WORDS & 0xFFF).astype(int) * (1 + k % 2) - k)
 

@@ -5,12 +5,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
 import pytest
 import SimpleITK
+from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import (
+    UID,
     CTImageStorage,
     DeflatedExplicitVRLittleEndian,
     EnhancedCTImageStorage,
@@ -79,7 +82,7 @@ def test_every_voxel_is_read_back_to_its_place(tmp_path: Path, direction: Direct
 def test_simpleitk_finds_the_same_volume(tmp_path: Path, position: str) -> None:
     write_study(tmp_path, random_volume(direction=DIRECTIONS[position]))
     series = read_ct_series(tmp_path)
-    reader = SimpleITK.ImageSeriesReader()
+    reader: Any = SimpleITK.ImageSeriesReader()  # type: ignore[no-untyped-call]
     reader.SetFileNames([str(s.path) for s in series.slices])
     image = reader.Execute()
     np.testing.assert_array_equal(volume_from_series(series).hu, SimpleITK.GetArrayFromImage(image))
@@ -102,6 +105,8 @@ def test_slices_stand_in_order_of_position_whatever_the_files_are_called(study: 
 
 def add_other_files(folder: Path, paths: list[Path]) -> None:
     (folder / "notes.txt").write_text("not DICOM")
+    (folder / ".trash").mkdir()
+    shutil.copy(paths[0], folder / ".trash")
     (folder / "empty.lock").touch()
     (folder / "no suffix").write_bytes(b"\x08\x00" + bytes(300))
     (folder / "._CT0001.dcm").write_bytes(b"what a Mac leaves behind")
@@ -180,7 +185,7 @@ def test_series_is_chosen_by_its_uid_or_its_last_digits(study: Study) -> None:
     [ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian, RLELossless, JPEGLSLossless],
     ids=lambda uid: uid.name,
 )
-def test_transfer_syntaxes_bring_the_same_volume(study: Study, syntax: pydicom.uid.UID) -> None:
+def test_transfer_syntaxes_bring_the_same_volume(study: Study, syntax: UID) -> None:
     folder, paths = study
     expected = volume_from_series(read_ct_series(folder)).hu
     for path in paths:
@@ -250,7 +255,14 @@ def lose(*numbers: int) -> Callable[[Path, list[Path]], None]:
 
 
 def cut(size: int) -> Callable[[Path, list[Path]], None]:
-    return lambda _, paths: paths[2].write_bytes(paths[2].read_bytes()[:size])  # type: ignore[return-value]
+    def damage(_: Path, paths: list[Path]) -> None:
+        paths[2].write_bytes(paths[2].read_bytes()[:size])
+
+    return damage
+
+
+def overwrite_with_zeros(_: Path, paths: list[Path]) -> None:
+    paths[2].write_bytes(bytes(999))
 
 
 def shear(_: Path, paths: list[Path]) -> None:
@@ -328,10 +340,11 @@ REFUSALS: dict[str, tuple[Callable[[Path, list[Path]], None], type[AnatomyNetErr
     "cut before the pixels": (cut(-175), StudyError, r"CT0003.dcm is damaged: it ends before its pixels"),
     "cut in the header": (cut(300), StudyError, r"CT0003.dcm is damaged"),
     "empty file": (cut(0), StudyError, r"CT0003.dcm is damaged: it is empty"),
-    "not DICOM": (lambda _, p: p[2].write_bytes(bytes(999)), StudyError, r"CT0003.dcm is damaged"),  # type: ignore[return-value]
+    "not DICOM": (overwrite_with_zeros, StudyError, r"CT0003.dcm is damaged: its header cannot be read"),
     "CT and not": (third_is_mr_by_its_image_alone, StudyError, r"CT0003.dcm is damaged: it says both"),
     "colour": (each(PhotometricInterpretation="RGB"), StudyError, r"PhotometricInterpretation is RGB"),
     "8 bits": (each(BitsAllocated=8), StudyError, r"BitsAllocated is 8, expected 16"),
+    "values in the upper bits": (each(BitsStored=12), StudyError, r"HighBit is 15, expected 11"),
     "frames": (each(NumberOfFrames=2), StudyError, r"NumberOfFrames is 2, expected 1"),
     "no Hounsfield units": (each(RescaleType="MGML"), StudyError, r"RescaleType is MGML, expected HU"),
     "slope 0": (third(RescaleSlope=0), StudyError, r"RescaleSlope is not above zero"),
@@ -384,14 +397,14 @@ def test_a_slice_that_was_cut_since_is_refused(study: Study) -> None:
 
 @pytest.mark.parametrize(("syntax", "advice"), [(JPEGLosslessSV1, "python-gdcm"), ("1.2.3.4", "uncompressed")])
 def test_a_codec_that_is_missing_is_named(study: Study, syntax: str, advice: str) -> None:
-    if syntax == JPEGLosslessSV1 and pydicom.pixels.get_decoder(JPEGLosslessSV1).is_available:
+    if syntax == JPEGLosslessSV1 and get_decoder(JPEGLosslessSV1).is_available:
         pytest.skip("a decoder for lossless JPEG is installed")
     folder, paths = study
     for path in paths:
         dataset = pydicom.dcmread(path)
         dataset.PixelData = pydicom.encaps.encapsulate([dataset.PixelData])
         dataset["PixelData"].is_undefined_length = True
-        dataset.file_meta.TransferSyntaxUID = syntax
+        dataset.file_meta.TransferSyntaxUID = UID(syntax)
         dataset.save_as(path, implicit_vr=False, little_endian=True)
     series = read_ct_series(folder)
     with pytest.raises(StudyError, match=rf"no decoder is installed: .*{advice}"):
