@@ -224,11 +224,11 @@ def _surface(mask: Mask, spacing_zyx: Sequence[float]) -> tuple[NDArray[np.intp]
     for z, y, x in itertools.product((0, 1), repeat=3):
         code |= inside[z : z + depth, y : y + height, x : x + width] << np.uint8(4 * z + 2 * y + x)
     places = np.argwhere((code != 0) & (code != 0xFF))
-    return places, _element_areas(*spacing_zyx)[code[tuple(places.T)]]
+    return places, surface_areas_mm2(*spacing_zyx)[code[tuple(places.T)]]
 
 
 @cache
-def _element_areas(z: float, y: float, x: float) -> NDArray[np.float64]:
+def surface_areas_mm2(z: float, y: float, x: float) -> NDArray[np.float64]:
     """mm2 of the surface in each of the 256 ways to fill 2 x 2 x 2 voxels of these sides."""
     areas = np.zeros(256)
     for code, triangles in TRIANGLES.items():
