@@ -8,7 +8,7 @@ const WINDOWS = {
   bone: { level: 400, width: 2000 },
   brain: { level: 40, width: 80 },
 };
-const REGION_MARGIN = 40; // mm around all structures that a fitted picture shows
+const REGION_MARGIN = 30; // mm around all structures that a fitted picture shows
 const PAGE_OF_SLICES = 10;
 
 class Review {
@@ -33,8 +33,18 @@ class Review {
     this.panes = Object.keys(PLANES).map((name) => new Pane(this, name));
     this.second = new Pane(this, "axial"); // the reference's, side by side
     document.getElementById("panes").append(...this.panes.map((pane) => pane.element), this.second.element);
-    const first = study.structures.find((structure) => structure.middle);
-    if (first) this.state.position = [...first.middle];
+    this.startWhereMostIsSeen();
+  }
+
+  /** The axial slice through the middle of one structure that shows the most of them; across, their common middle. */
+  startWhereMostIsSeen() {
+    const present = this.study.structures.filter((structure) => structure.middle);
+    if (!present.length) return;
+    const boxes = present.map(({ drawn, reference }) => drawn ?? reference);
+    const seen = (z) => boxes.filter(({ start, shape }) => start[2] <= z && z < start[2] + shape[2]).length;
+    const mean = (axis) => Math.round(present.reduce((sum, { middle }) => sum + middle[axis], 0) / present.length);
+    const slices = present.map(({ middle }) => middle[2]).sort((a, b) => seen(b) - seen(a));
+    this.state.position = [mean(0), mean(1), slices[0]];
   }
 
   /** The structures that are switched on. */
@@ -204,7 +214,7 @@ function element(tag, properties = {}, ...children) {
 }
 
 function millilitres(volume) {
-  return volume === null ? "–" : volume.toFixed(volume < 10 ? 2 : 1);
+  return volume.toFixed(volume < 10 ? 2 : 1);
 }
 
 function fillStructures(review) {
@@ -227,8 +237,8 @@ function fillStructures(review) {
     name.addEventListener("click", () => review.showStructure(structure));
     const cell = element("div", { className: "name" }, structure.box, name);
     if (flagged.has(structure.name)) cell.append(element("span", { className: "flag", title: "There is a warning" }));
-    const figures = [structure.drawn ? millilitres(structure.drawn_ml) : absent ? "none" : "–"];
-    if (review.hasReference) figures.push(millilitres(structure.reference_ml), structure.dice?.toFixed(2) ?? "–");
+    const figures = [structure.drawn ? millilitres(structure.drawn_ml) : "none"];
+    if (review.hasReference) figures.push(structure.reference ? millilitres(structure.reference_ml) : "none", structure.dice?.toFixed(2) ?? "–");
     structure.row = element("tr", { className: absent ? "absent" : "" }, element("td", {}, cell));
     structure.row.append(...figures.map((text) => element("td", { textContent: text })));
     table.append(structure.row);
@@ -245,7 +255,7 @@ function fillWarnings(review) {
     list.replaceWith(element("p", { className: "none", textContent: "None. Only gross faults are looked for." }));
   }
   for (const [number, warning] of warnings.entries()) {
-    const content = [warning.structure ? element("strong", { textContent: warning.structure }) : "", warning.text];
+    const content = [element("strong", { textContent: warning.structure ?? "Scan" }), warning.text];
     if (warning.index) {
       const [x, y, z] = warning.index.map((i, axis) => grid.mm(axis, i).toFixed(0).replace("-", "−"));
       content.push(element("small", { textContent: `at x ${x}, y ${y}, z ${z} mm` }));

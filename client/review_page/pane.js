@@ -6,7 +6,8 @@ const FIT_MARGIN = 0.94; // of the pane that the fitted region fills
 const WHEEL_NOTCH = 50; // wheel units that make one slice; a mouse sends 100 or more at once, a touchpad few at a time
 const LARGEST_ZOOM = 24;
 const CACHED_CONTOURS = 3000;
-const TRACK_LANES = 4;
+const TRACK_WIDTH = 16;
+const WIDEST_LANE = 3;
 
 class Pane {
   constructor(review, planeName) {
@@ -166,27 +167,39 @@ class Pane {
 
   /** Where each structure lies along the slices: the strip on the right, its current slice marked. */
   drawTrack(ratio) {
-    const [width, height] = [16, this.size.height];
+    const [width, height] = [TRACK_WIDTH, this.size.height];
     [this.track.width, this.track.height] = [width * ratio, Math.round(height * ratio)];
     const context = this.track.getContext("2d");
     context.scale(ratio, ratio);
     context.fillStyle = "rgba(16, 20, 26, 0.72)";
     context.fillRect(0, 0, width, height);
-    const lanes = Array(TRACK_LANES).fill(-Infinity);
-    const axis = this.plane.normal;
-    const masks = this.review.visible().filter((s) => s.drawn ?? s.reference);
-    masks.sort((a, b) => (a.drawn ?? a.reference).start[axis] - (b.drawn ?? b.reference).start[axis]);
-    for (const structure of masks) {
-      const { start, shape } = structure.drawn ?? structure.reference;
-      const lane = lanes.findIndex((end) => end < start[axis]);
-      if (lane < 0) continue;
-      lanes[lane] = start[axis] + shape[axis];
-      const ends = [this.trackPlace(start[axis] - 0.5), this.trackPlace(start[axis] + shape[axis] - 0.5)];
-      context.fillStyle = structure.colour;
-      context.fillRect(3 + lane * 3, Math.min(...ends), 2, Math.abs(ends[1] - ends[0]));
-    }
+    const lanes = this.trackLanes();
+    const lane = Math.min(WIDEST_LANE, (width - 4) / lanes.length);
+    lanes.forEach((structures, number) => {
+      for (const { colour, from, to } of structures) {
+        const ends = [this.trackPlace(from - 0.5), this.trackPlace(to - 0.5)];
+        context.fillStyle = colour;
+        context.fillRect(3 + number * lane, Math.min(...ends), lane * 0.7, Math.abs(ends[1] - ends[0]));
+      }
+    });
     context.fillStyle = "#fff";
     context.fillRect(0, this.trackPlace(this.index()) - 1, width, 2);
+  }
+
+  /** Visible structures in as few lanes as keep them apart. */
+  trackLanes() {
+    const axis = this.plane.normal;
+    const spans = this.review.visible().filter((structure) => structure.middle).map(({ colour, drawn, reference }) => {
+      const { start, shape } = drawn ?? reference;
+      return { colour, from: start[axis], to: start[axis] + shape[axis] };
+    });
+    const lanes = [];
+    for (const span of spans.sort((a, b) => a.from - b.from)) {
+      const free = lanes.find((lane) => lane.at(-1).to < span.from);
+      if (free) free.push(span);
+      else lanes.push([span]);
+    }
+    return lanes;
   }
 
   trackPlace(index) {

@@ -1,0 +1,251 @@
+"""Findings: silent on a sound patient, one finding for each fault, in whatever orientation the array lies."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from anatomynet.engine.errors import GeometryError
+from anatomynet.engine.findings import Finding, find_warnings, size_ranges
+from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.phantom import make_phantom
+from anatomynet.engine.preprocess import array_from_canonical
+from anatomynet.engine.regions import Region, regions_from_label_map
+from anatomynet.engine.structures import STRUCTURES, structures_by_name
+from anatomynet.engine.volume import CTVolume, LabelMap
+from tests.openkbp import OPENKBP, requires_openkbp
+
+SHAPE = (60, 180, 200)
+SPACING = (1.5, 1.5, 3.0)
+NAMES = ("BrainStem", "SpinalCord", "Parotid_R", "Parotid_L", "Mandible")
+# Centre and half sides in voxels (z, y, x): sizes in the middle of their ranges, the cord down to the first slice.
+BOXES = {
+    "BrainStem": ((45, 90, 100), (5, 8, 8)),
+    "SpinalCord": ((19, 100, 100), (19, 4, 4)),
+    "Parotid_R": ((40, 80, 60), (5, 8, 8)),
+    "Parotid_L": ((40, 80, 140), (5, 8, 8)),
+    "Mandible": ((30, 50, 100), (4, 6, 34)),
+}
+ORIENTATIONS = {
+    "head first supine": ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)),
+    "feet first prone": ((1.0, 0.0, 0.0), (0.0, -1.0, 0.0), (0.0, 0.0, -1.0)),
+    "sagittal slices": ((0.0, 0.0, -1.0), (1.0, 0.0, 0.0), (0.0, -1.0, 0.0)),
+}
+LARGEST_SHARE_OF_ALARMS = 0.1  # of physicians' own contours
+
+Canonical = NDArray[np.generic]
+Change = Callable[[NDArray[np.uint8]], None]
+
+
+def patient(*, change: Change | None = None) -> LabelMap:
+    labels = np.zeros(SHAPE, np.uint8)
+    for label, name in enumerate(NAMES, start=1):
+        labels[box_of(name)] = label
+    if change:
+        change(labels)
+    return LabelMap(labels, VolumeGeometry(SHAPE, SPACING), structures_by_name(NAMES))
+
+
+def box_of(name: str) -> tuple[slice, ...]:
+    centre, half = BOXES[name]
+    return tuple(slice(c - h, c + h + 1) for c, h in zip(centre, half, strict=True))
+
+
+def warnings_of(label_map: LabelMap, hu: NDArray[np.int16] | None = None) -> tuple[Finding, ...]:
+    given = np.zeros(label_map.geometry.shape, np.int16) if hu is None else hu
+    return find_warnings(CTVolume(given, label_map.geometry), regions_from_label_map(label_map))
+
+
+def only(findings: tuple[Finding, ...]) -> Finding:
+    assert len(findings) == 1, findings
+    return findings[0]
+
+
+def test_a_sound_patient_gives_none() -> None:
+    assert warnings_of(patient()) == ()
+
+
+def test_nothing_drawn_is_told_structure_by_structure() -> None:
+    nothing = patient(change=lambda labels: labels.fill(0))
+    assert {w.name for w in warnings_of(nothing)} == {STRUCTURES[name].tg263_name for name in NAMES}
+    assert all(w.index is None for w in warnings_of(nothing))
+
+
+def test_no_region_and_other_rois_give_none() -> None:
+    label_map = patient()
+    volume = CTVolume(np.zeros(SHAPE, np.int16), label_map.geometry)
+    target = Region("PTV 70", (255, 0, 0), (0, 0, 0), np.ones((1, 1, 1), np.bool_))
+    assert find_warnings(volume, ()) == ()
+    assert find_warnings(volume, (target,)) == ()
+
+
+def remove_brainstem(labels: NDArray[np.uint8]) -> None:
+    labels[labels == 1] = 0
+
+
+def behead(labels: NDArray[np.uint8]) -> None:
+    labels[48:] = 0
+
+
+def exchange_sides(labels: NDArray[np.uint8]) -> None:
+    labels[box_of("Parotid_R")], labels[box_of("Parotid_L")] = (
+        NAMES.index("Parotid_L") + 1,
+        NAMES.index("Parotid_R") + 1,
+    )
+
+
+def test_exchanged_sides() -> None:
+    found = only(warnings_of(patient(change=exchange_sides)))
+    assert (found.name, found.text) == (
+        "Parotid_L",
+        "lies to the patient's right of Parotid_R: left and right are exchanged",
+    )
+    assert found.index == BOXES["Parotid_R"][0]
+
+
+def test_a_lone_organ_on_the_wrong_side() -> None:
+    label_map = patient(change=exchange_sides)
+    volume = CTVolume(np.zeros(SHAPE, np.int16), label_map.geometry)
+    lone = [region for region in regions_from_label_map(label_map) if region.name != "Parotid_R"]
+    texts = [w.text for w in find_warnings(volume, lone)]
+    assert "lies on the patient's right: the side is exchanged" in texts
+    assert "not drawn, though Parotid_L is" in texts
+
+
+def test_missing_structure_and_expected_structure() -> None:
+    label_map = patient(change=remove_brainstem)
+    volume = CTVolume(np.zeros(SHAPE, np.int16), label_map.geometry)
+    assert only(warnings_of(label_map)) == Finding("Brainstem", "not found on this CT", None)
+    found = find_warnings(
+        volume, regions_from_label_map(patient()), expected=structures_by_name(("BrainStem", "Larynx"))
+    )
+    assert only(found) == Finding("Larynx", "not found on this CT", None)
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_a_structure_cut_off_by_the_scan(orientation: str) -> None:
+    cut = patient(change=behead)
+    kept = replace(cut.geometry, shape=(48, *SHAPE[1:]))
+    found = only(
+        warnings_of(turned(LabelMap(np.ascontiguousarray(cut.labels[:48]), kept, cut.structures), orientation))
+    )
+    assert (found.name, found.text.split(":")[0]) == ("Brainstem", "reaches the end of the scan towards the head")
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_every_orientation_gives_the_same(orientation: str) -> None:
+    exchanged = patient(change=exchange_sides)
+    assert warnings_of(turned(patient(), orientation)) == ()
+    found = only(warnings_of(turned(exchanged, orientation)))
+    assert found.text == only(warnings_of(exchanged)).text
+    assert found.index is not None
+    assert turned(exchanged, orientation).labels[found.index] == NAMES.index("Parotid_L") + 1
+
+
+def turned(label_map: LabelMap, orientation: str) -> LabelMap:
+    """The same patient in an array of other axes."""
+    direction = ORIENTATIONS[orientation]
+    axes = [int(np.argmax(np.abs(column))) for column in np.array(direction).T]  # patient axis of x, y, z
+    shape = tuple(label_map.geometry.shape[2 - axis] for axis in axes)[::-1]
+    spacing = [label_map.geometry.spacing[axis] for axis in axes]
+    geometry = VolumeGeometry((shape[0], shape[1], shape[2]), (spacing[0], spacing[1], spacing[2]), direction=direction)
+    labels = np.ascontiguousarray(array_from_canonical(label_map.labels, geometry))
+    return LabelMap(labels, geometry, label_map.structures)
+
+
+def test_several_pieces_but_no_crumbs() -> None:
+    def split(labels: NDArray[np.uint8]) -> None:
+        labels[18:21] = np.where(labels[18:21] == 2, 0, labels[18:21])
+
+    def crumb(labels: NDArray[np.uint8]) -> None:
+        labels[50, 40, 40] = 3
+
+    found = only(warnings_of(patient(change=split)))
+    assert (found.name, found.text.split(",")[0]) == ("SpinalCord", "in 2 pieces")
+    assert found.index is not None
+    assert found.index[0] in (0, 21)
+    assert warnings_of(patient(change=crumb)) == ()
+
+
+def test_unusual_sizes() -> None:
+    def shrink(labels: NDArray[np.uint8]) -> None:
+        labels[41:][labels[41:] == 1] = 0  # one slice of the brainstem is left
+
+    def widen(labels: NDArray[np.uint8]) -> None:
+        labels[0:39, 80:122, 90:112] = 2
+
+    small, large = only(warnings_of(patient(change=shrink))), only(warnings_of(patient(change=widen)))
+    assert small.text.startswith("unusually small: 1.95 ml, expected")  # 289 voxels of 6.75 mm3
+    assert large.text.startswith("unusually large: 2080 mm² in cross-section, expected")  # 924 pixels of 2.25 mm2
+
+
+def test_asymmetry() -> None:
+    def shrink(labels: NDArray[np.uint8]) -> None:
+        labels[40:][labels[40:] == 4] = 0
+
+    found = only(warnings_of(patient(change=shrink)))
+    assert found.name == "Parotid_R"
+    assert found.text.startswith("2.2 times as large as Parotid_L")  # 11 slices and 5
+
+
+def test_low_confidence() -> None:
+    sure = replace(patient(), confidence=(0.9, 0.9, 0.9, 0.9, 0.9))
+    doubtful = replace(patient(), confidence=(0.9, 0.9, 0.9, 0.9, 0.4))
+    assert warnings_of(sure) == ()
+    assert only(warnings_of(doubtful)).name == "Bone_Mandible"
+
+
+def test_metal_near_the_structures_only() -> None:
+    near, far = (np.zeros(SHAPE, np.int16) for _ in range(2))
+    near[30:34, 50:60, 95:105] = 3071  # 400 voxels, 2.7 ml
+    far[:4, :10, :10] = 3071
+    found = only(warnings_of(patient(), near))
+    assert found.name is None
+    assert found.text == "metal, 2.7 ml in 4 slices: streaks may hide the borders of SpinalCord, Bone_Mandible"
+    assert found.index is not None
+    assert near[found.index] == 3071
+    assert warnings_of(patient(), far) == ()
+
+
+def test_unusual_scan() -> None:
+    label_map = patient()
+    thick = replace(label_map.geometry, spacing=(0.9, 0.9, 7.5))
+    volume = CTVolume(np.zeros(SHAPE, np.int16), thick)
+    texts = [w.text.split(" mm")[0] for w in find_warnings(volume, ())]
+    assert texts == ["slice distance 7.5", "field of view 180"]
+
+
+def test_oblique_volume_is_refused() -> None:
+    c, s = np.cos(0.2), np.sin(0.2)
+    geometry = VolumeGeometry(SHAPE, SPACING, direction=((c, -s, 0.0), (s, c, 0.0), (0.0, 0.0, 1.0)))
+    with pytest.raises(GeometryError, match="oblique"):
+        find_warnings(CTVolume(np.zeros(SHAPE, np.int16), geometry), ())
+
+
+def test_ranges_name_known_structures() -> None:
+    ranges = size_ranges()
+    assert set(ranges) == {"volume_ml", "cross_section_mm2", "largest_ratio"}
+    assert all(name in STRUCTURES for table in ranges.values() for name in table)
+    assert all(0 < low < high for table in ("volume_ml", "cross_section_mm2") for low, high in ranges[table].values())
+    assert all(ratio > 1 and STRUCTURES[name].mirror for name, ratio in ranges["largest_ratio"].items())
+
+
+def test_a_phantom_gives_none() -> None:
+    volume, truth = make_phantom(VolumeGeometry((118, 128, 128), (3.9, 3.9, 3.0)), seed=2, structures=NAMES)
+    assert [w for w in find_warnings(volume, regions_from_label_map(truth)) if "in plane" not in w.text] == []
+
+
+@requires_openkbp
+def test_physicians_contours_give_few() -> None:
+    from anatomynet.engine.data import find_cases, read_case
+
+    drawn = alarms = 0
+    for folder in find_cases(OPENKBP / "validation")[::3]:
+        case = read_case(folder, NAMES)
+        label_map = LabelMap(case.labels, case.volume.geometry, structures_by_name(NAMES))
+        regions = [r for r, known in zip(regions_from_label_map(label_map), case.annotated, strict=True) if known]
+        drawn += len(regions)
+        alarms += sum(w.text.startswith(("unusually", "in ", "lies")) for w in find_warnings(case.volume, regions))
+    assert alarms <= LARGEST_SHARE_OF_ALARMS * drawn
