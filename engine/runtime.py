@@ -25,6 +25,7 @@ from anatomynet.engine.preprocess import SMALLEST_NETWORK_SIDE
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
 
 if TYPE_CHECKING:
+    import openvino
     import torch
 
     from anatomynet.engine.network import AnatomyNet
@@ -109,31 +110,22 @@ class OpenVinoRuntime:
     def __init__(self, path: Path) -> None:
         import openvino
         from openvino import properties
-        from openvino.frontend import FrontEndManager
 
-        _check_file(path)
-        # The ONNX reader by name: asked for any, OpenVINO tries every format on a damaged file, noisily.
-        frontend = FrontEndManager().load_by_framework("onnx")
+        graph = _openvino_graph(path)
+        key = ["framework", METADATA_KEY]  # where OpenVINO keeps an ONNX file's metadata
+        self.model = _config_from_metadata(path, graph.get_rt_info(key).value if graph.has_rt_info(key) else None)
+        threads = available_cores()
+        options = {
+            properties.hint.performance_mode(): properties.hint.PerformanceMode.LATENCY,
+            # On CPUs with AMX or AVX512-BF16 the default is bfloat16, which moves contours.
+            properties.hint.inference_precision(): openvino.Type.f32,
+            properties.inference_num_threads(): threads,
+        }
         try:
-            graph = frontend.convert(frontend.load(str(path)))
-            key = ["framework", METADATA_KEY]  # where OpenVINO keeps an ONNX file's metadata
-            text = graph.get_rt_info(key).value if graph.has_rt_info(key) else None
-            self.model = _config_from_metadata(path, text)
-            threads = available_cores()
-            compiled = openvino.Core().compile_model(
-                graph,
-                "CPU",
-                {
-                    properties.hint.performance_mode(): properties.hint.PerformanceMode.LATENCY,
-                    # On CPUs with AMX or AVX512-BF16 the default is bfloat16, which moves contours.
-                    properties.hint.inference_precision(): openvino.Type.f32,
-                    properties.inference_num_threads(): threads,
-                },
-            )
+            self._request = openvino.Core().compile_model(graph, "CPU", options).create_infer_request()
         except RuntimeError as error:
             raise _damaged(path, error) from error
         self.description = f"OpenVINO {openvino.__version__.split('-')[0]} on {threads} CPU threads"
-        self._request = compiled.create_infer_request()
         self._lock = threading.Lock()
 
     def infer(self, hu: HounsfieldArray) -> tuple[LabelArray, NDArray[np.float32]]:
@@ -234,6 +226,28 @@ def _has_cuda_provider() -> bool:
     except ImportError:
         return False
     return CUDA_PROVIDER in onnxruntime.get_available_providers()
+
+
+def _openvino_graph(path: Path) -> openvino.Model:
+    """Reads an ONNX file by the ONNX reader alone: OpenVINO's own choice tries every format on a damaged one, noisily.
+
+    Raises:
+        ModelError: no such file, or a damaged one.
+    """
+    from openvino import frontend
+
+    _check_file(path)
+    reader = frontend.FrontEndManager().load_by_framework("onnx")
+    failures = (
+        frontend.GeneralFailure,
+        frontend.NotImplementedFailure,
+        frontend.OpConversionFailure,
+        frontend.OpValidationFailure,
+    )
+    try:
+        return reader.convert(reader.load(str(path)))
+    except (RuntimeError, *failures) as error:  # the failures are no RuntimeErrors
+        raise _damaged(path, error) from error
 
 
 def _check_file(path: Path) -> None:

@@ -4,6 +4,7 @@ On one CT, every voxel on which the checkpoint's FP32 logits are not nearly tied
 keep it also when every activation is rounded to half precision, which no CPU runtime does by itself.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -245,5 +246,6 @@ class _RoundToHalf(TorchDispatchMode):  # type: ignore[no-untyped-call]  # PyTor
         if not isinstance(result, Tensor) or result.dtype != torch.float32:
             return result
         low, high = result.aminmax()
-        self.largest = max(self.largest, -low.item(), high.item())
+        magnitude = max(-low.item(), high.item())
+        self.largest = max(self.largest, magnitude) if math.isfinite(magnitude) else math.inf
         return result.half().float()
