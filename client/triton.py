@@ -10,7 +10,6 @@ import queue
 import secrets
 import socket
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,18 +33,22 @@ TLS_SCHEME = "grpcs://"
 RESOLVED_SCHEMES = ("dns:", "ipv4:", "ipv6:")
 # For one volume: a full queue of whole volumes on two CPU cores.
 TIMEOUT_S = 120.0
-# Asking whether a server is there and what it serves: no volume is on its way.
 CONNECT_TIMEOUT_S = 5.0
-PROBE_TIMEOUT_S = 0.2
+# On this machine who listens answers soon, or is no Triton.
+PROBE_TIMEOUT_S = 1.0
 # The largest message protobuf allows; gRPC's own limit on answers is 4 MB.
 LARGEST_MESSAGE = 2**31 - 1
 SHARED_MEMORY_FOLDER = Path("/dev/shm")
 REGION_PREFIX = "anatomynet-"
 # So long after its time-out a cancelled request may still write to its region.
 REGION_GRACE_S = 600
-# The request may still be computing: the connection broke, or nobody waited any longer.
-UNANSWERED = ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED", "StatusCode.CANCELLED")
 START_A_SERVER = "start one with `tritonserver --model-repository triton_repo`"
+
+# What Triton says, and what to do.
+REMEDIES = {
+    "maximum queue size": "it is busy: try again later",
+    "Stub process": "its model died, as for want of memory: restart tritonserver",
+}
 
 Answer = tuple[LabelArray, NDArray[np.float32]]
 
@@ -58,6 +61,7 @@ class TritonRuntime:
             dns:///SERVICE:PORT for all servers of a name in turn, which must serve the same model.
         shared_memory: "auto" where the server is on this machine and accepts it, "on" insists, "off" never.
         timeout_s: for one volume, its wait in the server's queue included; then the request is cancelled.
+        connect_timeout_s: for each question but that: is a server there, what does it serve.
 
     Attributes:
         model: the ModelConfig that the served model carries.
@@ -72,8 +76,10 @@ class TritonRuntime:
         *,
         shared_memory: Literal["auto", "on", "off"] = "auto",
         timeout_s: float = TIMEOUT_S,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> None:
         self.url = url
+        self._connect_timeout_s = connect_timeout_s
         self._timeout_s = timeout_s
         self._insists = shared_memory == "on"
         address = _address_from_url(url)
@@ -126,22 +132,22 @@ class TritonRuntime:
         from tritonclient.utils import InferenceServerException
 
         try:
-            version = self._client.get_server_metadata(client_timeout=CONNECT_TIMEOUT_S).version
+            version = self._client.get_server_metadata(client_timeout=self._connect_timeout_s).version
         except InferenceServerException as error:
             raise ServerError(
                 f"no Triton server at {self.url} ({_reason(error)}): expected HOST:PORT of its gRPC service; "
                 f"{START_A_SERVER}"
             ) from error
         try:
-            ready = self._client.is_model_ready(MODEL_NAME, client_timeout=CONNECT_TIMEOUT_S)
-            served = self._client.get_model_config(MODEL_NAME, client_timeout=CONNECT_TIMEOUT_S).config
+            ready = self._client.is_model_ready(MODEL_NAME, client_timeout=self._connect_timeout_s)
+            served = self._client.get_model_config(MODEL_NAME, client_timeout=self._connect_timeout_s).config
         except InferenceServerException as error:
             raise ServerError(
                 f"no READY model {MODEL_NAME} at {self.url} ({_reason(error)}): write it with "
                 f"`anatomynet-export --fp16`, then {START_A_SERVER}"
             ) from error
         if not ready:
-            raise ServerError(f"the model {MODEL_NAME} at {self.url} is not READY: wait, or see the server's log")
+            raise ServerError(f"the model {MODEL_NAME} at {self.url} is not READY: wait, or read the server's log")
         if "model_config" not in served.parameters:
             raise ServerError(
                 f"the model {MODEL_NAME} at {self.url} has no parameter 'model_config' in its config.pbtxt: expected "
@@ -154,38 +160,39 @@ class TritonRuntime:
 
         ct = InferInput("CT", hu.shape, "INT16")
         ct.set_data_from_numpy(hu)
-        result, error = self._ask(ct, InferRequestedOutput("LABEL_MAP"))
-        result = self._answered(result, error)
+        result = self._ask(ct, InferRequestedOutput("LABEL_MAP"))
         return self._checked(result.as_numpy("LABEL_MAP"), result, hu)
 
     def _infer_shared(self, hu: HounsfieldArray) -> Answer:
         """The CT and the label map one after the other in one region; the few confidences come by gRPC."""
         from tritonclient.grpc import InferInput, InferRequestedOutput
 
+        ct, label_map = InferInput("CT", hu.shape, "INT16"), InferRequestedOutput("LABEL_MAP")
         name, memory = self._registered_region(hu.nbytes + hu.size)
-        np.frombuffer(memory, np.int16, hu.size).reshape(hu.shape)[:] = hu
-        ct = InferInput("CT", hu.shape, "INT16")
-        ct.set_shared_memory(name, hu.nbytes)
-        label_map = InferRequestedOutput("LABEL_MAP")
-        label_map.set_shared_memory(name, hu.size, hu.nbytes)
-        result, error = self._ask(ct, label_map)
-        if error is not None and error.status() in UNANSWERED:
-            # The server may still use the region: unmapping it there can crash it, emptying the pages cannot.
-            memory.madvise(mmap.MADV_REMOVE)
-        else:
-            self._unregister(name)
-        result = self._answered(result, error)
-        described = result.get_output("LABEL_MAP")
-        if described is None or described.datatype != "UINT8" or tuple(described.shape) != hu.shape:
-            raise self._unfit("LABEL_MAP", hu)
-        labels = np.frombuffer(memory, np.uint8, hu.size, hu.nbytes).reshape(hu.shape).copy()
+        try:
+            np.frombuffer(memory, np.int16, hu.size).reshape(hu.shape)[:] = hu
+            ct.set_shared_memory(name, hu.nbytes)
+            label_map.set_shared_memory(name, hu.size, hu.nbytes)
+            result = self._ask(ct, label_map)
+            described = result.get_output("LABEL_MAP")
+            if described is None or described.datatype != "UINT8" or tuple(described.shape) != hu.shape:
+                raise self._unfit("LABEL_MAP", hu)
+            labels = np.frombuffer(memory, np.uint8, hu.size, hu.nbytes).reshape(hu.shape).copy()
+        finally:
+            if not self._unregister(name):
+                # A cancelled request that still computes holds on to the region; its pages can go.
+                memory.madvise(mmap.MADV_REMOVE)
         return self._checked(labels, result, hu)
 
-    def _ask(self, ct: Any, label_map: Any) -> "tuple[InferResult | None, InferenceServerException | None]":
-        """One request and what came of it; it is cancelled at the server when this is left in any other way."""
+    def _ask(self, ct: Any, label_map: Any) -> "InferResult":
+        """One request, cancelled at the server if this is left before it is answered.
+
+        Raises:
+            ServerError: no answer in time, or an error for an answer.
+        """
         from tritonclient.grpc import InferRequestedOutput
 
-        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        answers: queue.SimpleQueue[tuple[InferResult | None, InferenceServerException | None]] = queue.SimpleQueue()
         call = self._client.async_infer(
             MODEL_NAME,
             [ct],
@@ -198,10 +205,7 @@ class TritonRuntime:
             result, error = answers.get()
         finally:
             call.cancel()
-        return result, error
-
-    def _answered(self, result: "InferResult | None", error: "InferenceServerException | None") -> "InferResult":
-        if error is None and result is not None:
+        if result is not None:
             return result
         if error is not None and error.status() == "StatusCode.DEADLINE_EXCEEDED":
             raise ServerError(
@@ -235,38 +239,43 @@ class TritonRuntime:
 
         expiry = int(time.time() + self._timeout_s) + REGION_GRACE_S
         name = f"{REGION_PREFIX}{expiry}-{secrets.token_hex(8)}"
+        path = SHARED_MEMORY_FOLDER / name
         try:
-            file = os.open(SHARED_MEMORY_FOLDER / name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-        except OSError as error:
-            raise _NotSharedError(f"{SHARED_MEMORY_FOLDER}: {error.strerror}") from error
-        try:
-            os.ftruncate(file, size)
-            memory = mmap.mmap(file, size)
-            self._client.register_system_shared_memory(name, f"/{name}", size, client_timeout=CONNECT_TIMEOUT_S)
-            (SHARED_MEMORY_FOLDER / name).unlink()
-            os.posix_fallocate(file, 0, size)  # else a full /dev/shm (64 MB in Docker) kills with SIGBUS
+            path.touch(mode=0o600, exist_ok=False)
+            with path.open("r+b", buffering=0) as file:
+                try:
+                    file.truncate(size)
+                    memory = mmap.mmap(file.fileno(), size)
+                    self._client.register_system_shared_memory(
+                        name, f"/{name}", size, client_timeout=self._connect_timeout_s
+                    )
+                finally:
+                    path.unlink()
+                # Else a full /dev/shm (Docker's has 64 MB) would end this process at the first voxel that is too many.
+                os.posix_fallocate(file.fileno(), 0, size)
         except InferenceServerException as error:
             raise _NotSharedError(_reason(error)) from error
         except OSError as error:
             self._unregister(name)
             raise _NotSharedError(f"{SHARED_MEMORY_FOLDER}: {error.strerror} for {size >> 20} MiB") from error
-        finally:
-            (SHARED_MEMORY_FOLDER / name).unlink(missing_ok=True)
-            os.close(file)
         return name, memory
 
-    def _unregister(self, name: str) -> None:
+    def _unregister(self, name: str) -> bool:
+        """Whether the server has let go of a region."""
         from tritonclient.utils import InferenceServerException
 
-        with suppress(InferenceServerException):  # gone already, or the server is
-            self._client.unregister_system_shared_memory(name, client_timeout=CONNECT_TIMEOUT_S)
+        try:
+            self._client.unregister_system_shared_memory(name, client_timeout=self._connect_timeout_s)
+        except InferenceServerException:
+            return False
+        return True
 
     def _unregister_abandoned_regions(self) -> None:
         """Frees at the server what clients left there that were killed, or that stopped waiting."""
         from tritonclient.utils import InferenceServerException
 
         try:
-            status = self._client.get_system_shared_memory_status(client_timeout=CONNECT_TIMEOUT_S)
+            status = self._client.get_system_shared_memory_status(client_timeout=self._connect_timeout_s)
         except InferenceServerException:  # a server that refuses will refuse the first region too
             return
         for name in status.regions:
@@ -284,7 +293,7 @@ def probe_local(url: str = DEFAULT_URL) -> TritonRuntime | None:
     address = _address_from_url(url)
     try:
         socket.create_connection((address.host, address.port), timeout=PROBE_TIMEOUT_S).close()
-        return TritonRuntime(url)
+        return TritonRuntime(url, connect_timeout_s=PROBE_TIMEOUT_S)
     except (OSError, ServerError):
         return None
 
@@ -339,4 +348,7 @@ def _reason(error: "InferenceServerException | None") -> str:
     if error is None:
         return "an empty answer"
     text = " ".join(str(error.message()).split()).removeprefix("[request id: <id_unknown>] ")
+    for symptom, remedy in REMEDIES.items():
+        if symptom in text:
+            return f"{text}; {remedy}"
     return text.rpartition("last error: ")[2].rpartition("Failed to connect to remote host: ")[2]

@@ -4,16 +4,18 @@ The server on PATH is taken first, then a Triton container's own, then the one i
 Arguments pass through untouched, and since this process becomes the server (execve), so do signals and exit status.
 """
 
+import ctypes.util
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from anatomynet.engine.errors import AnatomyNetError, ServerError
@@ -27,7 +29,7 @@ SNIFFED_BYTES = 4096
 LOOPBACK = "127.0.0.1"
 ADDRESS_OPTIONS = ("--http-address", "--grpc-address", "--metrics-address")
 REPOSITORY_OPTIONS = ("--model-repository", "--model-store")
-# A whole CT of 2000 slices of 512 x 512; Triton's own limit of 64 MiB is 127 slices.
+# 2000 slices of 512 x 512; Triton's own limit of 64 MiB is 128.
 LARGEST_HTTP_BODY = 2**30
 HELP_TIMEOUT_S = 30
 
@@ -40,7 +42,11 @@ def main() -> None:
     except AnatomyNetError as error:
         sys.stderr.write(f"tritonserver: {error}\n")
         raise SystemExit(1) from error
-    os.execve(command[0], command, environment)
+    try:
+        os.execve(command[0], command, environment)
+    except OSError as error:
+        sys.stderr.write(f"tritonserver: could not start {command[0]}: {error.strerror}\n")
+        raise SystemExit(1) from error
 
 
 def server_command(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
@@ -72,8 +78,11 @@ def installed_server(environment: Mapping[str, str]) -> Path | None:
 
 
 def _leads_to_launcher(candidate: Path) -> bool:
-    with candidate.open("rb") as file:
-        head = file.read(SNIFFED_BYTES)
+    try:
+        with candidate.open("rb") as file:
+            head = file.read(SNIFFED_BYTES)
+    except OSError:  # executable, but not to be read: no script
+        return False
     return head.startswith(b"#!") and any(mark in head for mark in LAUNCHER_MARKS)
 
 
@@ -81,12 +90,15 @@ def _options_of_newer_servers(server: Path, arguments: Sequence[str]) -> list[st
     """What whole volumes need of servers that limit them: 2.59 HTTP bodies, 2.68 the clients' shared memory."""
     if "--help" in arguments:
         return []
-    known = subprocess.run(
-        [server, "--help"], capture_output=True, text=True, timeout=HELP_TIMEOUT_S, check=False
-    ).stdout
+    try:
+        known = subprocess.run(
+            [server, "--help"], capture_output=True, text=True, timeout=HELP_TIMEOUT_S, check=False
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):  # it will say itself what is wrong with it
+        return []
     options = {"--http-max-input-size": str(LARGEST_HTTP_BODY)}
     # Whoever may name shared memory may read the server's own: only where no other machine can ask.
-    if all(_values(arguments, option)[-1:] == [LOOPBACK] for option in ADDRESS_OPTIONS[:2]):
+    if all(set(_values(arguments, option)) == {LOOPBACK} for option in ADDRESS_OPTIONS[:2]):
         options["--allow-client-shm"] = "true"
     return [f"{name}={value}" for name, value in options.items() if name in known and not _values(arguments, name)]
 
@@ -98,32 +110,54 @@ def _wheel_command(arguments: Sequence[str], environment: dict[str, str]) -> tup
             "no tritonserver on PATH, in /opt/tritonserver or in this environment: pip install 'anatomynet[serve]', "
             "or run it in a Triton container"
         )
-    home = Path(spec.origin).parent / "tritonserver"
     _check_numpy()
-    libraries = [str(home.parents[1] / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR") or ""]
-    environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [*libraries, environment.get("LD_LIBRARY_PATH", "")]))
-    options = {option: LOOPBACK for option in ADDRESS_OPTIONS if not _values(arguments, option)}
-    if options:
+    home = Path(spec.origin).parent / "tritonserver"
+    libraries = (str(home.parents[1] / "nvidia_pytriton.libs"), _libpython_folder(), environment.get("LD_LIBRARY_PATH"))
+    environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))
+    closed = {option: LOOPBACK for option in ADDRESS_OPTIONS if not _values(arguments, option)}
+    if closed:
         sys.stderr.write(
-            f"tritonserver: nvidia-pytriton's server predates security fixes (CVE-2025-23319 and others): "
-            f"{', '.join(options)} set to {LOOPBACK}; give them to reach it from elsewhere\n"
+            "tritonserver: the Triton 2.51 of nvidia-pytriton predates security fixes (CVE-2025-23319 and others), so "
+            f"{', '.join(closed)} is {LOOPBACK} unless given\n"
         )
-    options["--backend-directory"] = str(_backend_directory(home))
-    options["--cache-directory"] = str(home / "caches")
-    given = [f"{name}={value}" for name, value in options.items() if not _values(arguments, name)]
-    return [str(home / "bin" / "tritonserver"), *given, *arguments], environment
+    options = {
+        **closed,
+        "--backend-directory": str(_backend_directory(home, environment)),
+        "--cache-directory": str(home / "caches"),
+    }
+    added = [f"{name}={value}" for name, value in options.items() if not _values(arguments, name)]
+    return [str(home / "bin" / "tritonserver"), *added, *arguments], environment
 
 
 def _check_numpy() -> None:
     version = importlib.metadata.version("numpy")
     if int(version.split(".")[0]) >= 2:
         raise ServerError(
-            f"numpy {version}: nvidia-pytriton's server answers with empty tensors under numpy 2 or later: "
+            f"numpy {version}: nvidia-pytriton's server answers with empty tensors under numpy 2; "
             "pip install 'anatomynet[serve]' in an environment of its own"
         )
 
 
-def _backend_directory(home: Path) -> Path:
+def _libpython_folder() -> str | None:
+    """The folder of this Python's shared library, which the server's Python backend needs; None for the linker's own.
+
+    Raises:
+        ServerError: a Python built without one.
+    """
+    name = f"libpython{sys.version_info.major}.{sys.version_info.minor}.so.1.0"
+    folders = [str(sysconfig.get_config_var("LIBDIR") or ""), str(Path(sys.base_prefix) / "lib")]
+    for folder in folders:
+        if (Path(folder) / name).is_file():
+            return folder
+    if ctypes.util.find_library(name.removeprefix("lib").removesuffix(".so.1.0")):
+        return None
+    raise ServerError(
+        f"no {name} in {' or '.join(folders)}: nvidia-pytriton's server needs a Python with a shared "
+        f"library (apt install {name.removesuffix('.so.1.0')}, or Python built with --enable-shared)"
+    )
+
+
+def _backend_directory(home: Path, environment: Mapping[str, str]) -> Path:
     """The wheel's Python backend with its stub beside it, as the server wants them: links, in a folder of our own.
 
     Raises:
@@ -134,26 +168,26 @@ def _backend_directory(home: Path) -> Path:
     if not stub.is_file():
         found = ", ".join(sorted(folder.name for folder in (home / "python_backend_stubs").iterdir()))
         raise ServerError(f"nvidia-pytriton has no Python backend for Python {python}: expected one of {found}")
-    key = hashlib.sha256(f"{stub}".encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    files = {f"python/{file.name}": file for file in (home / "backends" / "python").iterdir() if file.is_file()}
+    files["python/triton_python_backend_stub"] = stub
+    key = hashlib.sha256(str(stub).encode()).hexdigest()[:12]
+    cache = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     directory = cache / "anatomynet" / f"triton-backends-{key}"
-    links = {"python/triton_python_backend_stub": stub}
-    links |= {f"python/{file.name}": file for file in (home / "backends" / "python").iterdir() if file.is_file()}
-    if all((directory / name).exists() for name in links):
+    if all(os.access(directory / name, os.R_OK) for name in files):
         return directory
     try:
-        return _linked_folder(directory, links)
-    except OSError:  # a read-only home
-        return _linked_folder(Path(tempfile.mkdtemp(prefix="anatomynet-triton-")) / "backends", links)
+        return _linked_folder(directory, files)
+    except OSError:  # a home that is read-only, or not there
+        return _linked_folder(Path(tempfile.mkdtemp(prefix="anatomynet-")) / directory.name, files)
 
 
-def _linked_folder(directory: Path, links: Mapping[str, Path]) -> Path:
+def _linked_folder(directory: Path, files: Mapping[str, Path]) -> Path:
     directory.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=".backends-", dir=directory.parent))
-    for name, target in links.items():
+    for name, file in files.items():
         (beside / name).parent.mkdir(exist_ok=True)
-        (beside / name).symlink_to(target)
-    shutil.rmtree(directory, ignore_errors=True)
+        (beside / name).symlink_to(file)
+    shutil.rmtree(directory, ignore_errors=True)  # of an environment that was here before
     beside.replace(directory)
     return directory
 
@@ -169,12 +203,5 @@ def _check_repositories(arguments: Sequence[str]) -> None:
 
 def _values(arguments: Sequence[str], option: str) -> list[str]:
     """What an option was given, as `--option VALUE` or `--option=VALUE`."""
-    return list(_each_value(arguments, option))
-
-
-def _each_value(arguments: Sequence[str], option: str) -> Iterator[str]:
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        if argument == option:
-            yield following
-        elif argument.startswith(f"{option}="):
-            yield argument.removeprefix(f"{option}=")
+    apart = [value for name, value in itertools.pairwise(arguments) if name == option]
+    return apart + [name.removeprefix(f"{option}=") for name in arguments if name.startswith(f"{option}=")]

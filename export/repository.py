@@ -8,6 +8,7 @@ Written beside and swapped in, so that a server never finds half a model.
 """
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -52,8 +53,7 @@ def write_repository(
         raise ExportError(f"two files of one name for {output / MODEL_NAME}: {', '.join(f.name for f in files)}")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        # Hidden, and in the same folder: the same file system, and Triton passes over it.
-        with tempfile.TemporaryDirectory(prefix=f".{MODEL_NAME}-", dir=output) as beside:
+        with tempfile.TemporaryDirectory(prefix=f".{MODEL_NAME}-", dir=_folder_beside(output)) as beside:
             model = Path(beside) / MODEL_NAME
             _write_model(model, config, files)
             _swap_in(model, output / MODEL_NAME)
@@ -133,6 +133,17 @@ def _write_model(model: Path, config: ModelConfig, files: Sequence[Path]) -> Non
     (version / "model.py").write_bytes(source.read_bytes())
     for file in files:
         shutil.copyfile(file, version / file.name)
+
+
+def _folder_beside(output: Path) -> Path:
+    """Where a model can be written and then moved to `output` by a rename.
+
+    Beside the repository: a server takes every folder inside for a model, and fails on half of one. Inside where it
+    must be: where the repository is a mount of its own, or the folder around it belongs to someone else.
+    """
+    around = output.absolute().parent
+    same_file_system = around.stat().st_dev == output.stat().st_dev
+    return around if same_file_system and os.access(around, os.W_OK) else output
 
 
 def _swap_in(new: Path, place: Path) -> None:

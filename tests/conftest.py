@@ -1,0 +1,65 @@
+"""What several tests share: a model with random weights, and a real tritonserver that serves it."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from anatomynet.engine.config import ModelConfig
+from tests.triton_servers import RunningServer, ServerStarter, has_server, running_server
+
+
+@pytest.fixture(scope="session")
+def random_model_config() -> ModelConfig:
+    """Of the model with random weights; stride 4."""
+    pytest.importorskip("torch", reason="random weights need PyTorch")
+    from tests.random_network import random_config
+
+    return random_config()
+
+
+@pytest.fixture(scope="session")
+def random_onnx_files(random_model_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The served model with random weights, which draws every structure: in FP32, and in FP16."""
+    from anatomynet.export.onnx import served_model, write_onnx
+    from tests.random_network import random_graph
+
+    folder = tmp_path_factory.mktemp("onnx")
+    files = (folder / "anatomynet.onnx", folder / "anatomynet_fp16.onnx")
+    for file in files:
+        write_onnx(served_model(random_graph(), random_model_config, fp16="fp16" in file.stem), file)
+    return files
+
+
+@pytest.fixture(scope="session")
+def random_repository(
+    random_model_config: ModelConfig,
+    random_onnx_files: tuple[Path, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A Triton model repository with that model."""
+    from anatomynet.export.repository import write_repository
+
+    folder = tmp_path_factory.mktemp("triton") / "triton_repo"
+    write_repository(folder, config=random_model_config, onnx_files=random_onnx_files)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> ServerStarter:
+    """`with start_server(repository, "--option=value", ...) as server`: see triton_servers.running_server."""
+    if not has_server():
+        pytest.skip("no tritonserver here: pip install 'anatomynet[serve]'")
+
+    def start(repository: Path, *options: str) -> AbstractContextManager[RunningServer]:
+        return running_server(repository, *options, folder=tmp_path_factory.mktemp("server"))
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def triton_server(start_server: ServerStarter, random_repository: Path) -> Iterator[RunningServer]:
+    """The random model, served for the whole session: leave it as it was."""
+    with start_server(random_repository) as server:
+        yield server

@@ -1,0 +1,204 @@
+"""export/launcher.py: which tritonserver it becomes, with what; the real one's part is in test_triton.py."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from anatomynet.engine.errors import ServerError
+from anatomynet.export import launcher
+from tests.triton_servers import LAUNCHER, has_server
+
+needs_wheel = pytest.mark.skipif(not has_server(), reason="no tritonserver here: pip install 'anatomynet[serve]'")
+SOMEONE_ELSES_SERVER = '#!/bin/sh\nfor argument; do echo "[$argument]"; done\nexit 7\n'
+# What pip, uv with a long path, and pyenv put on PATH for another environment's launcher.
+LAUNCHERS = {
+    "pip": "#!/opt/other/bin/python3\nimport sys\nfrom anatomynet.export.launcher import main\nsys.exit(main())\n",
+    "uv": "#!/bin/sh\n'''exec' '/opt/python3' \"$0\" \"$@\"\n' '''\nfrom anatomynet.export.launcher import main\n",
+    "pyenv": '#!/usr/bin/env bash\nexec "/home/user/.pyenv/libexec/pyenv" exec "$program" "$@"\n',
+}
+
+
+def script_at(folder: Path, text: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    script = folder / "tritonserver"
+    script.write_text(text)
+    script.chmod(0o755)
+    return script
+
+
+def environment_with(*folders: Path, **variables: str) -> dict[str, str]:
+    path = os.pathsep.join([str(LAUNCHER.parent), *map(str, folders), "/usr/bin", "/bin"])
+    return {**os.environ, "PATH": path, **variables}
+
+
+def launched(*arguments: str, environment: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [LAUNCHER, *arguments], capture_output=True, text=True, check=False, env=environment, timeout=60
+    )
+
+
+# --- which server
+
+
+def test_becomes_the_server_on_path(tmp_path: Path) -> None:
+    script_at(tmp_path, SOMEONE_ELSES_SERVER)
+    run = launched("--model-name=a b", "", "--id", "*", environment=environment_with(tmp_path))
+    assert run.stdout.splitlines() == ["[--model-name=a b]", "[]", "[--id]", "[*]"]
+    assert run.returncode == 7
+    assert run.stderr == ""
+
+
+def test_signals_reach_the_server(tmp_path: Path) -> None:
+    script_at(tmp_path, '#!/bin/sh\n[ "$1" = --help ] && exit\necho ready\nexec sleep 60\n')
+    with subprocess.Popen([LAUNCHER], stdout=subprocess.PIPE, env=environment_with(tmp_path)) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("text", LAUNCHERS.values(), ids=LAUNCHERS)
+def test_never_becomes_a_launcher(tmp_path: Path, text: str) -> None:
+    script_at(tmp_path / "other", text)
+    real = script_at(tmp_path / "real", SOMEONE_ELSES_SERVER)
+    assert launcher.installed_server(environment_with(tmp_path / "other", tmp_path / "real")) == real
+
+
+def test_never_becomes_itself_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "tritonserver").symlink_to(LAUNCHER)
+    assert launcher.installed_server(environment_with(tmp_path)) is None
+
+
+def test_a_script_that_leads_back_is_followed_once(tmp_path: Path) -> None:
+    script_at(tmp_path, f'#!/bin/sh\n[ "$1" = --help ] && exit\nexec {LAUNCHER} "$@"\n')
+    run = launched("--model-repository=/nowhere", environment=environment_with(tmp_path))
+    assert run.returncode == 1
+    guarded = environment_with(tmp_path, **{launcher.GUARD: "1"})
+    assert launcher.installed_server(guarded) is None
+
+
+def test_passes_over_what_does_not_run(tmp_path: Path) -> None:
+    script_at(tmp_path / "a", SOMEONE_ELSES_SERVER).chmod(0o644)
+    (tmp_path / "b" / "tritonserver").mkdir(parents=True)
+    assert launcher.installed_server(environment_with(tmp_path / "a", tmp_path / "b", tmp_path / "none")) is None
+
+
+def test_takes_the_containers_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = script_at(tmp_path / "opt", SOMEONE_ELSES_SERVER)
+    monkeypatch.setattr(launcher, "CONTAINER_SERVER", server)
+    assert launcher.installed_server(environment_with()) == server
+
+
+def test_this_environments_python_comes_first(tmp_path: Path) -> None:
+    script_at(tmp_path, '#!/bin/sh\n[ "$1" = --help ] || command -v python3\n')
+    assert launched(environment={**os.environ, "PATH": f"{tmp_path}:/usr/bin:/bin"}).stdout.strip() == str(
+        Path(sys.executable).with_name("python3")
+    )
+
+
+# --- options of servers newer than the wheel's
+
+NEWER_SERVER = (
+    '#!/bin/sh\nif [ "$1" = --help ]; then echo "--http-max-input-size <n>\n--allow-client-shm <bool>"; exit; fi\n'
+    'echo "$@"\n'
+)
+
+
+def test_whole_volumes_pass_a_newer_servers_http_limit(tmp_path: Path) -> None:
+    script_at(tmp_path, NEWER_SERVER)
+    run = launched("--id=x", environment=environment_with(tmp_path))
+    assert run.stdout.split() == [f"--http-max-input-size={launcher.LARGEST_HTTP_BODY}", "--id=x"]
+
+
+def test_shared_memory_only_where_no_other_machine_can_ask(tmp_path: Path) -> None:
+    script_at(tmp_path, NEWER_SERVER)
+    local = ("--http-address=127.0.0.1", "--grpc-address", "127.0.0.1")
+    run = launched("--http-max-input-size=5", *local, environment=environment_with(tmp_path))
+    assert run.stdout.split() == ["--allow-client-shm=true", "--http-max-input-size=5", *local]
+    run = launched("--http-max-input-size=5", local[0], environment=environment_with(tmp_path))
+    assert run.stdout.split() == ["--http-max-input-size=5", local[0]]
+
+
+# --- the wheel's server
+
+
+@needs_wheel
+def test_the_wheels_server_listens_on_loopback_unless_told(capsys: pytest.CaptureFixture[str]) -> None:
+    command, _ = launcher.server_command(["--grpc-address=0.0.0.0"], environment_with())
+    assert command[1:3] == ["--http-address=127.0.0.1", "--metrics-address=127.0.0.1"]
+    assert command[-1] == "--grpc-address=0.0.0.0"
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "CVE" in said
+    launcher.server_command([f"{name}=::" for name in launcher.ADDRESS_OPTIONS], environment_with())
+    assert capsys.readouterr().err == ""
+
+
+@needs_wheel
+@pytest.mark.parametrize("cache", ["", "a file in the way", "gone"])
+def test_the_wheel_is_not_written_to(tmp_path: Path, cache: str) -> None:
+    """The backend's folder is our own: in the cache, or elsewhere where there can be none."""
+    home = tmp_path / "cache"
+    if cache:
+        home.write_text(cache)
+    command, _ = launcher.server_command([], environment_with(XDG_CACHE_HOME=str(home)))
+    (option,) = [argument for argument in command if argument.startswith("--backend-directory=")]
+    folder = Path(option.partition("=")[2])
+    assert folder.is_relative_to(tmp_path) == (not cache)
+    assert os.access(folder / "python" / "triton_python_backend_stub", os.X_OK)
+    again, _ = launcher.server_command([], environment_with(XDG_CACHE_HOME=str(home)))
+    assert (again == command) == (not cache)
+
+
+@needs_wheel
+def test_the_real_servers_exit_status_passes(tmp_path: Path) -> None:
+    (tmp_path / "anatomynet").mkdir()
+    (tmp_path / "anatomynet" / "config.pbtxt").write_text("not a configuration")
+    run = launched(f"--model-repository={tmp_path}", "--allow-http=false", "--allow-grpc=false")
+    assert run.returncode == 1
+    assert "not a configuration" in run.stderr or "failed to load" in run.stderr
+
+
+@needs_wheel
+def test_the_real_servers_help() -> None:
+    run = launched("--help", environment=environment_with())
+    assert "--model-repository" in run.stdout + run.stderr
+
+
+# --- what is not there
+
+
+def test_no_server_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pytriton", None)
+    with pytest.raises(ServerError, match=r"pip install 'anatomynet\[serve\]'"):
+        launcher.server_command([], environment_with())
+
+
+@needs_wheel
+def test_numpy_2_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.1.0")
+    with pytest.raises(ServerError, match=r"numpy 2\.1\.0"):
+        launcher.server_command([], environment_with())
+
+
+@pytest.mark.parametrize("form", ["--model-repository={}", "--model-repository {}", "--model-store={}"])
+@pytest.mark.parametrize("exists", [False, True], ids=["missing", "empty"])
+def test_no_repository(tmp_path: Path, form: str, exists: bool) -> None:
+    repository = tmp_path / "triton_repo"
+    if exists:
+        repository.mkdir()
+        (repository / "README.md").write_text("what lands here")
+    run = launched(*form.format(repository).split(), environment=environment_with())
+    assert run.returncode == 1
+    assert run.stderr.count("\n") == 1
+    assert "anatomynet-export --fp16" in run.stderr
+    assert str(repository) in run.stderr
+
+
+def test_a_repository_elsewhere_is_not_looked_for(tmp_path: Path) -> None:
+    script_at(tmp_path, SOMEONE_ELSES_SERVER)
+    assert launched("--model-repository=s3://bucket/models", environment=environment_with(tmp_path)).returncode == 7

@@ -1,0 +1,392 @@
+"""client/triton.py and the served model, against a real tritonserver; each server is started by the launcher."""
+
+import json
+import queue
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from google.protobuf import json_format, text_format
+from numpy.typing import NDArray
+
+from anatomynet.client.triton import REGION_PREFIX, SHARED_MEMORY_FOLDER, TritonRuntime, probe_local
+from anatomynet.engine.config import ModelConfig
+from anatomynet.engine.errors import ServerError
+from anatomynet.engine.runtime import Runtime, load_runtime
+from anatomynet.export.repository import LARGEST_QUEUE
+from tests.random_network import smooth_hu
+from tests.triton_servers import RunningServer, ServerStarter, free_ports
+
+grpc = pytest.importorskip("tritonclient.grpc")
+utils = pytest.importorskip("tritonclient.utils")
+
+# One of odd sides, one that is as small as can be, one of a common form.
+SHAPES = ((9, 47, 131), (8, 32, 32), (24, 96, 128))
+# A tenth of a second of computing on two cores, so that a queue fills; and a second, so that a request is still there
+# when it is cancelled.
+QUEUED_SHAPE = (32, 128, 128)
+SLOW_SHAPE = (64, 256, 256)
+Way = Literal["auto", "on", "off"]
+CT_TENSOR = {"name": "CT", "dataType": "TYPE_INT16", "dims": [-1, -1, -1]}
+WAYS: tuple[Way, ...] = ("on", "off")
+RESTRICTED = "--grpc-restricted-protocol=shared-memory:key=secret"
+
+
+def called(url: str, hu: NDArray[Any], datatype: str = "INT16") -> Any:
+    """What a client that knows only the contract gets."""
+    ct = grpc.InferInput("CT", hu.shape, datatype)
+    ct.set_data_from_numpy(hu)
+    with grpc.InferenceServerClient(url) as client:
+        return client.infer("anatomynet", [ct])
+
+
+def our_regions() -> set[str]:
+    return {path.name for path in SHARED_MEMORY_FOLDER.glob(f"{REGION_PREFIX}*")}
+
+
+def registered_regions(url: str) -> set[str]:
+    with grpc.InferenceServerClient(url) as client:
+        return set(client.get_system_shared_memory_status().regions)
+
+
+def answer_of(url: str) -> Any:
+    with urllib.request.urlopen(url) as answer:
+        return json.load(answer)
+
+
+@pytest.fixture(scope="module")
+def embedded(random_onnx_files: tuple[Path, Path]) -> Runtime:
+    """The same network in this process, from the FP32 file: what a server on a CPU must take."""
+    return load_runtime(random_onnx_files[0])
+
+
+@pytest.fixture(scope="module")
+def closed_server(start_server: ServerStarter, random_repository: Path) -> Iterator[RunningServer]:
+    """No model loaded, and shared memory for those who know the key."""
+    with start_server(random_repository, "--model-control-mode=explicit", RESTRICTED) as server:
+        yield server
+
+
+# --- the contract, for a client in any language
+
+
+def test_metadata_over_plain_http(triton_server: RunningServer, random_model_config: ModelConfig) -> None:
+    metadata = answer_of(f"{triton_server.http_url}/v2/models/anatomynet")
+    assert metadata["inputs"] == [{"name": "CT", "datatype": "INT16", "shape": [-1, -1, -1]}]
+    assert metadata["outputs"] == [
+        {"name": "LABEL_MAP", "datatype": "UINT8", "shape": [-1, -1, -1]},
+        {"name": "CONFIDENCE", "datatype": "FP32", "shape": [len(random_model_config.structures)]},
+    ]
+
+
+def test_parameters_over_plain_http(triton_server: RunningServer, random_model_config: ModelConfig) -> None:
+    parameters = answer_of(f"{triton_server.http_url}/v2/models/anatomynet/config")["parameters"]
+    assert parameters["structures"]["string_value"].split(",") == list(random_model_config.structures)
+    assert parameters["checkpoint_sha256"]["string_value"] == random_model_config.checkpoint_sha256
+    assert json.loads(parameters["model_config"]["string_value"])["in_plane_stride"] == 4
+
+
+def test_inference_over_plain_http(triton_server: RunningServer, embedded: Runtime) -> None:
+    hu = smooth_hu(SHAPES[1])
+    ct = {"name": "CT", "datatype": "INT16", "shape": hu.shape, "data": hu.ravel().tolist()}
+    request = urllib.request.Request(
+        f"{triton_server.http_url}/v2/models/anatomynet/infer", json.dumps({"inputs": [ct]}).encode()
+    )
+    with urllib.request.urlopen(request) as answer:
+        outputs = {output["name"]: output for output in json.load(answer)["outputs"]}
+    assert outputs["LABEL_MAP"]["shape"] == list(hu.shape)
+    assert outputs["LABEL_MAP"]["data"] == embedded.infer(hu)[0].ravel().tolist()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_any_size(triton_server: RunningServer, embedded: Runtime, shape: tuple[int, int, int]) -> None:
+    hu = smooth_hu(shape)
+    result = called(triton_server.url, hu)
+    label_map, confidence = embedded.infer(hu)
+    assert len(np.unique(label_map)) > 2
+    assert result.as_numpy("LABEL_MAP").dtype == np.uint8
+    np.testing.assert_array_equal(result.as_numpy("LABEL_MAP"), label_map)
+    np.testing.assert_array_equal(result.as_numpy("CONFIDENCE"), confidence)
+
+
+@pytest.mark.parametrize(
+    ("hu", "datatype", "message"),
+    [
+        (np.zeros((64, 64), np.int16), "INT16", "shape"),
+        (np.zeros((16, 64, 64), np.float32), "FP32", "data-type"),
+        (np.zeros((4, 64, 64), np.int16), "INT16", r"at least \(8, 32, 32\)"),
+        (np.zeros((0, 64, 64), np.int16), "INT16", r"at least \(8, 32, 32\)"),
+    ],
+    ids=["2-D", "FP32", "too small", "empty"],
+)
+def test_survives_bad_requests(
+    triton_server: RunningServer, embedded: Runtime, hu: NDArray[Any], datatype: str, message: str
+) -> None:
+    with pytest.raises(utils.InferenceServerException, match=message) as caught:
+        called(triton_server.url, hu, datatype)
+    assert "\n" not in caught.value.message()
+    good = smooth_hu(SHAPES[1])
+    np.testing.assert_array_equal(called(triton_server.url, good).as_numpy("LABEL_MAP"), embedded.infer(good)[0])
+
+
+def test_a_full_queue_refuses_at_once_and_loses_nothing(triton_server: RunningServer) -> None:
+    ct = grpc.InferInput("CT", QUEUED_SHAPE, "INT16")
+    ct.set_data_from_numpy(smooth_hu(QUEUED_SHAPE))
+    outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    with grpc.InferenceServerClient(triton_server.url) as client:
+        for _ in range(LARGEST_QUEUE + 4):
+            client.async_infer("anatomynet", [ct], lambda result, error: outcomes.put(error))
+        errors = [outcomes.get(timeout=60) for _ in range(LARGEST_QUEUE + 4)]
+    assert errors[0] is not None
+    assert "maximum queue size" in errors[0].message()
+    assert sum(error is None for error in errors) >= LARGEST_QUEUE
+
+
+# --- TritonRuntime
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_same_result_by_every_way(triton_server: RunningServer, embedded: Runtime, shape: tuple[int, int, int]) -> None:
+    hu = smooth_hu(shape)
+    expected = embedded.infer(hu)
+    ways: tuple[Way, ...] = ("auto", *WAYS)
+    for way in ways:
+        with TritonRuntime(triton_server.url, shared_memory=way) as runtime:
+            label_map, confidence = runtime.infer(hu)
+            assert runtime.description.endswith("gRPC" if way == "off" else "shared memory")
+        np.testing.assert_array_equal(label_map, expected[0])
+        np.testing.assert_array_equal(confidence, expected[1])
+    assert our_regions() == set()
+    assert registered_regions(triton_server.url) == set()
+
+
+def test_reads_the_model_config(triton_server: RunningServer, random_model_config: ModelConfig) -> None:
+    with TritonRuntime(triton_server.url) as runtime:
+        assert runtime.model == random_model_config
+        assert runtime.description.startswith("Triton 2.")
+        assert triton_server.url in runtime.description
+
+
+def test_a_view_is_sent_as_it_looks(triton_server: RunningServer, embedded: Runtime) -> None:
+    hu = smooth_hu(SHAPES[2])[::-1, :, ::2]
+    for way in WAYS:
+        with TritonRuntime(triton_server.url, shared_memory=way) as runtime:
+            np.testing.assert_array_equal(runtime.infer(hu)[0], embedded.infer(np.ascontiguousarray(hu))[0])
+
+
+def test_several_threads_share_a_runtime(triton_server: RunningServer, embedded: Runtime) -> None:
+    volumes = [np.roll(smooth_hu(SHAPES[1]), k, axis=2) for k in range(4)]
+    results: dict[int, NDArray[np.uint8]] = {}
+    with TritonRuntime(triton_server.url) as runtime:
+        threads = [
+            threading.Thread(target=lambda k=k: results.update({k: runtime.infer(volumes[k])[0]})) for k in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for k, hu in enumerate(volumes):
+        np.testing.assert_array_equal(results[k], embedded.infer(hu)[0])
+
+
+def test_refusal_is_one_line(triton_server: RunningServer) -> None:
+    for way in WAYS:
+        with TritonRuntime(triton_server.url, shared_memory=way) as runtime:
+            with pytest.raises(ServerError, match=r"at least \(8, 32, 32\)") as caught:
+                runtime.infer(smooth_hu((4, 64, 64)))
+            assert "\n" not in str(caught.value)
+    assert registered_regions(triton_server.url) == set()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_timeout_cancels_and_the_next_is_answered(triton_server: RunningServer, embedded: Runtime, way: Way) -> None:
+    with (
+        TritonRuntime(triton_server.url, shared_memory=way, timeout_s=0.1) as hasty,
+        pytest.raises(ServerError, match=r"no answer .* within 0\.1 s"),
+    ):
+        hasty.infer(smooth_hu(SLOW_SHAPE))
+    assert our_regions() == set()
+    hu = smooth_hu(SHAPES[1])
+    with TritonRuntime(triton_server.url, shared_memory=way) as runtime:
+        np.testing.assert_array_equal(runtime.infer(hu)[0], embedded.infer(hu)[0])
+
+
+KILLED_CLIENT = """
+import sys, numpy as np
+from anatomynet.client.triton import TritonRuntime
+runtime = TritonRuntime(sys.argv[1], shared_memory="on")
+print("asks", flush=True)
+runtime.infer(np.zeros((64, 256, 256), np.int16))
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_client_leaves_no_shared_memory(triton_server: RunningServer, sent: signal.Signals) -> None:
+    client = subprocess.Popen(
+        [sys.executable, "-c", KILLED_CLIENT, triton_server.url], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert client.stdout is not None
+    with client, client.stdout:
+        assert client.stdout.readline() == b"asks\n"
+        time.sleep(0.3)
+        client.send_signal(sent)
+        assert client.wait(timeout=30) != 0
+    assert our_regions() == set()
+
+
+def test_what_killed_clients_left_registered_is_freed(triton_server: RunningServer) -> None:
+    names = {expiry: f"{REGION_PREFIX}{expiry}-test" for expiry in (int(time.time()) - 1, int(time.time()) + 3600)}
+    with grpc.InferenceServerClient(triton_server.url) as client:
+        for name in (*names.values(), "someone-elses"):
+            path = SHARED_MEMORY_FOLDER / name
+            path.write_bytes(b"0" * 64)
+            client.register_system_shared_memory(name, f"/{name}", 64)
+            path.unlink()
+        TritonRuntime(triton_server.url).close()
+        left = registered_regions(triton_server.url)
+        for name in (names[max(names)], "someone-elses"):
+            client.unregister_system_shared_memory(name)
+    assert names[min(names)] not in left
+    assert {names[max(names)], "someone-elses"} <= left
+
+
+def test_too_little_shared_memory_falls_back_to_grpc(triton_server: RunningServer, embedded: Runtime) -> None:
+    hu = smooth_hu(SHAPES[2])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with TritonRuntime(triton_server.url) as runtime:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hu.nbytes, limits[1]))  # the region wants half as much again
+        try:
+            label_map, _ = runtime.infer(hu)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert runtime.description.endswith("gRPC")
+    np.testing.assert_array_equal(label_map, embedded.infer(hu)[0])
+    assert our_regions() == set()
+
+
+def test_refused_shared_memory_falls_back_to_grpc(closed_server: RunningServer, embedded: Runtime) -> None:
+    hu = smooth_hu(SHAPES[1])
+    with grpc.InferenceServerClient(closed_server.url) as client:
+        client.load_model("anatomynet")
+        with TritonRuntime(closed_server.url) as runtime:
+            np.testing.assert_array_equal(runtime.infer(hu)[0], embedded.infer(hu)[0])
+            assert runtime.description.endswith("gRPC")
+        with TritonRuntime(closed_server.url, shared_memory="on") as runtime, pytest.raises(ServerError, match="share"):
+            runtime.infer(hu)
+        client.unload_model("anatomynet")
+    assert our_regions() == set()
+
+
+# --- what is not there
+
+
+def test_no_server() -> None:
+    (port,) = free_ports(1)
+    with pytest.raises(ServerError, match=rf"no Triton server at localhost:{port} .*refused.*tritonserver --model"):
+        TritonRuntime(f"localhost:{port}")
+
+
+def test_a_port_that_does_not_speak_grpc(triton_server: RunningServer) -> None:
+    with pytest.raises(ServerError, match=r"no Triton server at .*gRPC"):
+        TritonRuntime(f"127.0.0.1:{triton_server.http_port}")
+
+
+@pytest.mark.parametrize("url", ["http://localhost:8000", "localhost:port", "localhost/v2", ":8001", "", "[::1"])
+def test_what_is_no_address(url: str) -> None:
+    with pytest.raises(ServerError, match="expected HOST:PORT"):
+        TritonRuntime(url)
+
+
+def test_model_not_ready(closed_server: RunningServer) -> None:
+    with pytest.raises(ServerError, match="no READY model anatomynet"):
+        TritonRuntime(closed_server.url)
+    assert probe_local(closed_server.url) is None
+
+
+def config_of(repository: Path) -> dict[str, Any]:
+    text = (repository / "anatomynet" / "config.pbtxt").read_text()
+    config: dict[str, Any] = json_format.MessageToDict(text_format.Parse(text, grpc.model_config_pb2.ModelConfig()))
+    return config
+
+
+@contextmanager
+def loaded_with(
+    server: RunningServer, config: dict[str, Any], *, files: dict[str, bytes] | None = None
+) -> Iterator[None]:
+    with grpc.InferenceServerClient(server.url) as client:
+        client.load_model("anatomynet", config=json.dumps(config), files=files)
+        try:
+            yield
+        finally:
+            client.unload_model("anatomynet")
+
+
+FOREIGN_MODEL = b"class TritonPythonModel:\n    def execute(self, requests):\n        return [None for _ in requests]\n"
+
+
+def test_model_that_is_not_ours(closed_server: RunningServer) -> None:
+    config = {"backend": "python", "input": [CT_TENSOR], "output": [CT_TENSOR | {"name": "LABEL_MAP"}]}
+    with (
+        loaded_with(closed_server, config, files={"file:1/model.py": FOREIGN_MODEL}),
+        pytest.raises(ServerError, match="anatomynet-export"),
+    ):
+        TritonRuntime(closed_server.url)
+
+
+def test_size_limit(closed_server: RunningServer, random_repository: Path) -> None:
+    config = config_of(random_repository)
+    depth, height, width = config["modelWarmup"][0]["inputs"]["CT"]["dims"]
+    config["parameters"]["largest_voxels"] = {"stringValue": str(int(depth) * int(height) * int(width))}
+    with loaded_with(closed_server, config), TritonRuntime(closed_server.url) as runtime:
+        with pytest.raises(ServerError, match=r"at most \d+ in all"):
+            runtime.infer(np.zeros((int(depth) + 1, int(height), int(width)), np.int16))
+        runtime.infer(smooth_hu(SHAPES[0]))
+
+
+def test_configuration_of_another_checkpoint_is_not_served(
+    closed_server: RunningServer, random_repository: Path
+) -> None:
+    config = config_of(random_repository)
+    mixed_up = json.loads(config["parameters"]["model_config"]["stringValue"]) | {"checkpoint_sha256": "0" * 64}
+    config["parameters"]["model_config"] = {"stringValue": json.dumps(mixed_up)}
+    with (
+        pytest.raises(utils.InferenceServerException, match="of two models"),
+        loaded_with(closed_server, config),
+    ):
+        pass
+
+
+def test_probe_finds_a_ready_model_past_a_proxy(
+    triton_server: RunningServer, monkeypatch: pytest.MonkeyPatch, random_model_config: ModelConfig
+) -> None:
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_ports(1)[0]}")
+    runtime = probe_local(triton_server.url)
+    assert runtime is not None
+    with runtime:
+        assert runtime.model == random_model_config
+
+
+def test_probe_finds_nothing() -> None:
+    assert probe_local(f"localhost:{free_ports(1)[0]}") is None
+
+
+def test_probe_does_not_wait_for_another_service() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        assert probe_local(f"127.0.0.1:{silent.getsockname()[1]}") is None
+
+
+def test_importing_is_light() -> None:
+    loaded = "import sys, anatomynet.client.triton; print({'tritonclient', 'grpc', 'torch'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"

@@ -1,0 +1,107 @@
+"""A real tritonserver for a test, started by the launcher as a user would."""
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+LAUNCHER = Path(sys.executable).with_name("tritonserver")
+START_TIMEOUT_S = 120
+STOP_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """`process` is the launcher, which has become the server; `log` is what it writes."""
+
+    process: "subprocess.Popen[bytes]"
+    grpc_port: int
+    http_port: int
+    log: Path
+
+    @property
+    def url(self) -> str:
+        """HOST:PORT of its gRPC service."""
+        return f"127.0.0.1:{self.grpc_port}"
+
+    @property
+    def http_url(self) -> str:
+        return f"http://127.0.0.1:{self.http_port}"
+
+    def stop(self) -> int:
+        """Its exit status after SIGTERM."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=STOP_TIMEOUT_S)
+
+
+ServerStarter = Callable[..., AbstractContextManager[RunningServer]]
+
+
+def has_server() -> bool:
+    return importlib.util.find_spec("pytriton") is not None
+
+
+@contextmanager
+def running_server(repository: Path, *options: str, folder: Path) -> Iterator[RunningServer]:
+    """Serves a repository on free ports; READY inside the block, and its exit status must be 0 after it.
+
+    Args:
+        folder: for its log and its cache.
+    """
+    server = _launched(repository, options, folder)
+    try:
+        _wait_until_ready(server)
+        yield server
+    finally:
+        status = server.stop()
+    assert status == 0, f"tritonserver left with {status}:\n{server.log.read_text()}"
+
+
+def _launched(repository: Path, options: Sequence[str], folder: Path) -> RunningServer:
+    http_port, grpc_port, metrics_port = free_ports(3)
+    command = [
+        str(LAUNCHER),
+        f"--model-repository={repository}",
+        f"--http-port={http_port}",
+        f"--grpc-port={grpc_port}",
+        f"--metrics-port={metrics_port}",
+        *options,
+    ]
+    log = folder / "log.txt"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "XDG_CACHE_HOME": str(folder)},
+        )
+    return RunningServer(process, grpc_port, http_port, log)
+
+
+def _wait_until_ready(server: RunningServer) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and server.process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{server.http_url}/v2/health/ready", timeout=1):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.1)
+    raise AssertionError(f"tritonserver did not become ready:\n{server.log.read_text()}")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports on which nothing listens."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
