@@ -25,7 +25,7 @@ from anatomynet.engine.train import validate
 from tests.openkbp import on_own_grid, requires_openkbp, validation_case, write_study
 
 if TYPE_CHECKING:
-    from tests.conftest import ServerStarter
+    from tests.triton_servers import ServerStarter
 
 BIN = Path(sys.executable).parent
 # All seven structures; the second at another spacing; the third outside the trained spacing, so resampled.
