@@ -46,6 +46,10 @@ LUNG_WALL = (
 )  # fmt: skip
 
 # Left muscles; the tubes of fat beside them are painted first.
+NECK_FAT = Loft((
+    (4, 0, 40, 50, 34), (-20, 0, 36, 58, 38), (-45, 0, 34, 56, 40), (-75, 0, 46, 62, 46), (-100, 0, 62, 90, 44),
+    (-112, 0, 70, 55, 28), (-122, 0, 78, 20, 10),
+))  # fmt: skip
 FAT_PADS = {
     "posterior triangle": Tube(((54, 28, -40, 5), (64, 36, -75, 10), (86, 32, -103, 17)), (1, 1.3, 1)),
     "buccal": Tube(((47, -54, 30, 9), (46, -48, 4, 9)), (1, 1.3, 1)),
@@ -59,6 +63,8 @@ MUSCLES = {
     ),
     "splenius": Tube(((42, 46, 4, 9), (38, 62, -45, 11), (38, 84, -95, 12), (44, 108, -170, 13)), (1.2, 1, 1)),
     "levator scapulae": Tube(((46, 32, -6, 7), (46, 42, -60, 9), (66, 66, -104, 10)), (0.9, 1.2, 1)),
+    "trapezius": Tube(((12, 66, -15, 3), (26, 70, -60, 5), (60, 78, -95, 7), (108, 76, -114, 8)), (1.8, 1.2, 1)),
+    "rhomboid": Tube(((16, 94, -85, 5), (34, 104, -112, 7)), (2.4, 1, 1)),
     "scalenes": Tube(((28, 18, -35, 6), (29, 26, -80, 7), (42, 30, -116, 8))),
     "longus colli": Tube(((9, 6, 0, 5), (9, 10, -50, 5), (10, 22, -105, 5)), (1.3, 0.7, 1)),
     "sternocleidomastoid": Tube(((60, 27, 12, 8), (53, 14, -45, 10), (36, -4, -90, 9), (14, -9, -122, 6)), (1, 1.4, 1)),
@@ -187,6 +193,8 @@ def _skin(person: Person) -> Iterator[Part]:
 
 
 def _muscles(person: Person) -> Iterator[Part]:
+    yield Part(NECK_FAT, ((0, -40),), grain=25)
+    yield Part(_column(CORD_PATH[2:9], 23, 17, behind=-5), ((0, MUSCLE),), grain=12)  # the deep ones, round the spine
     for pad in FAT_PADS.values():
         yield from _both(pad, ((0, FAT), (3, FAT + 8)), grain=10)
     for muscle in MUSCLES.values():
@@ -294,7 +302,7 @@ def _brain(person: Person) -> Iterator[Part]:
     third_ventricle = Tube(((0, 0, 92, 2.5), (0, 24, 88, 2.5)))
     fourth_ventricle = Loft(((36, 0, 40, 6, 4), (44, 0, 37, 8, 5), (54, 0, 32, 4, 4)))
     cistern = Loft(((10, 0, 24, 14, 10), (30, 0, 20, 17, 12), (50, 0, 15, 19, 14), (74, 0, 8, 17, 14)))
-    tentorium = Tube(((0, 34, 66, 2), (0, 80, 62, 3)), (14, 1, 1))
+    tentorium = Ellipsoid((0, 58, 64), (36, 28, 2))
     stem = Loft((
         (12.2, 0, 26, 7.9, 7), (20, 0, 26, 9.2, 7.9), (30, 0, 24.5, 10.4, 9.4), (38, 0, 22.5, 13.4, 11.2),
         (50, 0, 19, 15.6, 13.3), (61, 0, 16.5, 16, 13.8), (73, 0, 16, 14.8, 12.4),
@@ -355,7 +363,7 @@ def _orbits(person: Person) -> Iterator[Part]:
 def _mouth(person: Person) -> Iterator[Part]:
     tongue = Ellipsoid((0, -46, 0), (24, 28, 19))
     genioglossus = Tube(((0, -30, -18, 13), (0, -62, -24, 9)))
-    gap = Tube(((0, -68, 17, 2), (0, -33, 20, 1.6)), (6, 1, 1))
+    gap = Ellipsoid((0, -50, 18.5), (13, 19, 2))
     soft_palate = Tube(((0, -28, 24, 3.5), (0, -12, 14, 4), (0, -9, 4, 2.5)), (3, 1, 1))
     hyoid = Tube(((20, -2, -41, 2), (15, -22, -44, 2.8), (0, -31, -46, 3.4)))
     yield Part(tongue, ((-1, 0), (0, MUSCLE)), grain=14)

@@ -64,8 +64,7 @@ class Tube(Shape):
 
     Attributes:
         knots: two or more rows (x, y, z, radius), mm, of the polyline.
-        stretch: of the tube's thickness along x, y, z: (1, 1, 2) is a tube twice as tall as thick. Distances are then
-            those of the unstretched tube: exact at the surface, too small where it is stretched.
+        stretch: of the tube's thickness along x, y, z: (1, 1, 2) is a tube twice as tall as thick.
     """
 
     knots: tuple[tuple[float, float, float, float], ...]
@@ -79,11 +78,12 @@ class Tube(Shape):
 
     def distance(self, x: Array, y: Array, z: Array) -> Array:
         """See Shape."""
-        point = [p / np.float32(s) if s != 1 else p for p, s in zip((x, y, z), self.stretch, strict=True)]
+        stretch = np.array(self.stretch, dtype=np.float32)
+        point = [p / s if s != 1 else p for p, s in zip((x, y, z), stretch, strict=True)]
         rows = (np.array(self.knots) / (*self.stretch, 1)).astype(np.float32)
-        d = _distance_from_segment(point, rows[0], rows[1])
+        d = _distance_from_segment(point, rows[0], rows[1], stretch)
         for i in range(1, len(rows) - 1):
-            np.minimum(d, _distance_from_segment(point, rows[i], rows[i + 1]), out=d)
+            np.minimum(d, _distance_from_segment(point, rows[i], rows[i + 1], stretch), out=d)
         return d
 
     def mirrored(self) -> "Tube":
@@ -229,15 +229,19 @@ def _smallest(radii: list[Array]) -> Array:
     return smallest
 
 
-def _distance_from_segment(point: list[Array], start: Array, end: Array) -> Array:
-    """To the tapered capsule between two rows (x, y, z, radius)."""
+def _distance_from_segment(point: list[Array], start: Array, end: Array, stretch: Array) -> Array:
+    """In mm to the tapered capsule between two rows (x, y, z, radius); points and rows lack the stretch."""
     along = end - start
     offsets = [p - c for p, c in zip(point, start[:3], strict=True)]
     share = offsets[0] * along[0] + offsets[1] * along[1] + offsets[2] * along[2]
     share *= np.float32(1) / np.maximum(along[:3] @ along[:3], TINY)
     np.clip(share, 0, 1, out=share)
-    squares = sum((o - share * a) ** 2 for o, a in zip(offsets, along[:3], strict=True))
-    d: Array = np.sqrt(squares) - (start[3] + share * along[3])
+    squares = [(o - share * a) ** 2 for o, a in zip(offsets, along, strict=False)]
+    length = np.sqrt(squares[0] + squares[1] + squares[2])
+    d: Array = length - (start[3] + share * along[3])
+    if (stretch != 1).any():  # first order: divided by the gradient that the stretch leaves
+        steep = np.sqrt(sum(q / (s * s) for q, s in zip(squares, stretch, strict=True)))
+        d *= (length + TINY) / (steep + TINY)
     return d
 
 

@@ -1,0 +1,225 @@
+"""The phantom is a human being in size, place and tissue, differs from seed to seed, and is the same on every grid."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from anatomynet.engine.errors import GeometryError, ModelError
+from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.phantom import make_phantom, planning_geometry
+from anatomynet.engine.structures import STRUCTURES
+from anatomynet.engine.volume import CTVolume, LabelMap
+
+SEEDS = range(5)
+FINE, COARSE = (1.953125, 1.953125, 2.0), (3.90625, 3.90625, 2.0)  # 256 and 128 voxels over the field of view
+
+# ml, smallest and largest of adults' contours. Of the seven organs annotated in OpenKBP (Babier et al. 2021) the 5th
+# and 95th percentile of its clinical contours, a fifth wider; a scan to the carina holds all of the neck's oesophagus
+# and cord. Of the others from their anatomy: a nerve of 35 to 55 mm by 4 to 6 mm with its sheath, a chiasm of
+# 12 to 18 mm by 8 by 4, a submandibular gland of 5 to 14 ml.
+VOLUME_ML = {
+    "BrainStem": (19.0, 41.0),
+    "Chiasm": (0.4, 1.5),
+    "Esophagus": (6.0, 21.0),
+    "Larynx": (13.0, 45.0),
+    "Mandible": (32.0, 94.0),
+    "OpticNerve_L": (0.4, 1.5),
+    "OpticNerve_R": (0.4, 1.5),
+    "Parotid_L": (13.0, 47.0),
+    "Parotid_R": (13.0, 47.0),
+    "SpinalCord": (17.0, 50.0),
+    "Submandibular_L": (4.5, 14.0),
+    "Submandibular_R": (4.5, 14.0),
+}
+# Median HU; larynx and oesophagus hold air, the mandible's contour its marrow.
+MEDIAN_HU = {
+    "BrainStem": (25, 45),
+    "Chiasm": (15, 45),
+    "Esophagus": (15, 60),
+    "Larynx": (-1000, 200),
+    "Mandible": (400, 1300),
+    "OpticNerve_L": (5, 50),
+    "OpticNerve_R": (5, 50),
+    "Parotid_L": (-50, 50),
+    "Parotid_R": (-50, 50),
+    "SpinalCord": (15, 50),
+    "Submandibular_L": (20, 60),
+    "Submandibular_R": (20, 60),
+}
+VOLUME_TOLERANCE = 0.08  # between voxels of 2 mm and of 4 mm, of which four span an oesophagus
+SMALL_VOLUME_TOLERANCE = 0.25  # of organs about as thin as a voxel of the latter
+SMALL_ML = 2.0
+CENTROID_TOLERANCE_MM = 2.0  # half a voxel of the latter
+LEAST_ASYMMETRY = 0.03  # of the paired glands' volumes
+
+
+@pytest.fixture(scope="module", params=SEEDS)
+def phantom(request: pytest.FixtureRequest) -> tuple[CTVolume, LabelMap]:
+    return make_phantom(planning_geometry().resampled(FINE), seed=request.param)
+
+
+def masks(truth: LabelMap) -> dict[str, NDArray[np.bool_]]:
+    return {s.name: truth.labels == i + 1 for i, s in enumerate(truth.structures)}
+
+
+def volumes_ml(truth: LabelMap) -> dict[str, float]:
+    voxel = float(np.prod(truth.geometry.spacing)) / 1000
+    return {name: float(mask.sum()) * voxel for name, mask in masks(truth).items()}
+
+
+def centroids(truth: LabelMap) -> dict[str, NDArray[np.float64]]:
+    """LPS (x, y, z) mm."""
+    return {
+        name: truth.geometry.points_from_indices(np.argwhere(mask)[:, ::-1].mean(axis=0))
+        for name, mask in masks(truth).items()
+    }
+
+
+def test_default_is_the_planning_grid_with_every_structure() -> None:
+    volume, truth = make_phantom(planning_geometry().resampled((8.0, 8.0, 8.0)))
+    assert planning_geometry().shape == (178, 512, 512)
+    assert tuple(s.name for s in truth.structures) == tuple(STRUCTURES)
+    assert volume.geometry == truth.geometry
+
+
+def test_volumes_are_human(phantom: tuple[CTVolume, LabelMap]) -> None:
+    wrong = {n: v for n, v in volumes_ml(phantom[1]).items() if not VOLUME_ML[n][0] <= v <= VOLUME_ML[n][1]}
+    assert not wrong
+
+
+def test_tissues_have_their_density(phantom: tuple[CTVolume, LabelMap]) -> None:
+    volume, truth = phantom
+    medians = {name: float(np.median(volume.hu[mask])) for name, mask in masks(truth).items()}
+    wrong = {n: m for n, m in medians.items() if not MEDIAN_HU[n][0] <= m <= MEDIAN_HU[n][1]}
+    assert not wrong
+
+
+def test_every_structure_is_one_piece(phantom: tuple[CTVolume, LabelMap]) -> None:
+    pieces = {n: ndimage.label(mask, structure=np.ones((3, 3, 3)))[1] for n, mask in masks(phantom[1]).items()}
+    assert pieces == dict.fromkeys(STRUCTURES, 1)
+
+
+def test_left_lies_left(phantom: tuple[CTVolume, LabelMap]) -> None:
+    centre = centroids(phantom[1])
+    for organ in ("Parotid", "Submandibular", "OpticNerve"):
+        assert centre[f"{organ}_L"][0] > centre["SpinalCord"][0] > centre[f"{organ}_R"][0]
+
+
+def test_organs_follow_one_another_from_head_to_chest(phantom: tuple[CTVolume, LabelMap]) -> None:
+    z = {name: point[2] for name, point in centroids(phantom[1]).items()}
+    downwards = ["Chiasm", "BrainStem", "Parotid_L", "Submandibular_L", "Larynx", "Esophagus"]
+    assert sorted(downwards, key=lambda name: -z[name]) == downwards
+    assert z["Parotid_L"] > z["Mandible"] > z["Larynx"]
+
+
+def test_organs_follow_one_another_from_front_to_back(phantom: tuple[CTVolume, LabelMap]) -> None:
+    y = {name: point[1] for name, point in centroids(phantom[1]).items()}
+    for front, back in (
+        ("Mandible", "Submandibular_R"),
+        ("Submandibular_R", "Parotid_R"),
+        ("OpticNerve_R", "Chiasm"),
+        ("Chiasm", "BrainStem"),
+        ("Larynx", "Esophagus"),
+        ("Esophagus", "SpinalCord"),
+    ):
+        assert y[front] < y[back], (front, back)
+
+
+def test_cord_goes_on_where_the_brain_stem_ends(phantom: tuple[CTVolume, LabelMap]) -> None:
+    found = masks(phantom[1])
+    stem, cord = (np.flatnonzero(found[n].any(axis=(1, 2))) for n in ("BrainStem", "SpinalCord"))
+    assert abs(int(stem[0]) - int(cord[-1]) - 1) <= 2
+    assert cord[0] == 0, "a scan to the carina ends within the cord"
+
+
+def test_head_is_whole_and_lies_on_the_couch(phantom: tuple[CTVolume, LabelMap]) -> None:
+    volume, _ = phantom
+    body = volume.hu > -200
+    assert not body[-1].any(), "air over the vertex"
+    assert not body[:, 0].any(), "air before the chest"
+    behind = np.flatnonzero(body[5].any(axis=1))[-1] + 1
+    assert (volume.hu[5, behind:] > -600).any(), "the couch lies behind the back"
+
+
+def test_no_flip_goes_unseen(phantom: tuple[CTVolume, LabelMap]) -> None:
+    ml = volumes_ml(phantom[1])
+    for organ in ("Parotid", "Submandibular"):
+        left, right = ml[f"{organ}_L"], ml[f"{organ}_R"]
+        assert abs(left - right) / (left + right) * 2 > LEAST_ASYMMETRY
+    # The metal filling lies on one side of the jaw.
+    teeth = np.argwhere(phantom[0].hu > 2500)
+    middle = phantom[1].geometry.indices_from_points(centroids(phantom[1])["Mandible"])[0]
+    assert len(teeth)
+    assert (teeth[:, 2] > middle).all() or (teeth[:, 2] < middle).all()
+
+
+def test_anatomy_does_not_depend_on_the_grid(
+    phantom: tuple[CTVolume, LabelMap], request: pytest.FixtureRequest
+) -> None:
+    fine = phantom[1]
+    seed = request.node.callspec.params["phantom"]
+    coarse = make_phantom(planning_geometry().resampled(COARSE), seed=seed)[1]
+    coarse_ml, coarse_centre = volumes_ml(coarse), centroids(coarse)
+    for name, volume in volumes_ml(fine).items():
+        tolerance = SMALL_VOLUME_TOLERANCE if volume < SMALL_ML else VOLUME_TOLERANCE
+        assert coarse_ml[name] == pytest.approx(volume, rel=tolerance), name
+    for name, point in centroids(fine).items():
+        assert np.abs(coarse_centre[name] - point).max() < CENTROID_TOLERANCE_MM, name
+
+
+def test_patient_lies_in_the_middle_wherever_the_origin_is() -> None:
+    grid = planning_geometry().resampled((8.0, 8.0, 8.0))
+    here, there = make_phantom(grid), make_phantom(replace(grid, origin=(100.0, -900.0, 37.0)))
+    assert np.array_equal(here[0].hu, there[0].hu)
+    assert np.array_equal(here[1].labels, there[1].labels)
+
+
+def test_a_seed_is_a_person() -> None:
+    grid = planning_geometry().resampled((5.0, 5.0, 5.0))
+    first, again, other = (make_phantom(grid, seed=seed) for seed in (3, 3, 4))
+    assert first[0].hu.tobytes() == again[0].hu.tobytes()
+    assert first[1].labels.tobytes() == again[1].labels.tobytes()
+    assert (first[1].labels != other[1].labels).mean() > 0.001
+
+
+def test_slabs_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = planning_geometry().resampled((8.0, 8.0, 8.0))
+    whole = make_phantom(grid, seed=1)
+    monkeypatch.setattr("anatomynet.engine.phantom.SLAB_VOXELS", 1)
+    sliced = make_phantom(grid, seed=1)
+    assert np.array_equal(whole[1].labels, sliced[1].labels)
+    assert np.abs(whole[0].hu.astype(int) - sliced[0].hu).max() <= 1, "but for the rounding of a half"
+
+
+def test_labels_are_those_asked_for() -> None:
+    grid = planning_geometry().resampled((5.0, 5.0, 5.0))
+    every = masks(make_phantom(grid)[1])
+    names = ("SpinalCord", "Mandible")
+    chosen = make_phantom(grid, structures=names)[1]
+    assert tuple(s.name for s in chosen.structures) == names
+    assert set(np.unique(chosen.labels)) == {0, 1, 2}
+    for name, mask in masks(chosen).items():
+        assert np.array_equal(mask, every[name])
+
+
+def test_unknown_structure_is_refused() -> None:
+    with pytest.raises(ModelError, match="Pancreas"):
+        make_phantom(structures=("Pancreas",))
+
+
+@pytest.mark.parametrize(
+    "direction",
+    [
+        ((-1.0, 0.0, 0.0), (0.0, -1.0, 0.0), (0.0, 0.0, 1.0)),
+        ((0.0, 1.0, 0.0), (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)),
+        ((1.0, 0.0, 0.0), (0.0, 0.995, -0.0998), (0.0, 0.0998, 0.995)),
+    ],
+    ids=["prone axes", "transposed", "tilted"],
+)
+def test_turned_grid_is_refused(direction: tuple[tuple[float, float, float], ...]) -> None:
+    grid = VolumeGeometry((8, 8, 8), (4.0, 4.0, 4.0), direction=(direction[0], direction[1], direction[2]))
+    with pytest.raises(GeometryError, match="canonical"):
+        make_phantom(grid)
