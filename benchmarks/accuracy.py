@@ -1,6 +1,6 @@
 """How well does a checkpoint agree with the physicians on a folder of cases?
 
-    python benchmarks/accuracy.py ../shared/data/openkbp/validation [--checkpoint FILE] [--plot]
+    python -m benchmarks.accuracy ../shared/data/openkbp/validation [--checkpoint FILE] [--plot]
 
 Every case of the folder (the PDDCA layout) is drawn by the same `segment` that serves, on its own grid. A structure
 that is not annotated does not count; one that is annotated and not drawn counts as a miss, with the worst scores.
@@ -12,7 +12,6 @@ from typing import Any
 
 import click
 import numpy as np
-from common import RESULTS, machine, write_result
 from numpy.typing import NDArray
 
 from anatomynet.engine.checkpoint import load_checkpoint
@@ -24,6 +23,7 @@ from anatomynet.engine.runtime import Runtime, TorchRuntime, load_runtime
 from anatomynet.engine.segment import segment
 from anatomynet.engine.structures import structures_by_name
 from anatomynet.engine.volume import LabelMap
+from benchmarks.common import RESULTS, machine, write_result
 
 MEASURES = {
     "dice": "DSC",

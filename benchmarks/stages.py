@@ -1,6 +1,6 @@
 """Where do the seconds of one study go? Whole 178 x 512 x 512, through Triton with and without shared memory, embedded.
 
-    python benchmarks/stages.py [--study FOLDER] [--repeats 5]
+    python -m benchmarks.stages [--study FOLDER] [--repeats 5]
 
 Runs the real command in a fresh process each time, everything counted from process start to RTSTRUCT on disk.
 Without --study, the phantom. Prints a table of medians, writes benchmarks/results/stages.json.
@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from common import free_ports, machine, running_server, write_result
 from tqdm import tqdm
+
+from benchmarks.common import machine, write_result
+from tests.triton_servers import running_server
 
 BIN = Path(sys.executable).parent
 STAGES = ("read", "connect", "infer", "contours", "write")
@@ -38,14 +40,12 @@ def main(study: Path | None, repeats: int) -> None:
         repository = folder / "repository"
         export = [BIN / "anatomynet-export", "--output", repository]
         subprocess.run(export, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        http, grpc, metrics = free_ports(3)
-        with running_server(repository, http=http, grpc=grpc, metrics=metrics) as server:
-            url = f"localhost:{grpc}"
+        with running_server(repository, folder=folder) as server:
             rows = {
-                "Triton, shared memory": measure(study, ["--url", url, "--shared-memory", "on"], repeats),
-                "Triton, gRPC": measure(study, ["--url", url, "--shared-memory", "off"], repeats),
+                "Triton, shared memory": measure(study, ["--url", server.url, "--shared-memory", "on"], repeats),
+                "Triton, gRPC": measure(study, ["--url", server.url, "--shared-memory", "off"], repeats),
             }
-            server_gb = peak_gb_of_tree(server.pid)
+            server_gb = peak_gb_of_tree(server.process.pid)
         # With the server gone, and on a port that nothing listens on, the embedded engine is what is left.
         rows["embedded engine"] = measure(study, [], repeats)
     for name, row in rows.items():

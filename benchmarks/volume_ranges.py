@@ -1,6 +1,6 @@
 """How large is each structure in the training cases? Writes engine/configs/volume_ranges.toml: numbers, no patient.
 
-    python benchmarks/volume_ranges.py ../shared/data/openkbp/train
+    python -m benchmarks.volume_ranges ../shared/data/openkbp/train
 
 From the 5th to the 95th percentile, each end moved outwards by half: contours of several institutions, some cut off
 where the release ends, vary more than anatomy, and a warning must be worth a look. Structures that run out of the scan
