@@ -130,12 +130,15 @@ def _nifti_mask(path: Path, series: CTSeries) -> Mask:
     """bool (z, y, x) on the series' grid, True where the file is not 0."""
     try:
         import nibabel
+        from nibabel.filebasedimages import ImageFileError
+        from nibabel.spatialimages import HeaderDataError
+        from nibabel.wrapstruct import WrapStructError
     except ImportError as error:
         raise StudyError(f"{path.name}: NIfTI needs nibabel; pip install nibabel, or give an RTSTRUCT") from error
     try:
         image = nibabel.Nifti1Image.from_filename(path)
         values, affine = np.asarray(image.dataobj), np.asarray(image.affine)
-    except (OSError, nibabel.filebasedimages.ImageFileError, *DAMAGED) as error:
+    except (OSError, ImageFileError, HeaderDataError, WrapStructError, *DAMAGED) as error:
         raise StudyError(f"{path.name} cannot be read as NIfTI; write it again") from error
     found = np.unique(values)
     if len(found) > 2 or values.ndim != 3:

@@ -198,7 +198,8 @@ def _polygons(item: Dataset, series: CTSeries) -> tuple[list[Contour], str]:
     closed = [_contour_points(c) for kind, c in contours if kind in CLOSED_TYPES]
     if contours and not closed:
         return [], f"{len(contours)} points, and no contour"
-    placed = [_placed(points, series) for points in closed if len(points) >= 3]
+    positions = np.array([s.position for s in series.slices])
+    placed = [_placed(points, positions, series.geometry) for points in closed if len(points) >= 3]
     off = placed.count(None)
     if off:
         return [], f"{off} of {len(closed)} contours do not lie on a slice of this CT"
@@ -216,10 +217,9 @@ def _contour_points(contour: Dataset) -> Points:
     return points
 
 
-def _placed(points: Points, series: CTSeries) -> Contour | None:
-    """The contour on its slice; None where it lies in none."""
-    direction, spacing = np.array(series.geometry.direction), series.geometry.spacing
-    positions = np.array([s.position for s in series.slices])
+def _placed(points: Points, positions: Points, geometry: VolumeGeometry) -> Contour | None:
+    """The contour on the slice, of those at `positions`, that it lies in; None where it lies in none."""
+    direction, spacing = np.array(geometry.direction), geometry.spacing
     heights = points @ direction[:, 2]
     k = int(np.argmin(np.abs(positions @ direction[:, 2] - heights.mean())))
     if np.abs(heights - positions[k] @ direction[:, 2]).max() > OFF_SLICE_SHARE * spacing[2]:
