@@ -1,0 +1,128 @@
+"""`anatomynet-export` as a user runs it: what it writes, what it says, and what it leaves alone when it fails."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nrrd
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from anatomynet.engine.checkpoint import load_checkpoint, save_checkpoint
+from anatomynet.engine.runtime import load_runtime
+from anatomynet.export.cli import main
+from tests.random_network import (
+    CALIBRATION_SHAPE,
+    changed_network,
+    random_config,
+    random_network,
+    shift_class,
+    smooth_hu,
+)
+
+SPACING = (1.0, 1.0, 2.5)  # was trained, so nothing is resampled
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "random.safetensors"
+    save_checkpoint(path, random_network(), random_config())
+    return path
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A case folder on which the random network finds every structure."""
+    folder = tmp_path_factory.mktemp("case")
+    (folder / "structures").mkdir()
+    hu = smooth_hu(CALIBRATION_SHAPE).clip(-400, None)
+    header = {"space": "left-posterior-superior", "space directions": np.diag(SPACING), "space origin": np.zeros(3)}
+    nrrd.write(str(folder / "img.nrrd"), hu, header, index_order="C")
+    nrrd.write(str(folder / "structures" / "Mandible.nrrd"), (hu > 500).astype(np.uint8), header, index_order="C")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_fills_a_repository_and_says_so(checkpoint: Path, case: Path, tmp_path: Path) -> None:
+    output = tmp_path / "triton_repo"
+    script = Path(sys.executable).with_name("anatomynet-export")
+    run = subprocess.run(
+        [script, checkpoint, "--fp16", "--output", output, "--parity-input", case], capture_output=True, text=True
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    _, config = load_checkpoint(checkpoint)
+    assert config.checkpoint_sha256 in run.stdout
+    assert len(re.findall(r"[0-9,]+ of [0-9,]+ labels changed", run.stdout)) == 3  # FP32, FP16, and FP16 rounded
+    assert "TensorRT" in run.stdout
+    assert f"tritonserver --model-repository {output}" in run.stdout
+    version = output / "anatomynet" / "1"
+    assert {path.name for path in version.glob("*.onnx")} == {"openkbp7-fp32.onnx", "openkbp7-fp16.onnx"}
+    assert all(load_runtime(path).model == config for path in version.glob("*.onnx"))
+    assert (output / "anatomynet" / "config.pbtxt").is_file()
+
+
+def test_writes_one_onnx_file(checkpoint: Path, case: Path, tmp_path: Path) -> None:
+    """How engine/weights/openkbp7.onnx is made."""
+    path = tmp_path / "model.onnx"
+    run = CliRunner().invoke(main, [str(checkpoint), "--onnx", str(path), "--parity-input", str(case)])
+    assert run.exit_code == 0, run.output
+    assert load_runtime(path).model == load_checkpoint(checkpoint)[1]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_failure_leaves_the_repository_as_it_was(case: Path, tmp_path: Path) -> None:
+    network = changed_network()
+    shift_class(network, 2, -1000)
+    checkpoint, output = tmp_path / "blind.safetensors", tmp_path / "triton_repo"
+    save_checkpoint(checkpoint, network, random_config())
+    (output / "anatomynet" / "1").mkdir(parents=True)
+    (output / "anatomynet" / "config.pbtxt").write_text("the one before")
+    before = contents(output)
+    run = CliRunner().invoke(main, [str(checkpoint), "--output", str(output), "--parity-input", str(case)])
+    assert run.exit_code == 1
+    assert run.stderr.startswith("error: the checkpoint itself finds no SpinalCord")
+    assert run.stderr.count("\n") == 1
+    assert contents(output) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.safetensors"], r"error: no checkpoint none\.safetensors"),
+        (["{checkpoint}", "--parity-input", "none"], r"error: none.*img\.nrrd"),
+    ],
+)
+def test_missing_input_is_told_in_one_line(
+    arguments: list[str], message: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = CliRunner().invoke(main, [argument.format(checkpoint=checkpoint) for argument in arguments])
+    assert run.exit_code == 1
+    assert re.match(message, run.stderr)
+    assert run.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else object())
+    run = CliRunner().invoke(main, [])
+    assert run.exit_code == 1
+    assert run.stderr == "error: export needs onnxscript: pip install 'anatomynet[export]'\n"
+
+
+def test_wrong_usage_is_status_2() -> None:
+    assert CliRunner().invoke(main, ["--no-such-option"]).exit_code == 2
+
+
+def test_help_imports_no_torch() -> None:
+    command = (
+        "import sys; from click.testing import CliRunner; from anatomynet.export.cli import main; "
+        "assert CliRunner().invoke(main, ['--help']).exit_code == 0; print('torch' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True)
+    assert run.stdout.strip() == "False"
