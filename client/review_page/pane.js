@@ -244,6 +244,7 @@ class Pane {
 
   onWheel(event, point) {
     event.preventDefault();
+    this.review.under = this;
     if (event.ctrlKey || event.metaKey) {
       this.zoomAt(point, Math.exp(-event.deltaY / 400));
       return;

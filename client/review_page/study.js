@@ -2,6 +2,8 @@
 // What client/review.py embedded, unpacked: the CT, each structure's mask, and the grids they lie on.
 // Everything here is in (x, y, z) order; positions are LPS mm, as in the DICOM files.
 
+const DAMAGED = "The file is damaged or incomplete: copy the file again, or write it anew with anatomynet-client review.";
+
 /** A regular grid along the patient's axes. */
 class Grid {
   constructor({ shape, spacing, origin }) {
@@ -52,8 +54,12 @@ function bytesFromBase64(text) {
 }
 
 async function inflate(base64) {
-  const stream = new Blob([bytesFromBase64(base64)]).stream().pipeThrough(new DecompressionStream("deflate"));
-  return new Uint8Array(await new Response(stream).arrayBuffer());
+  try {
+    const stream = new Blob([bytesFromBase64(base64)]).stream().pipeThrough(new DecompressionStream("deflate"));
+    return new Uint8Array(await new Response(stream).arrayBuffer());
+  } catch (cause) {
+    throw new Error(DAMAGED, { cause });
+  }
 }
 
 /** Low bytes, then high bytes, of the zigzag difference to the voxel on the left -> HU, from `offset` on. */
@@ -87,7 +93,7 @@ async function readStudy(progress) {
     block.remove();
     progress((number + 1) / blocks.length);
   }
-  if (offset !== hu.length) throw new Error("The CT in this file is incomplete: copy the file again, or write it anew.");
+  if (offset !== hu.length) throw new Error(DAMAGED);
   study.ct = { grid: ct, hu };
   for (const structure of study.structures) {
     structure.drawn = await readMask(structure.drawn);
