@@ -117,6 +117,18 @@ def test_touching_structures_leave_no_gap_where_they_were_resampled() -> None:
     assert np.array_equal(back[:, :, 42:] == 2, second[:, :, 42:])
 
 
+def test_where_four_structures_meet_none_of_them_is_background() -> None:
+    # In the middle each has a quarter, and the background nothing.
+    config = replace(CONFIG, structures=("BrainStem", "Parotid_L", "Parotid_R", "Mandible"))
+    volume = CTVolume(np.full((16, 50, 50), 40, np.int16), VolumeGeometry((16, 50, 50), (0.4, 0.4, 2.5)))
+    given = prepare(volume, config)
+    labels = np.kron(np.array([[[1, 2], [3, 4]]]), np.ones((16, 10, 10))).astype(np.uint8)
+    assert labels.shape == given.hu.shape
+    back = source_labels_from_network(labels, given, volume)
+    assert back.all()
+    assert [int(back[8, y, x]) for y, x in ((5, 5), (5, 45), (45, 5), (45, 45))] == [1, 2, 3, 4]
+
+
 def test_a_structure_at_the_volumes_face_comes_back_to_the_face() -> None:
     geometry = VolumeGeometry((20, 48, 48), (0.5, 0.5, 5.0))
     truth = np.zeros(geometry.shape, bool)
