@@ -25,12 +25,13 @@ from anatomynet.engine.structures import structures_by_name
 from anatomynet.engine.volume import LabelMap
 from benchmarks.common import RESULTS, machine, write_result
 
+# Of an Agreement: what each is called, and its digits after the point.
 MEASURES = {
-    "dice": "DSC",
-    "surface_dice": "surface DSC",
-    "hd95_mm": "HD95 mm",
-    "mean_surface_distance_mm": "mean mm",
-    "added_path_length_mm": "added path mm",
+    "dice": ("DSC", 3),
+    "surface_dice": ("surface DSC", 3),
+    "hd95_mm": ("HD95 mm", 1),
+    "mean_surface_distance_mm": ("mean mm", 2),
+    "added_path_length_mm": ("added path mm", 0),
 }
 RESAMPLINGS = 2000
 INTERVAL = (2.5, 97.5)  # percentiles: 95 %
@@ -158,19 +159,18 @@ def _with_interval(means: Values) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> Iterable[str]:
     """What is printed: means with 95 % intervals, and what others published, with what keeps the two apart."""
     yield f"checkpoint {result['checkpoint_sha256'][:12]} on {result['cases']} cases of {result['data']}"
-    yield f"{'':<16}{'cases':>6}{'missed':>7}" + "".join(f"{title:>26}" for title in MEASURES.values())
+    yield f"{'':<16}{'cases':>6}{'missed':>7}" + "".join(f"{title:>26}" for title, _ in MEASURES.values())
     for row in result["structures"]:
-        cells = "".join(f"{_cell(row[key]):>26}" for key in MEASURES)
+        cells = "".join(f"{_cell(row[key], digits):>26}" for key, (_, digits) in MEASURES.items())
         yield f"{row['structure']:<16}{row['cases']:>6}{row['missed']:>7}{cells}"
     published = ", ".join(f"{name} {value}" for name, value in result["published_mean_dice_on_pddca"].items())
     yield f"Published mean DSC over the nine organs of PDDCA: {published}."
     yield "Not to be set against the figures above: the patients, the physicians, the organs and the voxel size differ."
 
 
-def _cell(measure: dict[str, Any]) -> str:
+def _cell(measure: dict[str, Any], digits: int) -> str:
     if measure["mean"] is None:
         return "not annotated"
-    digits = 3 if measure["mean"] <= 1 else 1
     low, high = measure["interval"]
     return f"{measure['mean']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
@@ -187,7 +187,7 @@ def write_box_plot(path: Path, result: dict[str, Any]) -> None:
     for axis, key in zip(axes, ("dice", "surface_dice"), strict=True):
         labels = [f"{row['structure']} ({row['cases']})" for row in rows]
         axis.boxplot([row[key]["values"] for row in rows], tick_labels=labels)
-        axis.set_title(MEASURES[key])
+        axis.set_title(MEASURES[key][0])
         axis.set_ylim(0, 1)
         axis.tick_params(axis="x", rotation=45)
         axis.grid(axis="y", alpha=0.3)
