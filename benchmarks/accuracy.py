@@ -159,9 +159,9 @@ def _with_interval(means: Values) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> Iterable[str]:
     """What is printed: means with 95 % intervals, and what others published, with what keeps the two apart."""
     yield f"checkpoint {result['checkpoint_sha256'][:12]} on {result['cases']} cases of {result['data']}"
-    yield f"{'':<16}{'cases':>6}{'missed':>7}" + "".join(f"{title:>28}" for title, _ in MEASURES.values())
+    yield f"{'':<16}{'cases':>6}{'missed':>7}" + "".join(f"{title:>30}" for title, _ in MEASURES.values())
     for row in result["structures"]:
-        cells = "".join(f"{_cell(row[key], digits):>28}" for key, (_, digits) in MEASURES.items())
+        cells = "".join(f"{_cell(row[key], digits):>30}" for key, (_, digits) in MEASURES.items())
         yield f"{row['structure']:<16}{row['cases']:>6}{row['missed']:>7}{cells}"
     published = ", ".join(f"{name} {value}" for name, value in result["published_mean_dice_on_pddca"].items())
     yield f"Published mean DSC over the nine organs of PDDCA: {published}."
