@@ -58,7 +58,7 @@ class Training:
         """One optimiser step on one volume; returns the loss."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.train.learning_rate * rate_share(self.step, self.train)
-        self.network.train()
+        self._set_mode()
         image = sample.image.to(self.device, memory_format=torch.channels_last_3d)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bfloat16"):
             logits = self.network(image)
@@ -78,6 +78,21 @@ class Training:
         self.step += 1
         self._follow()
         return float(loss.detach())
+
+    def _set_mode(self) -> None:
+        """Training mode; late in the run the normalisation keeps the averaged statistics, those that will serve.
+
+        With one volume a batch, a layer that normalises by the batch sees each volume by its own statistics, and the
+        served network, which cannot, would draw worse than the one that was trained.
+        """
+        self.network.train()
+        frozen_from = round(self.train.steps * (1 - self.train.frozen_norm_share))
+        if self.step == frozen_from:
+            self.network.load_state_dict(self.average.state_dict())
+        if self.step >= frozen_from:
+            for module in self.network.modules():
+                if isinstance(module, nn.BatchNorm3d):
+                    module.eval()
 
     def save(self, path: Path) -> None:
         """Writes the state, whole or not at all; `restore` reads it.
