@@ -38,7 +38,7 @@ def main(study: Path | None, repeats: int) -> None:
             study = folder / "study"
             subprocess.run([BIN / "anatomynet-client", "phantom", study], check=True, stdout=subprocess.DEVNULL)
         repository = folder / "repository"
-        export = [BIN / "anatomynet-export", "--output", repository]
+        export: list[str | Path] = [BIN / "anatomynet-export", "--output", repository]
         subprocess.run(export, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         with running_server(repository, folder=folder) as server:
             rows = {
@@ -72,9 +72,9 @@ def run_once(study: Path, options: list[str]) -> dict[str, Any]:
     """One run of the command, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [BIN / "anatomynet-client", "segment", study, "--output", Path(folder) / "rs.dcm", "--report", report]
+        command: list[str | Path] = [BIN / "anatomynet-client", "segment", study, "--output", Path(folder) / "rs.dcm"]
         start = time.perf_counter()
-        process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([*command, "--report", report, *options], stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - start
         if status:
@@ -85,15 +85,11 @@ def run_once(study: Path, options: list[str]) -> dict[str, Any]:
 
 def peak_gb_of_tree(pid: int) -> float:
     """Largest resident memory of a process and its children (Triton's Python backend is one), in GB."""
-    import psutil
-
-    root = psutil.Process(pid)
-    peak = 0.0
-    for process in (root, *root.children(recursive=True)):
-        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                peak += int(line.split()[1]) / KIB_PER_GB
-    return peak
+    process = Path(f"/proc/{pid}")
+    status = (process / "status").read_text()
+    own = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+    children = " ".join(path.read_text() for path in process.glob("task/*/children")).split()
+    return own / KIB_PER_GB + sum(peak_gb_of_tree(int(child)) for child in children)
 
 
 if __name__ == "__main__":

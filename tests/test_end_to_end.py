@@ -64,14 +64,16 @@ def drawn(patient: tuple[Case, Path], shipped_server: str) -> dict[str, NDArray[
     _, study = patient
     folder = study.parent
     rtstruct = folder / "rs.dcm"
-    run = [BIN / "anatomynet-client", "segment", study, "--url", shipped_server, "--output", rtstruct]
+    run: list[str | Path] = [BIN / "anatomynet-client", "segment", study, "--url", shipped_server, "--output", rtstruct]
     subprocess.run(run, check=True)
-    convert = ["convert", "--input", rtstruct, "--referenced-ct", study, "--output-prefix", folder / "masks"]
-    subprocess.run([BIN / "plastimatch", *convert, "--prefix-format", "nii.gz"], check=True, stdout=subprocess.DEVNULL)
+    convert: list[str | Path] = ["--input", rtstruct, "--referenced-ct", study, "--output-prefix", folder / "masks"]
+    subprocess.run(
+        [BIN / "plastimatch", "convert", *convert, "--prefix-format", "nii.gz"], check=True, stdout=subprocess.DEVNULL
+    )
     names = {structure.tg263_name: name for name, structure in STRUCTURES.items()}
     return {
         # NIfTI stores (x, y, z); the study's slices run to the head, as plastimatch's do.
-        names[path.name.removesuffix(".nii.gz")]: np.asarray(nibabel.load(path).dataobj).T > 0
+        names[path.name.removesuffix(".nii.gz")]: np.asarray(nibabel.nifti1.load(path).dataobj).T > 0
         for path in (folder / "masks").glob("*.nii.gz")
     }
 
