@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anatomynet.client.output import refuse_existing, write_whole
 from anatomynet.client.structure_set import StructureSet
 from anatomynet.client.study import CTSeries
 from anatomynet.engine.aliases import load_aliases, structure_from_roi_name
 from anatomynet.engine.findings import Finding
 from anatomynet.engine.geometry import Index, VolumeGeometry
 from anatomynet.engine.metrics import CUBIC_MM_PER_ML
+from anatomynet.engine.output import refuse_existing, write_whole
 from anatomynet.engine.preprocess import canonical_from_array
 from anatomynet.engine.regions import Region, middle_of
 from anatomynet.engine.volume import CTVolume, HounsfieldArray
@@ -103,9 +103,18 @@ def regions_from_structure_set(structure_set: StructureSet) -> tuple[tuple[Regio
 
 def patient_header(series: CTSeries) -> dict[str, str]:
     """What a page may say of the patient, for --with-patient-header: name, ID, birth date and the study's date."""
-    terms = {"Patient": "PatientName", "ID": "PatientID", "Born": "PatientBirthDate", "Study": "StudyDate"}
-    found = {term: str(series.header.get(keyword, "")).replace("^", " ").strip() for term, keyword in terms.items()}
-    return {term: text for term, text in found.items() if text}
+    header = {
+        "Patient": " ".join(str(series.header.get("PatientName", "")).replace("^", " ").split()),
+        "ID": str(series.header.get("PatientID", "")),
+        "Born": _date(str(series.header.get("PatientBirthDate", ""))),
+        "Study": _date(str(series.header.get("StudyDate", ""))),
+    }
+    return {term: text for term, text in header.items() if text}
+
+
+def _date(text: str) -> str:
+    """DICOM's 20240203 -> 2024-02-03 (PS3.5 6.2, DA); other text as it is."""
+    return f"{text[:4]}-{text[4:6]}-{text[6:]}" if len(text) == 8 and text.isdigit() else text
 
 
 def reduce_ct(volume: CTVolume) -> tuple[HounsfieldArray, VolumeGeometry]:
@@ -209,7 +218,7 @@ def _structure_json(named: Region, drawn: Region | None, reference: Region | Non
         "reference": _mask_json(reference, turn),
         "drawn_ml": drawn and round(drawn.voxels * turn.voxel_ml, 3),
         "reference_ml": reference and round(reference.voxels * turn.voxel_ml, 3),
-        "dice": drawn and reference and round(_dice(drawn, reference), 3),
+        "dice": round(_dice(drawn, reference), 3) if drawn and reference and present else None,
         "confidence": drawn and drawn.confidence,
     }
 
@@ -223,14 +232,13 @@ def _mask_json(region: Region | None, turn: _Turn) -> dict[str, Any] | None:
 
 
 def _dice(first: Region, second: Region) -> float:
-    """Dice similarity coefficient of two regions of one grid; 1.0 where both are empty."""
+    """Dice similarity coefficient of two regions of one grid, of which one has a voxel."""
     low = np.maximum(first.start, second.start)
     high = np.minimum(_last(first), _last(second)) + 1
     common = 0
     if (low < high).all():
         common = np.count_nonzero(_part(first, low, high) & _part(second, low, high))
-    total = first.voxels + second.voxels
-    return 2 * common / total if total else 1.0
+    return 2 * common / (first.voxels + second.voxels)
 
 
 def _part(region: Region, low: NDArray[np.intp], high: NDArray[np.intp]) -> NDArray[np.bool_]:

@@ -81,21 +81,20 @@ def find_warnings(
 
 
 def _exchanged_sides(present: Mapping[str, Region], geometry: VolumeGeometry) -> Iterator[Finding]:
-    """An organ of one side that lies on the other: of its partner, or of the midline where it has none."""
-    unpaired = [_left_mm(region, geometry) for name, region in present.items() if not STRUCTURES[name].mirror]
+    """An organ of one side that lies beyond its partner or, where that is absent, beyond the organs of the middle."""
+    middles = [_left_mm(region, geometry) for name, region in present.items() if not STRUCTURES[name].mirror]
     for name, region in present.items():
-        partner = present.get(STRUCTURES[name].mirror or "")
-        side = name[-1]
-        if not STRUCTURES[name].mirror or (partner and side == "R"):
-            continue
-        towards_left = 1 if side == "L" else -1
-        if partner:
-            if _left_mm(region, geometry) < _left_mm(partner, geometry):
+        mirror = STRUCTURES[name].mirror
+        if mirror and mirror in present:
+            partner = present[mirror]
+            if name.endswith("_L") and _left_mm(region, geometry) < _left_mm(partner, geometry):
                 text = f"lies to the patient's right of {partner.name}: left and right are exchanged"
                 yield Finding(region.name, text, middle_of(region))
-        elif unpaired and towards_left * (_left_mm(region, geometry) - float(np.median(unpaired))) < -MIDLINE_MM:
-            text = f"lies on the patient's {'right' if side == 'L' else 'left'}: the side is exchanged"
-            yield Finding(region.name, text, middle_of(region))
+        elif mirror and middles:
+            wrong = "right" if name.endswith("_L") else "left"
+            leftwards = _left_mm(region, geometry) - float(np.median(middles))
+            if (leftwards if wrong == "left" else -leftwards) > MIDLINE_MM:
+                yield Finding(region.name, f"lies on the patient's {wrong}: the side is exchanged", middle_of(region))
 
 
 def _left_mm(region: Region, geometry: VolumeGeometry) -> float:

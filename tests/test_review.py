@@ -231,7 +231,7 @@ def test_panel_gives_volumes_and_leads_to_structures_and_warnings(page: Page, re
     assert cells[1:] == [
         ["Parotid_L", volume_ml, volume_ml, "0.71"],  # 4 of 14 rows apart
         ["Parotid_R", volume_ml, volume_ml, "0.71"],
-        ["Larynx", "none", "none", "1.00"],
+        ["Larynx", "none", "none", "\N{EN DASH}"],
     ]
     page.click("#structures tr:nth-child(2) button")
     assert page.text("[data-plane=axial] .place").endswith(" 27 / 40")  # the middle of 22 to 30, counted from 1

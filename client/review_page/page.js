@@ -230,10 +230,13 @@ function fillStructures(review) {
   const flagged = new Set(study.warnings.map((warning) => warning.structure));
   for (const structure of study.structures) {
     const absent = !structure.middle;
-    structure.box = element("input", { type: "checkbox", disabled: absent, ariaLabel: `Show ${structure.name}` });
+    structure.box = element("input", { type: "checkbox", disabled: absent });
+    structure.box.setAttribute("aria-label", `Show ${structure.name}`);
     structure.box.style.setProperty("--colour", structure.colour);
     structure.box.addEventListener("change", () => review.setHidden(structure, !structure.box.checked));
-    const name = element("button", { type: "button", textContent: structure.name, title: structure.name, disabled: absent });
+    const sure = structure.confidence ? `, border confidence ${structure.confidence.toFixed(2)}` : "";
+    const title = `${structure.name}${sure}`;
+    const name = element("button", { type: "button", textContent: structure.name, title, disabled: absent });
     name.addEventListener("click", () => review.showStructure(structure));
     const cell = element("div", { className: "name" }, structure.box, name);
     if (flagged.has(structure.name)) cell.append(element("span", { className: "flag", title: "There is a warning" }));

@@ -80,7 +80,7 @@ async function readMask(packed) {
 /** The whole study; `progress` is called with a share between 0 and 1. */
 async function readStudy(progress) {
   if (typeof DecompressionStream === "undefined") {
-    throw new Error("This browser is too old for the page. Chrome or Edge 80, Firefox 113, Safari 16.4, or newer will open it.");
+    throw new Error("This browser is too old for the page. Chrome or Edge 92, Firefox 113, Safari 16.4, or newer will open it.");
   }
   const study = JSON.parse(document.getElementById("review-data").textContent);
   study.grid = new Grid(study.grid);
