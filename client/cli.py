@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from anatomynet.client.output import prepare_folder, refuse_existing
 from anatomynet.engine.command import reports_errors
+from anatomynet.engine.output import prepare_folder, refuse_existing
 from anatomynet.engine.structures import structures_by_name
 
 if TYPE_CHECKING:

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from anatomynet.client.mask_files import read_structures
-from anatomynet.client.output import write_whole
 from anatomynet.client.structure_set import Roi, StructureSet
 from anatomynet.client.study import CTSeries
 from anatomynet.engine.aliases import Aliases, load_aliases, structure_from_roi_name
 from anatomynet.engine.errors import StudyError
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.metrics import Agreement, check_same_grid, compare_masks
+from anatomynet.engine.output import write_whole
 from anatomynet.engine.structures import STRUCTURES, Structure
 
 # Of an Agreement, in the order and with the digits in which a reader wants them.

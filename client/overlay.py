@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anatomynet.client.compare import Comparison
-from anatomynet.client.output import write_whole
 from anatomynet.client.picture import (
     BACKGROUND,
     LINE_HEIGHT,
@@ -31,6 +30,7 @@ from anatomynet.client.picture import (
     write_png,
 )
 from anatomynet.engine.errors import OutputError
+from anatomynet.engine.output import write_whole
 from anatomynet.engine.preprocess import canonical_from_array
 from anatomynet.engine.volume import CTVolume, LabelArray
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from anatomynet.client.output import write_whole
+from anatomynet.engine.output import write_whole
 from anatomynet.engine.preprocess import canonical_from_array, resample_linear
 from anatomynet.engine.volume import CTVolume, LabelArray, LabelMap
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from anatomynet.client.output import write_whole
+from anatomynet.engine.output import write_whole
 from anatomynet.engine.runtime import Runtime
 from anatomynet.engine.volume import LabelMap
 

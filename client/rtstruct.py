@@ -19,9 +19,9 @@ from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_
 
 from anatomynet import __version__
 from anatomynet.client.contours import Contour, StructureContours
-from anatomynet.client.output import write_whole
 from anatomynet.client.study import CTSeries
 from anatomynet.engine.errors import GeometryError, OutputError
+from anatomynet.engine.output import write_whole
 
 # A point in 0.001 mm: "-1234.567" is 9 of the 16 bytes that a DS may have.
 DECIMALS = 3

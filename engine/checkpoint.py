@@ -8,8 +8,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from anatomynet.engine.config import ModelConfig, model_config_from_json, shipped_weights
-from anatomynet.engine.errors import ModelError, OutputError
+from anatomynet.engine.errors import ModelError
 from anatomynet.engine.network import AnatomyNet
+from anatomynet.engine.output import write_whole
 
 CONFIG_KEY = "model_config"
 
@@ -18,26 +19,11 @@ def save_checkpoint(path: Path, network: AnatomyNet, config: ModelConfig) -> Non
     """Writes weights and configuration, whole or not at all.
 
     Raises:
-        OutputError: see write_whole.
+        OutputError: it could not be written.
     """
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in network.state_dict().items()}
     metadata = {CONFIG_KEY: dataclasses.replace(config, checkpoint_sha256="").to_json()}
-    write_whole(path, save(tensors, metadata=metadata))
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file beside `path`, then renames it; the umask says who may read it, unlike with save_file.
-
-    Raises:
-        OutputError: it could not be written; what was at `path` is still there.
-    """
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(data)
-        beside.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} could not be written: {error.strerror or error}") from error
+    write_whole(path, save(tensors, metadata=metadata), overwrite=True)
 
 
 def load_checkpoint(path: Path | None = None) -> tuple[AnatomyNet, ModelConfig]:

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from anatomynet.engine.checkpoint import save_checkpoint, write_whole
+from anatomynet.engine.checkpoint import save_checkpoint
 from anatomynet.engine.command import reports_errors
 from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
 from anatomynet.engine.data import Augmentation, Case, Sample, cut_to_body, find_cases, network_grid_config, read_case
@@ -26,6 +26,7 @@ from anatomynet.engine.geometry import Point, VolumeGeometry
 from anatomynet.engine.losses import hybrid_loss
 from anatomynet.engine.metrics import dice
 from anatomynet.engine.network import AnatomyNet
+from anatomynet.engine.output import write_whole
 from anatomynet.engine.phantom import make_phantom
 from anatomynet.engine.runtime import TorchRuntime
 from anatomynet.engine.segment import segment
@@ -106,7 +107,7 @@ class Training:
         for index, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{k}": v.contiguous().cpu() for k, v in moments.items()}
         metadata = {"model": self.model.to_json(), "step": str(self.step), "best": repr(self.best)}
-        write_whole(path, save(tensors, metadata=metadata))
+        write_whole(path, save(tensors, metadata=metadata), overwrite=True)
 
     def restore(self, path: Path) -> None:
         """Goes on from what `save` wrote.

@@ -13,6 +13,7 @@ from anatomynet.engine.checkpoint import CONFIG_KEY, load_checkpoint, save_check
 from anatomynet.engine.config import ModelConfig, model_config_from_json
 from anatomynet.engine.errors import ModelError, OutputError
 from anatomynet.engine.network import AnatomyNet
+from tests.full_disk import largest_file
 
 CONFIG = ModelConfig("test", ("BrainStem", "Parotid_L"), 1, (1.0, 1.0, 2.0), (2.0, 2.0, 3.0), (-250.0, 550.0))
 
@@ -27,7 +28,7 @@ def network() -> AnatomyNet:
 
 @pytest.fixture
 def checkpoint(network: AnatomyNet, tmp_path: Path) -> Path:
-    path = tmp_path / "runs" / "test.safetensors"
+    path = tmp_path / "test.safetensors"
     save_checkpoint(path, network, CONFIG)
     return path
 
@@ -64,8 +65,7 @@ def test_nothing_is_left_beside(checkpoint: Path) -> None:
 
 def test_a_failed_write_leaves_the_last_checkpoint(network: AnatomyNet, checkpoint: Path) -> None:
     before = checkpoint.read_bytes()
-    checkpoint.with_name(f".{checkpoint.name}.part").mkdir()  # in the way
-    with pytest.raises(OutputError, match=r"test\.safetensors could not be written"):
+    with largest_file(1024), pytest.raises(OutputError, match=r"test\.safetensors could not be written"):
         save_checkpoint(checkpoint, network, CONFIG)
     assert checkpoint.read_bytes() == before
 

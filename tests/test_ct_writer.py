@@ -1,6 +1,5 @@
 """The CT series that is written: valid, exact, and the same each time."""
 
-import resource
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from anatomynet.engine.errors import GeometryError, OutputError
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.volume import CTVolume
 from tests.dicom_studies import DIRECTIONS, complaints, random_volume
+from tests.full_disk import largest_file
 
 
 @pytest.mark.parametrize("position", DIRECTIONS)
@@ -63,13 +63,8 @@ def test_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_no_part_of_a_series(tmp_path: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
-    try:
-        with pytest.raises(OutputError, match="cannot be written"):
-            write_ct_series(tmp_path / "study", random_volume())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with largest_file(1024), pytest.raises(OutputError, match="cannot be written"):
+        write_ct_series(tmp_path / "study", random_volume())
     assert list((tmp_path / "study").iterdir()) == []
 
 

@@ -1,0 +1,54 @@
+from pathlib import Path
+
+import pytest
+
+from anatomynet.engine.errors import OutputError
+from anatomynet.engine.output import prepare_folder, refuse_existing, write_whole
+from tests.full_disk import largest_file
+
+
+def test_a_file_is_written_whole(tmp_path: Path) -> None:
+    path = tmp_path / "result.bin"
+    write_whole(path, b"all of it")
+    assert path.read_bytes() == b"all of it"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_older_file_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
+    path = tmp_path / "result.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(OutputError, match="exists and was kept"):
+        refuse_existing(path, overwrite=False)
+    with pytest.raises(OutputError, match="exists and was kept"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    write_whole(path, b"new", overwrite=True)
+    assert path.read_bytes() == b"new"
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "result.bin"
+    path.write_bytes(b"old")
+    with largest_file(1024), pytest.raises(OutputError, match="could not be written"):
+        write_whole(path, bytes(4096), overwrite=True)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_is_not_there_is_named_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="its folder does not exist"):
+        refuse_existing(tmp_path / "missing" / "result.bin", overwrite=True)
+
+
+def test_a_folder_is_emptied_only_of_slices(tmp_path: Path) -> None:
+    folder = tmp_path / "study"
+    prepare_folder(folder, overwrite=False)
+    (folder / "1.dcm").touch()
+    with pytest.raises(OutputError, match="holds 1 files and was kept"):
+        prepare_folder(folder, overwrite=False)
+    prepare_folder(folder, overwrite=True)
+    assert not list(folder.iterdir())
+    (folder / "thesis.tex").touch()
+    with pytest.raises(OutputError, match=r"more than \.dcm files"):
+        prepare_folder(folder, overwrite=True)
+    assert (folder / "thesis.tex").exists()
