@@ -133,7 +133,7 @@ def planning_geometry() -> VolumeGeometry:
 
 def draw_person(rng: np.random.Generator) -> Person:
     """Organs within human ranges, left and right never the same."""
-    parotid, submandibular, sinus = rng.uniform(0.88, 1.12), rng.uniform(0.92, 1.08), rng.uniform(0.9, 1.0)
+    parotid, submandibular, sinus = rng.uniform(0.88, 1.12), rng.uniform(0.94, 1.04), rng.uniform(0.9, 1.0)
     uneven = rng.uniform(0.03, 0.07) * rng.choice((LEFT, RIGHT))
     return Person(
         fat_mm=float(rng.uniform(4, 12)),
@@ -261,10 +261,11 @@ class _Slab:
         self._labels = labels
         self._coordinates = coordinates
         self._softness = np.float32(np.prod(spacing) ** (1 / 3))  # mm over which an edge is spread: a voxel's width
-        steps = [max(1, round(SEARCH_STEP_MM / s)) for s in spacing[:2]]
-        self._steps = (1, steps[1], steps[0])
-        self._reach = 1.2 * max(n * s for n, s in zip(steps, spacing[:2], strict=True))
-        self._lattice = [np.ascontiguousarray(c[:, :: steps[1], :: steps[0]]) for c in coordinates]
+        self._steps = tuple(max(1, round(SEARCH_STEP_MM / s)) for s in spacing[::-1])
+        # How far, along any axis of the anatomy, a voxel lies from its lattice point: turned, scaled and waved.
+        self._reach = 1.6 * max((n - 1) * s for n, s in zip(self._steps, spacing[::-1], strict=True))
+        nz, ny, nx = self._steps
+        self._lattice = [np.ascontiguousarray(c[::nz, ::ny, ::nx]) for c in coordinates]
         self._extent = [(float(c.min()), float(c.max())) for c in self._lattice]
 
     def paint(self, part: Part, label: int = 0, grain: Array | None = None) -> None:

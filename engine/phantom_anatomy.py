@@ -420,7 +420,7 @@ def _glands(person: Person) -> Iterator[Part]:
             (-10, 54.5, 0.6, 12.2, 15.5), (-20, 53, -1.5, 9, 12), (-28, 52, -3, 4, 6.5),
         )  # fmt: skip
         parotid: Shape = Loft(tuple((z, x, y, size * rx, size * ry) for z, x, y, rx, ry in rows))
-        submandibular: Shape = Ellipsoid((31.5, -25, -36), (9.5 * small, 15.5 * small, 14.5 * small))
+        submandibular: Shape = Ellipsoid((31.5, -25, -36), (9.2 * small, 15.2 * small, 14.2 * small))
         if side == "R":
             parotid, submandibular = parotid.mirrored(), submandibular.mirrored()
         yield Part(parotid, (rind, (0, person.parotid_hu)), f"Parotid_{side}", grain=22)

@@ -19,7 +19,7 @@ FINE, COARSE = (1.953125, 1.953125, 2.0), (3.90625, 3.90625, 2.0)  # 256 and 128
 # ml, smallest and largest of adults' contours. Of the seven organs annotated in OpenKBP (Babier et al. 2021) the 5th
 # and 95th percentile of its clinical contours, a fifth wider; a scan to the carina holds all of the neck's oesophagus
 # and cord. Of the others from their anatomy: a nerve of 35 to 55 mm by 4 to 6 mm with its sheath, a chiasm of
-# 12 to 18 mm by 8 by 4, a submandibular gland of 5 to 14 ml.
+# 12 to 18 mm by 8 by 4, a submandibular gland of 4 to 14 ml.
 VOLUME_ML = {
     "BrainStem": (19.0, 41.0),
     "Chiasm": (0.4, 1.5),
@@ -31,8 +31,8 @@ VOLUME_ML = {
     "Parotid_L": (13.0, 47.0),
     "Parotid_R": (13.0, 47.0),
     "SpinalCord": (17.0, 50.0),
-    "Submandibular_L": (4.5, 14.0),
-    "Submandibular_R": (4.5, 14.0),
+    "Submandibular_L": (4.0, 14.0),
+    "Submandibular_R": (4.0, 14.0),
 }
 # Median HU; larynx and oesophagus hold air, the mandible's contour its marrow.
 MEDIAN_HU = {
