@@ -13,6 +13,9 @@ from anatomynet.engine.output import prepare_folder, refuse_existing
 from anatomynet.engine.structures import structures_by_name
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from anatomynet.engine.findings import Finding
     from anatomynet.engine.regions import Region
     from anatomynet.engine.runtime import Runtime
     from anatomynet.engine.volume import LabelMap
@@ -58,6 +61,8 @@ def segment(
     from anatomynet.client.report import StageClock, write_report
     from anatomynet.client.rtstruct import write_rtstruct
     from anatomynet.client.study import read_ct_series, volume_from_series
+    from anatomynet.engine.findings import find_warnings
+    from anatomynet.engine.regions import regions_from_label_map
     from anatomynet.engine.segment import segment as segment_volume
 
     output = output or study.absolute().with_name(f"{study.absolute().name}.rtstruct.dcm")
@@ -72,15 +77,24 @@ def segment(
     click.echo(f"{volume.geometry.shape[0]} slices; {describe_runtime(runtime)}")
     with clock.stage("infer"):
         label_map = segment_volume(volume, runtime)
+        findings = find_warnings(volume, regions_from_label_map(label_map))
     with clock.stage("contours"):
         contours = trace_contours(label_map)
     with clock.stage("write"):
-        write_rtstruct(output, ct_series, contours, model_description=describe_runtime(runtime), overwrite=overwrite)
+        write_rtstruct(
+            output,
+            ct_series,
+            contours,
+            notes=label_map.notes,
+            findings=findings,
+            model_description=describe_runtime(runtime),
+            overwrite=overwrite,
+        )
     if picture:
         write_picture(picture, volume, label_map, overwrite=overwrite)
     if report:
-        write_report(report, label_map, runtime, clock, overwrite=overwrite)
-    echo_result(label_map)
+        write_report(report, label_map, runtime, clock, findings=findings, overwrite=overwrite)
+    echo_result(label_map, findings)
     click.echo(f"{output}: {clock.summary()}")
 
 
@@ -224,8 +238,8 @@ def describe_runtime(runtime: "Runtime") -> str:
     return f"{runtime.model.name}, checkpoint {runtime.model.checkpoint_sha256[:12]}, {runtime.description}"
 
 
-def echo_result(label_map: "LabelMap") -> None:
-    """Prints notes and a table of what was found."""
+def echo_result(label_map: "LabelMap", findings: "Sequence[Finding]") -> None:
+    """Prints notes, a table of what was found, and what to look at."""
     from anatomynet.client.report import structure_volumes_ml
 
     for note in label_map.notes:
@@ -234,3 +248,5 @@ def echo_result(label_map: "LabelMap") -> None:
     for (name, volume_ml), sure in zip(structure_volumes_ml(label_map).items(), confidence, strict=True):
         found = f"{volume_ml:8.2f} ml   border confidence {sure:.2f}" if volume_ml else "   not found"
         click.echo(f"  {name:<16}{found}")
+    for finding in findings:
+        click.echo(f"look at {finding.name or 'the scan'}: {finding.text}")

@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from anatomynet.client.thinning import thinned_cycles
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.structures import Structure
 from anatomynet.engine.volume import LabelMap
@@ -62,18 +63,26 @@ class StructureContours:
     geometry: VolumeGeometry
 
 
-def trace_contours(label_map: LabelMap) -> tuple[StructureContours, ...]:
+def trace_contours(label_map: LabelMap, *, tolerance_mm: float = 0.0) -> tuple[StructureContours, ...]:
     """Outline every structure of a label map, in the map's own order; one that is absent is left out.
 
-    No point of a contour can be dropped without moving it: those on a straight line are.
+    Args:
+        label_map: what to outline.
+        tolerance_mm: how far a thinned contour may run beside the full one; less where it would cross itself or
+            another. 0 keeps every point that cannot be dropped without moving the contour. Below 0.35 of a voxel's
+            smaller side no centre changes sides: what is read back is the label map still.
     """
     corner, labels = _occupied(label_map.labels)
+    spacing = label_map.geometry.spacing[:2]
     found = []
     for label, structure in enumerate(label_map.structures, start=1):
         start, mask = _occupied(labels == label)
         if mask.size:
             offset = np.add(corner, start)
-            contours = tuple(_contours_in_box(mask, offset))
+            contours = tuple(
+                Contour(int(offset[0]) + z, points / 2 - 1 + offset[:0:-1])
+                for z, points in _closed_paths(mask, spacing, tolerance_mm)
+            )
             found.append(StructureContours(structure, contours, label_map.geometry))
     return tuple(found)
 
@@ -89,13 +98,19 @@ def _occupied(array: NDArray[np.generic]) -> tuple[NDArray[np.intp], NDArray[np.
     return np.array([first for first, _ in ranges]), array[box]
 
 
-def _contours_in_box(mask: NDArray[np.generic], offset: NDArray[np.intp]) -> Iterator[Contour]:
-    """Contours of bool (z, y, x), moved by the offset (z, y, x)."""
+def _closed_paths(
+    mask: NDArray[np.generic], spacing: tuple[float, float], tolerance_mm: float
+) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Outlines of bool (z, y, x): the slice, and points (x, y) in half voxels from a voxel outside its corner."""
     inside = np.pad(mask.astype(np.uint8), ((0, 0), (1, 1), (1, 1)))
-    for z, cycles in _cycles_by_slice(inside):
-        for cycle in _join_holes(cycles, inside[z]):
-            points = _without_straight_points(np.array(cycle)) / 2 - 1 + offset[:0:-1]
-            yield Contour(int(offset[0]) + z, points)
+    slices = [(z, _join_holes(cycles, inside[z])) for z, cycles in _cycles_by_slice(inside)]
+    if tolerance_mm > 0:
+        half_voxel = (spacing[0] / 2, spacing[1] / 2)
+        yield from thinned_cycles(slices, half_voxel=half_voxel, tolerance_mm=tolerance_mm)
+        return
+    for z, cycles in slices:
+        for cycle in cycles:
+            yield z, _without_straight_points(np.array(cycle))
 
 
 def _cycles_by_slice(inside: NDArray[np.uint8]) -> Iterator[tuple[int, list[Cycle]]]:

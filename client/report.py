@@ -2,18 +2,17 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
+from anatomynet.engine.findings import Finding
 from anatomynet.engine.output import write_whole
 from anatomynet.engine.runtime import Runtime
 from anatomynet.engine.volume import LabelMap
-
-CUBIC_MM_PER_ML = 1000.0
 
 
 class StageClock:
@@ -44,12 +43,18 @@ class StageClock:
 def structure_volumes_ml(label_map: LabelMap) -> dict[str, float]:
     """TG-263 name -> millilitres; 0.0 where the structure was not found."""
     counts = np.bincount(label_map.labels.ravel(), minlength=len(label_map.structures) + 1)
-    voxel_ml = float(np.prod(label_map.geometry.spacing)) / CUBIC_MM_PER_ML
+    voxel_ml = label_map.geometry.voxel_ml
     return {s.tg263_name: int(n) * voxel_ml for s, n in zip(label_map.structures, counts[1:], strict=True)}
 
 
 def write_report(
-    path: Path, label_map: LabelMap, runtime: Runtime, clock: StageClock, *, overwrite: bool = False
+    path: Path,
+    label_map: LabelMap,
+    runtime: Runtime,
+    clock: StageClock,
+    *,
+    findings: Sequence[Finding] = (),
+    overwrite: bool = False,
 ) -> None:
     """Writes the JSON report of one segmented study.
 
@@ -69,6 +74,7 @@ def write_report(
             for (name, ml), sure in zip(volumes.items(), confidence, strict=True)
         ],
         "notes": list(label_map.notes),
+        "findings": [{"structure": f.name, "text": f.text, "index_zyx": f.index} for f in findings],
         "seconds": {stage: round(seconds, 3) for stage, seconds in clock.seconds.items()},
     }
     write_whole(path, (json.dumps(report, indent=2) + "\n").encode(), overwrite=overwrite)

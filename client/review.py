@@ -27,7 +27,6 @@ from anatomynet.client.study import CTSeries
 from anatomynet.engine.aliases import load_aliases, structure_from_roi_name
 from anatomynet.engine.findings import Finding
 from anatomynet.engine.geometry import Index, VolumeGeometry
-from anatomynet.engine.metrics import CUBIC_MM_PER_ML
 from anatomynet.engine.output import refuse_existing, write_whole
 from anatomynet.engine.preprocess import canonical_from_array
 from anatomynet.engine.regions import Region, middle_of
@@ -143,7 +142,7 @@ class _Turn:
     def __init__(self, geometry: VolumeGeometry) -> None:
         self.order, self.flips = geometry.canonical_axes()
         self.shape = geometry.canonical().shape
-        self.voxel_ml = float(np.prod(geometry.spacing)) / CUBIC_MM_PER_ML
+        self.voxel_ml = geometry.voxel_ml
         self._geometry = geometry
 
     def index(self, index: Index) -> list[int]:

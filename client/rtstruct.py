@@ -21,6 +21,7 @@ from anatomynet import __version__
 from anatomynet.client.contours import Contour, StructureContours
 from anatomynet.client.study import CTSeries
 from anatomynet.engine.errors import GeometryError, OutputError
+from anatomynet.engine.findings import Finding
 from anatomynet.engine.output import write_whole
 
 # A point in 0.001 mm: "-1234.567" is 9 of the 16 bytes that a DS may have.
@@ -28,6 +29,7 @@ DECIMALS = 3
 LABEL = "AnatomyNet"
 DETACHED_STUDY_MANAGEMENT = "1.2.840.10008.3.1.2.3.1"  # retired, and what RT objects still refer to (PS3.3 C.8.8.5)
 CONTOUR_DATA = Tag("ContourData")
+LONGEST_DESCRIPTION = 1024  # characters of an ST value (PS3.5 6.2)
 
 
 def write_rtstruct(
@@ -36,6 +38,7 @@ def write_rtstruct(
     contours: Sequence[StructureContours],
     *,
     notes: Sequence[str] = (),
+    findings: Sequence[Finding] = (),
     model_description: str = "",
     overwrite: bool = False,
 ) -> None:
@@ -46,6 +49,7 @@ def write_rtstruct(
         series: the CT that was segmented; patient, study and frame of reference are copied from it.
         contours: traced on a label map of that CT.
         notes: what was done on the way (LabelMap.notes); kept in every ROI's description.
+        findings: what to look at; kept in the description of the ROI that each is about, or of every ROI.
         model_description: name, version and hash of the model; kept in the structure set's description.
         overwrite: replace a file that is there.
 
@@ -61,8 +65,9 @@ def write_rtstruct(
     dataset = _structure_set(series, model_description)
     for number, found in enumerate(contours, start=1):
         _add_roi(dataset, series, found, number)
-        if notes:
-            dataset.StructureSetROISequence[-1].ROIDescription = " ".join(notes)[:1024]
+        own = (finding.text for finding in findings if finding.name in (None, found.structure.tg263_name))
+        if remarks := "; ".join((*own, *notes)):
+            dataset.StructureSetROISequence[-1].ROIDescription = remarks[:LONGEST_DESCRIPTION]
     buffer = BytesIO()
     # pydicom's warnings quote values: a patient's name among them.
     with warnings.catch_warnings():

@@ -1,10 +1,19 @@
-"""Cases on disk -> training samples: the PDDCA / MICCAI 2015 layout, what is annotated, crops and augmentation.
+"""Cases on disk -> training samples: the layouts, what is annotated, crops and augmentation.
 
-case/img.nrrd                    Hounsfield units
-case/structures/BrainStem.nrrd   a mask a structure; no file means not annotated, never absent
+A case is a folder, of one of these layouts; whatever else lies in it is left alone.
+
+case/img.nrrd     structures/BrainStem.nrrd      PDDCA / MICCAI 2015: a mask a structure
+case/ct.nii.gz    structures/BrainStem.nii.gz    the same as NIfTI
+case/ct.nii.gz    labels.nii.gz                  a label map; labels.toml, in the case or beside the cases, says which
+                                                 value is what: Parotid_L = 3
+
+A mask is named as the structure is, or as a department may call it (aliases.py). No file, or no voxel of a value in a
+label map, means not annotated, never absent. DICOM studies become such folders by `anatomynet-client archive`, so that
+training needs to know nothing of DICOM.
 """
 
-import zlib
+import tomllib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from anatomynet.engine.aliases import load_aliases, structure_from_roi_name
 from anatomynet.engine.config import ModelConfig, TrainConfig
 from anatomynet.engine.errors import DataError
 from anatomynet.engine.geometry import VolumeGeometry
@@ -22,6 +32,7 @@ from anatomynet.engine.network import normalised_from_hu
 from anatomynet.engine.preprocess import body_box
 from anatomynet.engine.structures import mirrored_labels
 from anatomynet.engine.volume import CTVolume, LabelArray
+from anatomynet.engine.volume_files import SUFFIXES, read_volume, stem_of
 
 # Augmentation, in plane and the same on every slice (section 3.1 of Zhu et al.: affine and elastic).
 LARGEST_ROTATION = np.radians(12)
@@ -33,8 +44,11 @@ CONTRASTS = (0.9, 1.1)
 BRIGHTNESS = 0.06  # of the window's half width
 LARGEST_NOISE = 0.05
 FOREGROUND_SHARE = 0.8  # of crops are centred on a structure's voxel
-SPACES_LPS = ("left-posterior-superior", "LPS")  # as NRRD spells it
+CT_NAMES = ("img.nrrd", "ct.nii.gz", "ct.nii")
+LABEL_MAP_NAMES = ("labels.nii.gz", "labels.nii", "labels.nrrd")
+LABEL_TABLE = "labels.toml"
 SPACING_TOLERANCE = 0.01  # of a mask's, against the CT's
+ORIGIN_TOLERANCE = 0.25  # of a mask's against the CT's, in voxels
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,12 +60,14 @@ class Case:
         volume: the CT.
         labels: uint8 (z, y, x) on the CT's grid, i + 1 for structure i; 0 where nothing that is known.
         annotated: for each structure, whether its contours exist.
+        unmatched: names of masks that are none of the structures; they were not read.
     """
 
     name: str
     volume: CTVolume
     labels: LabelArray
     annotated: tuple[bool, ...]
+    unmatched: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,39 +85,47 @@ def find_cases(folder: Path) -> list[Path]:
     Raises:
         DataError: none there.
     """
-    cases = sorted(path.parent for path in folder.glob("*/img.nrrd"))
+    cases = sorted({path.parent for name in CT_NAMES for path in folder.glob(f"*/{name}")})
     if not cases:
-        raise DataError(f"no case in {folder}: expected folders with img.nrrd and structures/*.nrrd (the PDDCA layout)")
+        raise DataError(
+            f"no case in {folder}: expected folders with img.nrrd and structures/*.nrrd (the PDDCA layout), "
+            "or ct.nii.gz and structures/*.nii.gz; DICOM studies become such by anatomynet-client archive"
+        )
     return cases
 
 
-def read_case(folder: Path, structures: tuple[str, ...]) -> Case:
-    """Reads one case of the PDDCA layout.
+def read_case(folder: Path, structures: tuple[str, ...], *, alias_file: Path | None = None) -> Case:
+    """Reads one case of any layout, on its own grid.
+
+    Args:
+        folder: of the case.
+        structures: names; label i is structures[i - 1].
+        alias_file: a department's names for them, see `load_aliases`.
 
     Raises:
-        DataError: a file that is not NRRD, axes that are not LPS, a mask of another grid, or no known structure.
+        DataError: a file that cannot be read, axes that are not the patient's, a mask of another grid, two masks of
+            one structure, or no known structure.
+        ModelError: an alias file that cannot be used.
     """
-    hu, geometry = _read_nrrd(folder / "img.nrrd")
+    path = next((folder / name for name in CT_NAMES if (folder / name).is_file()), None)
+    if path is None:
+        raise DataError(f"{folder}: no CT; expected one of {', '.join(CT_NAMES)}")
+    hu, geometry = read_volume(path)
     if not np.isfinite(hu).all():
-        raise DataError(f"{folder / 'img.nrrd'}: expected finite Hounsfield units, found NaN or infinity")
+        raise DataError(f"{path}: expected finite Hounsfield units, found NaN or infinity")
     labels = np.zeros(hu.shape, np.uint8)
-    annotated = []
-    for label, name in enumerate(structures, start=1):
-        path = folder / "structures" / f"{name}.nrrd"
-        annotated.append(path.is_file())
-        if path.is_file():
-            mask, mask_geometry = _read_nrrd(path)
-            if mask.shape != hu.shape:
-                raise DataError(f"{path}: expected the CT's shape {hu.shape} (z, y, x), found {mask.shape}")
-            if not np.allclose(mask_geometry.spacing, geometry.spacing, rtol=SPACING_TOLERANCE):
-                raise DataError(
-                    f"{path}: expected the CT's spacing {geometry.spacing} mm, found {mask_geometry.spacing}"
-                )
-            labels[mask > 0] = label
-    if not any(annotated):
-        raise DataError(f"{folder}: none of {', '.join(structures)} in its structures/")
+    annotated, unmatched = set(), []
+    for name, mask in _masks(folder, structures, geometry, alias_file):
+        if mask is None:
+            unmatched.append(name)
+            continue
+        annotated.add(name)
+        labels[mask] = structures.index(name) + 1
+    if not annotated:
+        found = f"; found {', '.join(unmatched)}" if unmatched else ""
+        raise DataError(f"{folder}: none of {', '.join(structures)} in its structures/{found}")
     volume = CTVolume(np.clip(np.rint(hu), -32768, 32767).astype(np.int16), geometry)
-    return Case(folder.name, volume, labels, tuple(annotated))
+    return Case(folder.name, volume, labels, tuple(name in annotated for name in structures), tuple(unmatched))
 
 
 def network_grid_config(config: ModelConfig) -> ModelConfig:
@@ -193,27 +217,72 @@ def _in_plane_grid(
     return torch.from_numpy(grid.astype(np.float32))[None], flipped
 
 
-def _read_nrrd(path: Path) -> tuple[NDArray[Any], VolumeGeometry]:
-    """One NRRD volume as (z, y, x), with its geometry."""
-    import nrrd
+Masks = Iterator[tuple[str, NDArray[np.bool_] | None]]
 
+
+def _masks(folder: Path, structures: tuple[str, ...], geometry: VolumeGeometry, alias_file: Path | None) -> Masks:
+    """A case's masks by structure; by its own name, and without a mask, what is none of the structures."""
+    aliases = load_aliases(alias_file)
+
+    def structure_of(name: str) -> str | None:
+        structure = structure_from_roi_name(name, aliases)
+        return structure.name if structure and structure.name in structures else None
+
+    label_map = next((folder / name for name in LABEL_MAP_NAMES if (folder / name).is_file()), None)
+    if label_map:
+        yield from _masks_of_label_map(label_map, structure_of, geometry)
+        return
+    seen: dict[str, Path] = {}
+    for path in sorted(p for p in (folder / "structures").glob("*") if p.name.endswith(SUFFIXES)):
+        name = structure_of(stem_of(path))
+        if name is None:
+            yield stem_of(path), None
+            continue
+        if name in seen:
+            raise DataError(f"{folder}: {seen[name].name} and {path.name} are both {name}; expected one mask")
+        seen[name] = path
+        yield name, _read_on_grid(path, geometry) > 0
+
+
+def _masks_of_label_map(path: Path, structure_of: Callable[[str], str | None], geometry: VolumeGeometry) -> Masks:
+    labels = _read_on_grid(path, geometry)
+    seen: dict[str, str] = {}
+    for own_name, value in _label_table(path.parent).items():
+        name = structure_of(own_name)
+        if name is None:
+            yield own_name, None
+            continue
+        if name in seen:
+            raise DataError(
+                f"{path.parent}: {seen[name]} and {own_name} of {LABEL_TABLE} are both {name}; expected one"
+            )
+        seen[name] = own_name
+        mask = labels == value
+        if mask.any():
+            yield name, mask
+
+
+def _label_table(case: Path) -> dict[str, int]:
+    """Name -> value, of the case's own table or of the one beside the cases."""
+    path = next((p for p in (case / LABEL_TABLE, case.parent / LABEL_TABLE) if p.is_file()), None)
+    if path is None:
+        raise DataError(f"{case}: a label map without {LABEL_TABLE}; expected one here or in {case.parent}")
     try:
-        array, header = nrrd.read(str(path), index_order="C")
-    # pynrrd lets zlib's error through, and StopIteration where the file is empty.
-    except (OSError, nrrd.NRRDError, ValueError, EOFError, StopIteration, zlib.error) as error:
-        raise DataError(f"{path} is not a readable NRRD file: {error or type(error).__name__}") from error
-    space, directions = header.get("space"), np.asarray(header.get("space directions", np.nan), dtype=np.float64)
-    along_axes = array.ndim == 3 and directions.shape == (3, 3) and (np.diag(directions) > 0).all()
-    if (
-        space not in SPACES_LPS
-        or not along_axes
-        or not np.allclose(directions, np.diag(np.diag(directions)), atol=1e-6)
-    ):
-        raise DataError(
-            f"{path}: expected three axes along {SPACES_LPS[0]}, found {array.ndim} in {space}, "
-            f"space directions {directions.tolist()}"
-        )
-    x, y, z = np.diag(directions).tolist()
-    origin_x, origin_y, origin_z = np.asarray(header.get("space origin", np.zeros(3)), dtype=np.float64).tolist()
-    depth, height, width = array.shape
-    return array, VolumeGeometry((depth, height, width), (x, y, z), (origin_x, origin_y, origin_z))
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise DataError(f"{path} is not TOML: {error}") from error
+    if any(type(value) is not int or value < 1 for value in table.values()):
+        raise DataError(f"{path}: expected NAME = VALUE with whole numbers above 0, found {table}")
+    return table
+
+
+def _read_on_grid(path: Path, geometry: VolumeGeometry) -> NDArray[Any]:
+    """A mask or label map whose voxels are the CT's."""
+    array, own = read_volume(path)
+    if own.shape != geometry.shape:
+        raise DataError(f"{path}: expected the CT's shape {geometry.shape} (z, y, x), found {own.shape}")
+    if not np.allclose(own.spacing, geometry.spacing, rtol=SPACING_TOLERANCE):
+        raise DataError(f"{path}: expected the CT's spacing {geometry.spacing} mm, found {own.spacing}")
+    if (np.abs(geometry.indices_from_points(own.origin)) > ORIGIN_TOLERANCE).any():
+        raise DataError(f"{path}: expected the CT's origin {geometry.origin} mm, found {own.origin}: it lies elsewhere")
+    return array

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from anatomynet.engine.geometry import Index, VolumeGeometry
-from anatomynet.engine.metrics import CUBIC_MM_PER_ML
+from anatomynet.engine.geometry import CUBIC_MM_PER_ML, Index, VolumeGeometry
 from anatomynet.engine.postprocess import STRAY_SHARE
 from anatomynet.engine.regions import Region, middle_of
 from anatomynet.engine.structures import STRUCTURES, Structure
@@ -26,6 +25,7 @@ METAL_REACH_MM = 30.0  # around the structures; metal elsewhere is the couch or 
 LOW_CONFIDENCE = 0.6  # mean top probability along the border
 MIDLINE_MM = 10.0  # an organ of one side may reach across the midline by so much
 SMALLEST_PIECE_ML = 0.1
+STRAY_ML = 1.0  # left out in all; less happens to good contours too
 # They run out of every head-and-neck scan towards the feet.
 THROUGH_THE_NECK = ("SpinalCord", "Esophagus")
 # Planning CT of the head and neck, mm: in plane, between slices; the scan's width, and its length.
@@ -74,6 +74,7 @@ def find_warnings(
         findings += _several_pieces(region, volume.geometry)
         findings += _unusual_size(name, region, volume.geometry)
         findings += _low_confidence(region)
+        findings += _strays(region)
     findings += _asymmetry(present)
     findings += _metal(volume, list(present.values()))
     findings += _unusual_scan(volume.geometry)
@@ -136,12 +137,12 @@ def _several_pieces(region: Region, geometry: VolumeGeometry) -> Iterator[Findin
 
     pieces, count = ndimage.label(region.box, structure=np.ones((3, 3, 3)))
     sizes = np.bincount(pieces.ravel(), minlength=count + 1)[1:]
-    least = max(STRAY_SHARE * sizes.max(), SMALLEST_PIECE_ML / _voxel_ml(geometry))
+    least = max(STRAY_SHARE * sizes.max(), SMALLEST_PIECE_ML / geometry.voxel_ml)
     large = np.flatnonzero(sizes >= least)
     if len(large) > 1:
         second = large[np.argsort(sizes[large])[-2]] + 1
         z, y, x = (np.argwhere(pieces == second)[0] + region.start).tolist()
-        volume_ml = sizes[second - 1] * _voxel_ml(geometry)
+        volume_ml = sizes[second - 1] * geometry.voxel_ml
         text = f"in {len(large)} pieces, one of them {volume_ml:.1f} ml: expected one"
         yield Finding(region.name, text, (z, y, x))
 
@@ -150,13 +151,13 @@ def _unusual_size(name: str, region: Region, geometry: VolumeGeometry) -> Iterat
     """Volume outside its range; the mean cross-section where the length depends on the scan."""
     ranges = size_ranges()
     if name in ranges["volume_ml"]:
-        size, unit, what = region.voxels * _voxel_ml(geometry), "ml", ""
+        size, unit, what = region.voxels * geometry.voxel_ml, "ml", ""
         low, high = ranges["volume_ml"][name]
     elif name in ranges["cross_section_mm2"]:
         order, _ = geometry.canonical_axes()
         slices = int(region.box.any(axis=tuple(a for a in range(3) if a != order[0])).sum())
         length_mm = slices * geometry.spacing[2 - order[0]]
-        size, unit, what = region.voxels * _voxel_ml(geometry) * CUBIC_MM_PER_ML / length_mm, "mm²", " in cross-section"
+        size, unit, what = region.voxels * geometry.voxel_ml * CUBIC_MM_PER_ML / length_mm, "mm²", " in cross-section"
         low, high = ranges["cross_section_mm2"][name]
     else:
         return
@@ -184,6 +185,12 @@ def _low_confidence(region: Region) -> Iterator[Finding]:
         yield Finding(region.name, text, middle_of(region))
 
 
+def _strays(region: Region) -> Iterator[Finding]:
+    if region.stray_ml >= STRAY_ML:
+        text = f"{region.stray_ml:.1f} ml in small pieces apart from it were left out: the network was unsure here"
+        yield Finding(region.name, text, middle_of(region))
+
+
 def _metal(volume: CTVolume, present: Sequence[Region]) -> Iterator[Finding]:
     """Metal near the structures, and whose slices it lies in: its streaks run along the slices."""
     if not present:
@@ -194,7 +201,7 @@ def _metal(volume: CTVolume, present: Sequence[Region]) -> Iterator[Finding]:
     low = np.maximum(starts.min(axis=0) - reach, 0)
     high = np.minimum(stops.max(axis=0) + reach, volume.geometry.shape)
     places = np.argwhere(volume.hu[tuple(map(slice, low, high))] >= METAL_HU) + low
-    volume_ml = len(places) * _voxel_ml(volume.geometry)
+    volume_ml = len(places) * volume.geometry.voxel_ml
     if volume_ml < METAL_ML:
         return
     axis = volume.geometry.canonical_axes()[0][0]
@@ -231,7 +238,3 @@ def size_ranges() -> dict[str, Any]:
     """
     text = (resources.files("anatomynet.engine") / "configs" / "volume_ranges.toml").read_text(encoding="utf-8")
     return tomllib.loads(text)
-
-
-def _voxel_ml(geometry: VolumeGeometry) -> float:
-    return float(np.prod(geometry.spacing)) / CUBIC_MM_PER_ML

@@ -18,6 +18,7 @@ IDENTITY: Direction = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 # Cosine of the largest angle at which an axis still counts as aligned with the patient's: 0.06 degrees, which moves
 # the far corner of a 512 mm slice by half a millimetre.
 ALIGNED_COSINE = 1 - 5e-7
+CUBIC_MM_PER_ML = 1000.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class VolumeGeometry:
         matrix = np.array(self.direction)
         if not np.allclose(matrix.T @ matrix, np.eye(3), atol=1e-3):
             raise GeometryError(f"expected three axes at right angles, found direction {self.direction}")
+
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of one voxel in millilitres."""
+        return float(np.prod(self.spacing)) / CUBIC_MM_PER_ML
 
     @property
     def affine(self) -> NDArray[np.float64]:

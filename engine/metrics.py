@@ -37,7 +37,6 @@ NIKOLOV_TOLERANCES_MM = {
 OWN_TOLERANCES_MM = {"Chiasm": 2.5, "Esophagus": 3.0, "Larynx": 3.0}
 SURFACE_TOLERANCES_MM = NIKOLOV_TOLERANCES_MM | OWN_TOLERANCES_MM
 
-CUBIC_MM_PER_ML = 1000.0
 ROBUST_SHARE = 0.95  # of the surface that HD95 looks at
 
 # Marching cubes (Lorensen and Cline 1987) half-way between 2 x 2 x 2 voxels: one code for each way to fill them, up to
@@ -130,7 +129,7 @@ def compare_masks(
     drawn, truth = np.pad(prediction[box], 1), np.pad(reference[box], 1)
     outcome = _outcome(has_prediction=bool(drawn.any()), has_reference=bool(truth.any()))
     surface_dice, hd95, mean = _surface_measures(drawn, truth, geometry, tolerance=tolerance, outcome=outcome)
-    voxel_ml = float(np.prod(geometry.spacing)) / CUBIC_MM_PER_ML
+    voxel_ml = geometry.voxel_ml
     return Agreement(
         structure=structure,
         outcome=outcome,

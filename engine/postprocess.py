@@ -13,9 +13,8 @@ STRAY_SHARE = 0.1
 def source_labels_from_network(labels: LabelArray, given: NetworkInput, volume: CTVolume) -> LabelArray:
     """Labels of the network's box -> uint8 (z, y, x) on the CT's own grid and in its own orientation.
 
-    Strays are dropped, then each structure's mask is mapped back by linear interpolation where the CT was resampled.
+    Where the CT was resampled, each structure's mask is mapped back by linear interpolation.
     """
-    labels = drop_strays(labels)
     if given.grid == given.canonical:
         whole = np.zeros(given.canonical.shape, np.uint8)
         stop = np.add(given.start, labels.shape)

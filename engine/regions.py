@@ -24,6 +24,7 @@ class Region:
         box: bool (z, y, x), True inside; of no voxel where the structure is absent.
         structure: which of ours it is; None for any other ROI.
         confidence: mean top probability along its border; None where no network drew it.
+        stray_ml: what the network drew apart from it and was left out.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Region:
     box: NDArray[np.bool_]
     structure: Structure | None = None
     confidence: float | None = None
+    stray_ml: float = 0.0
 
     @property
     def voxels(self) -> int:
@@ -45,13 +47,15 @@ def regions_from_label_map(label_map: LabelMap) -> tuple[Region, ...]:
 
     count = len(label_map.structures)
     confidence = label_map.confidence or (None,) * count
+    strays = label_map.stray_ml or (0.0,) * count
     found = ndimage.find_objects(label_map.labels, max_label=count)
     regions = []
-    for label, (structure, box, sure) in enumerate(zip(label_map.structures, found, confidence, strict=True), start=1):
+    rows = zip(label_map.structures, found, confidence, strays, strict=True)
+    for label, (structure, box, sure, stray_ml) in enumerate(rows, start=1):
         place = box or (slice(0, 0),) * 3
         mask = label_map.labels[place] == label
         start = (int(place[0].start), int(place[1].start), int(place[2].start))
-        regions.append(Region(structure.tg263_name, structure.colour, start, mask, structure, sure))
+        regions.append(Region(structure.tg263_name, structure.colour, start, mask, structure, sure, stray_ml))
     return tuple(regions)
 
 

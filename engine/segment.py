@@ -3,7 +3,7 @@
 import numpy as np
 
 from anatomynet.engine.errors import ModelError
-from anatomynet.engine.postprocess import source_labels_from_network
+from anatomynet.engine.postprocess import drop_strays, source_labels_from_network
 from anatomynet.engine.preprocess import prepare
 from anatomynet.engine.runtime import Runtime
 from anatomynet.engine.structures import structures_by_name
@@ -31,7 +31,16 @@ def segment(volume: CTVolume, runtime: Runtime) -> LabelMap:
             f"the model answered with {found[0]} labels of shape {found[1]} up to {labels.max(initial=0)} and "
             f"{found[2]} confidences: expected {expected[0]}, {expected[1]}, {len(structures)}, {expected[2]}"
         )
-    source_labels = source_labels_from_network(labels, given, volume)
+    kept = drop_strays(labels)
+    strays = np.bincount(labels[labels != kept], minlength=len(structures) + 1)[1:]
+    source_labels = source_labels_from_network(kept, given, volume)
     if given.grid != given.canonical:  # a voxel or two may be less than one of the study's
         confidence = confidence * np.isin(np.arange(1, len(structures) + 1), source_labels)
-    return LabelMap(source_labels, volume.geometry, structures, tuple(confidence.tolist()), given.notes)
+    return LabelMap(
+        source_labels,
+        volume.geometry,
+        structures,
+        confidence=tuple(confidence.tolist()),
+        stray_ml=tuple((strays * given.grid.voxel_ml).tolist()),
+        notes=given.notes,
+    )

@@ -41,6 +41,8 @@ class LabelMap:
         geometry: of that array: the CT's own.
         structures: what the labels mean.
         confidence: for each structure the mean top probability along its border, 0 where absent; None for a truth.
+        stray_ml: for each structure the millilitres that were left out as strays, small pieces apart from the rest;
+            None for a truth.
         notes: what was done on the way that a user should know, one sentence each ("resampled from ...").
 
     Raises:
@@ -51,6 +53,7 @@ class LabelMap:
     geometry: VolumeGeometry
     structures: tuple[Structure, ...]
     confidence: tuple[float, ...] | None = None
+    stray_ml: tuple[float, ...] | None = None
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -249,3 +249,11 @@ def test_physicians_contours_give_few() -> None:
         drawn += len(regions)
         alarms += sum(w.text.startswith(("unusually", "in ", "lies")) for w in find_warnings(case.volume, regions))
     assert alarms <= LARGEST_SHARE_OF_ALARMS * drawn
+
+
+def test_what_was_left_out_is_told() -> None:
+    assert only(warnings_of(replace(patient(), stray_ml=(0.0, 0.0, 0.0, 3.2, 0.1)))) == Finding(
+        "Parotid_L",
+        "3.2 ml in small pieces apart from it were left out: the network was unsure here",
+        BOXES["Parotid_L"][0],
+    )

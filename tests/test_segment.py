@@ -177,3 +177,13 @@ def test_oblique_and_too_small_volumes_are_refused() -> None:
     small = CTVolume(np.zeros((16, 16, 16), np.int16), VolumeGeometry((16, 16, 16), (1.5, 1.5, 2.0)))
     with pytest.raises(GeometryError, match="expected at least"):
         segment(small, Thresholds(replace(MODEL, in_plane_stride=4)))
+
+
+def test_strays_are_left_out_and_counted() -> None:
+    geometry = VolumeGeometry((16, 32, 32), (1.5, 1.5, 2.5))
+    labels = np.zeros(geometry.shape, np.uint8)
+    labels[4:8, 8:16, 8:16] = STEM
+    labels[12, 28, 28:30] = STEM
+    drawn = segment(CTVolume(np.full(geometry.shape, TISSUE, np.int16), geometry), Answer(labels, (1.0, 0.0, 0.0)))
+    assert np.count_nonzero(drawn.labels == STEM) == 4 * 8 * 8
+    assert drawn.stray_ml == pytest.approx((2 * 1.5 * 1.5 * 2.5 / 1000, 0, 0))
