@@ -161,12 +161,19 @@ class OnnxRuntime:
         _check_file(path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = available_cores()
-        options.log_severity_level = 3  # errors
-        self._failure: type[Exception] = states.RuntimeException
+        options.log_severity_level = 4  # fatal: errors are raised, and told once
+        self._failures = (
+            states.Fail,
+            states.InvalidArgument,
+            states.InvalidGraph,
+            states.InvalidProtobuf,
+            states.NotImplemented,
+            states.RuntimeException,
+        )
         wanted = [(name, PROVIDER_OPTIONS.get(name, {})) for name in providers or (CPU_PROVIDER,)]
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=wanted)
-        except (states.InvalidProtobuf, states.InvalidGraph, states.Fail, states.InvalidArgument) as error:
+        except self._failures as error:
             raise _damaged(path, error) from error
         self.model = _config_from_metadata(path, self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY))
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
@@ -182,7 +189,7 @@ class OnnxRuntime:
         _check_input(hu, self.model)
         try:
             label_map, confidence = self._session.run(list(OUTPUT_NAMES), {INPUT_NAME: np.ascontiguousarray(hu)})
-        except self._failure as error:
+        except self._failures as error:
             raise _failed(hu, self.description, error) from error
         return label_map, confidence
 

@@ -35,8 +35,8 @@ TIPPED_SHARE = 1e-4
 TIPPED_CONFIDENCE_ERROR = 1e-3  # one border voxel of a few hundred may tip
 # Between the two best logits: other sums in another order may tip what is closer.
 MARGIN = 1e-3
-# Odd everywhere; multiples of everything; the smallest; one voxel into the next stride.
 Voxels = tuple[tuple[int, int, int], ...]
+# Odd everywhere; multiples of everything; the smallest; one voxel into the next stride.
 SHAPES = ((21, 67, 83), (16, 64, 64), (8, 32, 32), (9, 33, 41))
 
 
@@ -225,8 +225,9 @@ def test_graph_that_does_not_run_leaves_the_file_before(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"the one before")
     model = served_model(random_graph(), random_config(), fp16=False)
-    steps = next(node for node in model.graph.node if node.output[0] == "prepare/step")
-    steps.attribute[0].CopyFrom(onnx.helper.make_attribute("value_ints", [2, 1, 1]))  # no padding in plane
+    for name, sides in (("step", [1, 1, 1]), ("step_less_one", [0, 0, 0])):  # nothing is padded
+        node = next(node for node in model.graph.node if node.output[0] == f"prepare/{name}")
+        node.attribute[0].CopyFrom(onnx.helper.make_attribute("value_ints", sides))
     with pytest.raises(ExportError, match="does not run"):
         write_onnx(model, path)
     assert path.read_bytes() == b"the one before"
