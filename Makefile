@@ -9,7 +9,10 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 demo: $(VENV)/demo.stamp
 	$(BIN)/anatomynet-client phantom demo/study --overwrite
 	$(BIN)/anatomynet-client segment demo/study --output demo/rtstruct.dcm --picture demo/picture.png --overwrite
-	@echo "RTSTRUCT: demo/rtstruct.dcm    picture: demo/picture.png"
+	$(BIN)/anatomynet-client review demo/study demo/rtstruct.dcm --reference demo/study.truth.dcm \
+	    --output demo/review.html --overwrite
+	@echo "RTSTRUCT demo/rtstruct.dcm, picture demo/picture.png"
+	@echo "Open in a browser: $(CURDIR)/demo/review.html"
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest

@@ -145,7 +145,8 @@ def _column_means(values: Values, weights: NDArray[Any]) -> Values:
     present = np.isfinite(values)
     count = weights @ present
     total = weights @ np.where(present, values, 0)
-    return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
+    means: Values = np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
+    return means
 
 
 def _with_interval(means: Values) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import SimpleITK
 from numpy.typing import NDArray
 
 from anatomynet.client.study import read_ct_series, volume_from_series
@@ -59,8 +60,6 @@ def patient(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="module")
 def drawn(patient: tuple[Case, Path], shipped_server: str) -> dict[str, NDArray[np.bool_]]:
     """Structure -> mask (z, y, x) of 512 x 512 slices, as plastimatch reads the command's RTSTRUCT."""
-    import nibabel
-
     _, study = patient
     folder = study.parent
     rtstruct = folder / "rs.dcm"
@@ -72,8 +71,7 @@ def drawn(patient: tuple[Case, Path], shipped_server: str) -> dict[str, NDArray[
     )
     names = {structure.tg263_name: name for name, structure in STRUCTURES.items()}
     return {
-        # NIfTI stores (x, y, z); the study's slices run to the head, as plastimatch's do.
-        names[path.name.removesuffix(".nii.gz")]: np.asarray(nibabel.nifti1.load(path).dataobj).T > 0
+        names[path.name.removesuffix(".nii.gz")]: SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(path)) > 0
         for path in (folder / "masks").glob("*.nii.gz")
     }
 

@@ -18,11 +18,15 @@ MODULES = sorted(
 )
 DATA = (
     "anatomynet/py.typed",
+    "anatomynet/client/review_page/page.html",
+    "anatomynet/engine/configs/aliases.toml",
     "anatomynet/engine/configs/oar9.toml",
     "anatomynet/engine/configs/openkbp7.toml",
+    "anatomynet/engine/configs/volume_ranges.toml",
     "anatomynet/engine/weights/openkbp7.safetensors",
     "anatomynet/engine/weights/openkbp7.onnx",
     "anatomynet/engine/weights/openkbp7.md",
+    "anatomynet/export/python_backend/model.py",
 )
 SCRIPTS = {"anatomynet-train", "anatomynet-export", "anatomynet-client", "tritonserver"}
 LARGEST_WHEEL_MB = 12

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from anatomynet.engine.config import shipped_weights
@@ -94,7 +95,7 @@ def test_views_are_read_as_they_look(runtime: Runtime) -> None:
     ],
     ids=lambda hu: f"{hu.dtype}{hu.shape}",
 )
-def test_wrong_input_is_told(runtime: Runtime, hu: np.ndarray) -> None:  # type: ignore[type-arg]
+def test_wrong_input_is_told(runtime: Runtime, hu: NDArray[np.generic]) -> None:
     with pytest.raises(GeometryError, match=r"expected int16 of at least \(8, 32, 32\) voxels"):
         runtime.infer(hu)
 

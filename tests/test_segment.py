@@ -41,7 +41,8 @@ class Thresholds:
     description: str = "thresholds"
 
     def infer(self, hu: HounsfieldArray) -> tuple[LabelArray, NDArray[np.float32]]:
-        z, _, x = np.indices(hu.shape)
+        grid = np.indices(hu.shape)
+        z, x = grid[0], grid[2]
         to_the_left = x > x[hu > AIR / 2].mean()
         to_the_head = z > z[hu > AIR / 2].mean()
         labels = np.where(to_the_head, STEM, np.where(to_the_left, LEFT, RIGHT)) * (hu > (TISSUE + BRIGHT) / 2)
