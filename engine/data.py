@@ -15,6 +15,7 @@ training needs to know nothing of DICOM.
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,49 +218,40 @@ def _in_plane_grid(
     return torch.from_numpy(grid.astype(np.float32))[None], flipped
 
 
-Masks = Iterator[tuple[str, NDArray[np.bool_] | None]]
+Mask = NDArray[np.bool_]
 
 
-def _masks(folder: Path, structures: tuple[str, ...], geometry: VolumeGeometry, alias_file: Path | None) -> Masks:
+def _masks(
+    folder: Path, structures: tuple[str, ...], geometry: VolumeGeometry, alias_file: Path | None
+) -> Iterator[tuple[str, Mask | None]]:
     """A case's masks by structure; by its own name, and without a mask, what is none of the structures."""
     aliases = load_aliases(alias_file)
-
-    def structure_of(name: str) -> str | None:
-        structure = structure_from_roi_name(name, aliases)
-        return structure.name if structure and structure.name in structures else None
-
-    label_map = next((folder / name for name in LABEL_MAP_NAMES if (folder / name).is_file()), None)
-    if label_map:
-        yield from _masks_of_label_map(label_map, structure_of, geometry)
-        return
-    seen: dict[str, Path] = {}
-    for path in sorted(p for p in (folder / "structures").glob("*") if p.name.endswith(SUFFIXES)):
-        name = structure_of(stem_of(path))
-        if name is None:
-            yield stem_of(path), None
-            continue
-        if name in seen:
-            raise DataError(f"{folder}: {seen[name].name} and {path.name} are both {name}; expected one mask")
-        seen[name] = path
-        yield name, _read_on_grid(path, geometry) > 0
-
-
-def _masks_of_label_map(path: Path, structure_of: Callable[[str], str | None], geometry: VolumeGeometry) -> Masks:
-    labels = _read_on_grid(path, geometry)
     seen: dict[str, str] = {}
-    for own_name, value in _label_table(path.parent).items():
-        name = structure_of(own_name)
-        if name is None:
+    for own_name, read_mask in _sources(folder, geometry):
+        structure = structure_from_roi_name(own_name, aliases)
+        if structure is None or structure.name not in structures:
             yield own_name, None
-            continue
-        if name in seen:
+        elif structure.name in seen:
             raise DataError(
-                f"{path.parent}: {seen[name]} and {own_name} of {LABEL_TABLE} are both {name}; expected one"
+                f"{folder}: {seen[structure.name]} and {own_name} are both {structure.name}; expected one mask"
             )
-        seen[name] = own_name
+        else:
+            seen[structure.name] = own_name
+            yield structure.name, read_mask()
+
+
+def _sources(folder: Path, geometry: VolumeGeometry) -> Iterator[tuple[str, Callable[[], Mask]]]:
+    """What a case calls each of its masks, and what reads it."""
+    label_map = next((folder / name for name in LABEL_MAP_NAMES if (folder / name).is_file()), None)
+    if label_map is None:
+        for path in sorted(p for p in (folder / "structures").glob("*") if p.name.endswith(SUFFIXES)):
+            yield stem_of(path), partial(_read_mask, path, geometry)
+        return
+    labels = _read_on_grid(label_map, geometry)
+    for name, value in _label_table(folder).items():
         mask = labels == value
         if mask.any():
-            yield name, mask
+            yield name, partial(np.asarray, mask)
 
 
 def _label_table(case: Path) -> dict[str, int]:
@@ -274,6 +266,11 @@ def _label_table(case: Path) -> dict[str, int]:
     if any(type(value) is not int or value < 1 for value in table.values()):
         raise DataError(f"{path}: expected NAME = VALUE with whole numbers above 0, found {table}")
     return table
+
+
+def _read_mask(path: Path, geometry: VolumeGeometry) -> Mask:
+    mask: Mask = _read_on_grid(path, geometry) > 0
+    return mask
 
 
 def _read_on_grid(path: Path, geometry: VolumeGeometry) -> NDArray[Any]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import nrrd
 import numpy as np
 import pytest
@@ -377,3 +378,80 @@ def test_cutting_to_the_body_keeps_places() -> None:
         ]
         np.testing.assert_allclose(there[0], there[1], atol=1e-6)
     assert (cut.volume.hu[cut.labels == LEFT] == 550).all()
+
+
+Nifti: Any = nibabel.Nifti1Image  # not typed
+RAS = np.diag([-1.5, -1.25, 2.5, 1.0])  # of an array (x, y, z) whose axes run to the left, back and head
+
+
+def write_nifti(path: Path, array: NDArray[Any], affine: NDArray[np.float64] = RAS) -> None:
+    """An array (z, y, x)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(Nifti(array.transpose(2, 1, 0), affine), path)
+
+
+@pytest.fixture
+def nifti(tmp_path: Path) -> Path:
+    """The same case as `folder`, without masks yet."""
+    write_nifti(tmp_path / "n_1" / "ct.nii.gz", np.arange(np.prod(SHAPE)).reshape(SHAPE).astype(np.int16))
+    return tmp_path / "n_1"
+
+
+@pytest.mark.parametrize("layout", ["masks", "label map", "label map, one table"])
+def test_nifti_is_read_as_nrrd_is(folder: Path, nifti: Path, layout: str) -> None:
+    if layout == "masks":
+        write_nifti(nifti / "structures" / "BrainStem.nii.gz", mask_of((1, 2, 3), (1, 2, 4)))
+        write_nifti(nifti / "structures" / "LT PAROTID.nii", mask_of((4, 5, 6), (4, 5, 7)))
+        write_nifti(nifti / "structures" / "Thyroid.nii.gz", mask_of((0, 0, 0)))
+    else:
+        labels = 7 * mask_of((1, 2, 3), (1, 2, 4)) + 3 * mask_of((4, 5, 6), (4, 5, 7)) + 9 * mask_of((0, 0, 0))
+        write_nifti(nifti / "labels.nii.gz", labels)
+        table = nifti.parent if "one" in layout else nifti
+        # A value without a voxel is not annotated, for who would know?
+        (table / "labels.toml").write_text("Brainstem = 7\nParotid_L = 3\nThyroid = 9\nParotid_R = 4\n")
+    expected, case = read_case(folder, STRUCTURES), read_case(nifti, STRUCTURES)
+    np.testing.assert_array_equal(case.volume.hu, expected.volume.hu)
+    np.testing.assert_array_equal(case.labels, expected.labels)
+    assert case.annotated == expected.annotated == (True, True, False)
+    assert case.volume.geometry.spacing == pytest.approx(expected.volume.geometry.spacing)
+    assert (case.unmatched, expected.unmatched) == (("Thyroid",), ())
+    assert find_cases(nifti.parent) == [nifti, folder]
+
+
+def test_a_departments_own_names_are_understood(nifti: Path, tmp_path: Path) -> None:
+    write_nifti(nifti / "structures" / "Ohrspeichel li.nii.gz", mask_of((4, 5, 6)))
+    (tmp_path / "own.toml").write_text('Parotid = ["Ohrspeichel"]\n')
+    assert read_case(nifti, STRUCTURES, alias_file=tmp_path / "own.toml").annotated == (False, True, False)
+    with pytest.raises(DataError, match=r"none of BrainStem.*found Ohrspeichel li"):
+        read_case(nifti, STRUCTURES)
+
+
+def test_two_masks_of_one_structure_are_refused(nifti: Path) -> None:
+    for name in ("BrainStem", "Brain Stem"):
+        write_nifti(nifti / "structures" / f"{name}.nii.gz", mask_of((1, 2, 3)))
+    with pytest.raises(DataError, match="Brain Stem and BrainStem are both BrainStem; expected one"):
+        read_case(nifti, STRUCTURES)
+
+
+@pytest.mark.parametrize(
+    ("table", "complaint"),
+    [
+        (None, "a label map without labels.toml"),
+        ("BrainStem", "not TOML"),
+        ('BrainStem = "1"', "whole numbers above 0"),
+    ],
+)
+def test_a_label_map_without_a_table_is_refused(nifti: Path, table: str | None, complaint: str) -> None:
+    write_nifti(nifti / "labels.nii.gz", mask_of((1, 2, 3)))
+    if table:
+        (nifti / "labels.toml").write_text(table)
+    with pytest.raises(DataError, match=complaint):
+        read_case(nifti, STRUCTURES)
+
+
+def test_a_mask_that_lies_elsewhere_is_refused(nifti: Path) -> None:
+    moved = RAS.copy()
+    moved[2, 3] = 2.5
+    write_nifti(nifti / "structures" / "BrainStem.nii.gz", mask_of((1, 2, 3)), moved)
+    with pytest.raises(DataError, match=r"BrainStem\.nii\.gz: expected the CT's origin .*: it lies elsewhere"):
+        read_case(nifti, STRUCTURES)

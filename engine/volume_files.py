@@ -1,0 +1,120 @@
+"""Volumes on disk, NRRD and NIfTI -> an array (z, y, x) with its geometry, and back to NRRD. What data.py reads with.
+
+What is returned lies along canonical axes: z to the head, y to the back, x to the patient's left.
+"""
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anatomynet.engine.errors import DataError, GeometryError
+from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.output import write_whole
+from anatomynet.engine.preprocess import canonical_from_array
+
+SUFFIXES = (".nrrd", ".nii.gz", ".nii")
+SPACES_LPS = ("left-posterior-superior", "LPS")  # as NRRD spells it
+RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # NIfTI counts to the patient's right and front
+# nibabel and gzip, on damaged files.
+DAMAGED_NIFTI = (OSError, ValueError, EOFError, OverflowError, zlib.error)
+
+Array = NDArray[Any]
+
+
+def stem_of(path: Path) -> str:
+    """The name without its suffix, of which .nii.gz is one."""
+    return next((path.name.removesuffix(suffix) for suffix in SUFFIXES if path.name.endswith(suffix)), path.stem)
+
+
+def read_volume(path: Path) -> tuple[Array, VolumeGeometry]:
+    """One volume (z, y, x) of whatever type the file has, and its geometry.
+
+    Args:
+        path: .nrrd, whose axes must run along left-posterior-superior; .nii or .nii.gz, in any orientation along the
+            patient's axes.
+
+    Raises:
+        DataError: a file that cannot be read, not three axes, or axes that are not the patient's.
+    """
+    return _read_nrrd(path) if path.suffix == ".nrrd" else _read_nifti(path)
+
+
+def write_nrrd(path: Path, array: Array, geometry: VolumeGeometry) -> None:
+    """Writes an array (z, y, x) on a canonical grid, gzipped, whole or not at all.
+
+    Raises:
+        OutputError: it could not be written.
+    """
+    import io
+
+    import nrrd
+
+    header = {
+        "space": SPACES_LPS[0],
+        "space directions": np.diag(geometry.spacing),
+        "space origin": np.array(geometry.origin),
+        "encoding": "gzip",
+    }
+    buffer = io.BytesIO()
+    nrrd.write(buffer, array, header, index_order="C", compression_level=1)
+    write_whole(path, buffer.getvalue())
+
+
+def _read_nrrd(path: Path) -> tuple[Array, VolumeGeometry]:
+    import nrrd
+
+    try:
+        array, header = nrrd.read(str(path), index_order="C")
+    # pynrrd lets zlib's error through, and StopIteration where the file is empty.
+    except (OSError, nrrd.NRRDError, ValueError, EOFError, StopIteration, zlib.error) as error:
+        raise DataError(f"{path} is not a readable NRRD file: {error or type(error).__name__}") from error
+    space, directions = header.get("space"), np.asarray(header.get("space directions", np.nan), dtype=np.float64)
+    along_axes = array.ndim == 3 and directions.shape == (3, 3) and (np.diag(directions) > 0).all()
+    if (
+        space not in SPACES_LPS
+        or not along_axes
+        or not np.allclose(directions, np.diag(np.diag(directions)), atol=1e-6)
+    ):
+        raise DataError(
+            f"{path}: expected three axes along {SPACES_LPS[0]}, found {array.ndim} in {space}, "
+            f"space directions {directions.tolist()}"
+        )
+    x, y, z = np.diag(directions).tolist()
+    origin_x, origin_y, origin_z = np.asarray(header.get("space origin", np.zeros(3)), dtype=np.float64).tolist()
+    depth, height, width = array.shape
+    return array, VolumeGeometry((depth, height, width), (x, y, z), (origin_x, origin_y, origin_z))
+
+
+def _read_nifti(path: Path) -> tuple[Array, VolumeGeometry]:
+    try:
+        import nibabel
+        from nibabel.filebasedimages import ImageFileError
+        from nibabel.spatialimages import HeaderDataError
+        from nibabel.wrapstruct import WrapStructError
+    except ImportError as error:
+        raise DataError(f"{path}: NIfTI needs nibabel; pip install 'anatomynet[train]'") from error
+    try:
+        image = nibabel.Nifti1Image.from_filename(path)
+        values, affine = np.asarray(image.dataobj), np.asarray(image.affine)
+    except (ImageFileError, HeaderDataError, WrapStructError, *DAMAGED_NIFTI) as error:
+        raise DataError(f"{path} is not a readable NIfTI file; write it again") from error
+    if values.ndim != 3 or not (image.header["sform_code"] or image.header["qform_code"]):
+        raise DataError(f"{path}: expected three axes and an orientation (sform or qform), found {values.ndim} axes")
+    try:
+        geometry = _geometry_of(RAS_TO_LPS @ affine, values.shape)
+        return canonical_from_array(values.transpose(2, 1, 0), geometry), geometry.canonical()
+    except GeometryError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _geometry_of(affine: NDArray[np.float64], sides: tuple[int, ...]) -> VolumeGeometry:
+    """Of index (i, j, k) -> LPS mm, the sides in the same order."""
+    width, height, depth = sides
+    x, y, z = np.linalg.norm(affine[:3, :3], axis=0).tolist()
+    rows = [(float(a), float(b), float(c)) for a, b, c in affine[:3, :3] / np.array((x, y, z)).clip(min=1e-9)]
+    origin_x, origin_y, origin_z = affine[:3, 3].tolist()
+    direction = (rows[0], rows[1], rows[2])
+    return VolumeGeometry((depth, height, width), (x, y, z), (origin_x, origin_y, origin_z), direction)
