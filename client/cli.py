@@ -41,6 +41,14 @@ def main() -> None:
     help="How volumes reach a server on this machine, with --url.",
 )
 @click.option("--series", help="SeriesInstanceUID, or its end, where the study has several.")
+@click.option("--structures", help="Which to draw, by name, with commas between; all that the model knows without.")
+@click.option("--structure-table", type=click.Path(path_type=Path), help="Your names, colours and types: a TOML file.")
+@click.option(
+    "--tolerance-mm",
+    type=click.FloatRange(min=0),
+    help="How far a thinned contour may run beside the full one; 0 keeps every point. Without it: as far as leaves "
+    "every voxel in its structure.",
+)
 @click.option("--report", type=click.Path(path_type=Path), help="What was done, as JSON; without anything private.")
 @click.option("--picture", type=click.Path(path_type=Path), help="A PNG of three planes with what was drawn.")
 @click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
@@ -51,15 +59,19 @@ def segment(
     url: str | None,
     shared_memory: Literal["auto", "on", "off"],
     series: str | None,
+    structures: str | None,
+    structure_table: Path | None,
+    tolerance_mm: float | None,
     report: Path | None,
     picture: Path | None,
     overwrite: bool,
 ) -> None:
     """Draw the organs at risk on the CT in the folder STUDY and write an RTSTRUCT."""
-    from anatomynet.client.contours import trace_contours
+    from anatomynet.client.contours import exact_tolerance_mm, trace_contours
     from anatomynet.client.picture import write_picture
     from anatomynet.client.report import StageClock, write_report
     from anatomynet.client.rtstruct import write_rtstruct
+    from anatomynet.client.structure_table import chosen_structures, load_structure_table, only_structures
     from anatomynet.client.study import read_ct_series, volume_from_series
     from anatomynet.engine.findings import find_warnings
     from anatomynet.engine.regions import regions_from_label_map
@@ -68,18 +80,22 @@ def segment(
     output = output or study.absolute().with_name(f"{study.absolute().name}.rtstruct.dcm")
     for path in filter(None, (output, report, picture)):
         refuse_existing(path, overwrite=overwrite)
+    table = load_structure_table(structure_table)
     clock = StageClock()
     with clock.stage("read"):
         ct_series = read_ct_series(study, series_instance_uid=series)
         volume = volume_from_series(ct_series)
     with clock.stage("connect"):
         runtime = choose_runtime(url, shared_memory=shared_memory)
+        names = runtime.model.structures
+        wanted = chosen_structures(names if structures is None else structures.split(","), names, table)
     click.echo(f"{volume.geometry.shape[0]} slices; {describe_runtime(runtime)}")
     with clock.stage("infer"):
-        label_map = segment_volume(volume, runtime)
+        label_map = only_structures(segment_volume(volume, runtime), wanted)
         findings = find_warnings(volume, regions_from_label_map(label_map))
     with clock.stage("contours"):
-        contours = trace_contours(label_map)
+        exact = exact_tolerance_mm(volume.geometry)
+        contours = trace_contours(label_map, tolerance_mm=exact if tolerance_mm is None else tolerance_mm)
     with clock.stage("write"):
         write_rtstruct(
             output,
@@ -88,6 +104,7 @@ def segment(
             notes=label_map.notes,
             findings=findings,
             model_description=describe_runtime(runtime),
+            table=table,
             overwrite=overwrite,
         )
     if picture:

@@ -30,6 +30,9 @@ SECOND_CROSSINGS = {5: (2, 3), 10: (1, 2)}
 # Middle of each side from the cell's upper left corner, in half voxels.
 SIDE_X, SIDE_Y = np.array([1, 2, 1, 0]), np.array([0, 1, 2, 1])
 
+# No contour comes nearer to a centre than sqrt(1/8) of a voxel's smaller side: thinned by less, it passes none.
+EXACT_TOLERANCE_SHARE = 0.35
+
 HalfVoxel = tuple[int, int]
 Cycle = list[HalfVoxel]
 
@@ -69,8 +72,7 @@ def trace_contours(label_map: LabelMap, *, tolerance_mm: float = 0.0) -> tuple[S
     Args:
         label_map: what to outline.
         tolerance_mm: how far a thinned contour may run beside the full one; less where it would cross itself or
-            another. 0 keeps every point that cannot be dropped without moving the contour. Below 0.35 of a voxel's
-            smaller side no centre changes sides: what is read back is the label map still.
+            another. 0 keeps every point that cannot be dropped without moving the contour.
     """
     corner, labels = _occupied(label_map.labels)
     spacing = label_map.geometry.spacing[:2]
@@ -85,6 +87,11 @@ def trace_contours(label_map: LabelMap, *, tolerance_mm: float = 0.0) -> tuple[S
             )
             found.append(StructureContours(structure, contours, label_map.geometry))
     return tuple(found)
+
+
+def exact_tolerance_mm(geometry: VolumeGeometry) -> float:
+    """The largest tolerance at which no centre changes sides: what is read back is the label map still."""
+    return EXACT_TOLERANCE_SHARE * min(geometry.spacing[:2])
 
 
 def _occupied(array: NDArray[np.generic]) -> tuple[NDArray[np.intp], NDArray[np.generic]]:
@@ -106,7 +113,9 @@ def _closed_paths(
     slices = [(z, _join_holes(cycles, inside[z])) for z, cycles in _cycles_by_slice(inside)]
     if tolerance_mm > 0:
         half_voxel = (spacing[0] / 2, spacing[1] / 2)
-        yield from thinned_cycles(slices, half_voxel=half_voxel, tolerance_mm=tolerance_mm)
+        # Parts of a contour that are no neighbours lie twice as far apart as that: they cannot meet.
+        safe = tolerance_mm <= EXACT_TOLERANCE_SHARE * min(spacing)
+        yield from thinned_cycles(slices, half_voxel=half_voxel, tolerance_mm=tolerance_mm, safe=safe)
         return
     for z, cycles in slices:
         for cycle in cycles:

@@ -19,6 +19,7 @@ from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_
 
 from anatomynet import __version__
 from anatomynet.client.contours import Contour, StructureContours
+from anatomynet.client.structure_table import RoiStyle, StructureTable, load_structure_table
 from anatomynet.client.study import CTSeries
 from anatomynet.engine.errors import GeometryError, OutputError
 from anatomynet.engine.findings import Finding
@@ -40,6 +41,7 @@ def write_rtstruct(
     notes: Sequence[str] = (),
     findings: Sequence[Finding] = (),
     model_description: str = "",
+    table: StructureTable | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write what `trace_contours` found on a series as an RTSTRUCT, whole or not at all.
@@ -51,6 +53,7 @@ def write_rtstruct(
         notes: what was done on the way (LabelMap.notes); kept in every ROI's description.
         findings: what to look at; kept in the description of the ROI that each is about, or of every ROI.
         model_description: name, version and hash of the model; kept in the structure set's description.
+        table: names, labels, colours and types of the ROIs; the catalogue's without.
         overwrite: replace a file that is there.
 
     Raises:
@@ -63,8 +66,9 @@ def write_rtstruct(
     for found in contours:
         _check_grid(found, series)
     dataset = _structure_set(series, model_description)
+    styles = load_structure_table() if table is None else table
     for number, found in enumerate(contours, start=1):
-        _add_roi(dataset, series, found, number)
+        _add_roi(dataset, series, found, number=number, style=styles[found.structure.name])
         own = (finding.text for finding in findings if finding.name in (None, found.structure.tg263_name))
         if remarks := "; ".join((*own, *notes)):
             dataset.StructureSetROISequence[-1].ROIDescription = remarks[:LONGEST_DESCRIPTION]
@@ -159,19 +163,19 @@ def _referenced_frame_of_reference(series: CTSeries) -> Dataset:
     return _dataset(FrameOfReferenceUID=series.frame_of_reference_uid, RTReferencedStudySequence=[referenced_study])
 
 
-def _add_roi(dataset: Dataset, series: CTSeries, found: StructureContours, number: int) -> None:
+def _add_roi(dataset: Dataset, series: CTSeries, found: StructureContours, *, number: int, style: RoiStyle) -> None:
     """One structure: its name, its contours, and that it is an organ (PS3.3 C.8.8.5, C.8.8.6, C.8.8.8)."""
     dataset.StructureSetROISequence.append(
         _dataset(
             ROINumber=number,
             ReferencedFrameOfReferenceUID=series.frame_of_reference_uid,
-            ROIName=found.structure.tg263_name,
+            ROIName=style.name,
             ROIGenerationAlgorithm="AUTOMATIC",
         )
     )
     dataset.ROIContourSequence.append(
         _dataset(
-            ROIDisplayColor=list(found.structure.colour),
+            ROIDisplayColor=list(style.colour),
             ReferencedROINumber=number,
             ContourSequence=[_contour_item(series, c, n) for n, c in enumerate(found.contours, start=1)],
         )
@@ -180,8 +184,8 @@ def _add_roi(dataset: Dataset, series: CTSeries, found: StructureContours, numbe
         _dataset(
             ObservationNumber=number,
             ReferencedROINumber=number,
-            ROIObservationLabel=found.structure.tg263_name,
-            RTROIInterpretedType="ORGAN",
+            ROIObservationLabel=style.label,
+            RTROIInterpretedType=style.interpreted_type,
             ROIInterpreter="",
         )
     )
