@@ -223,6 +223,33 @@ def review(
 
 
 @main.command()
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("folder", metavar="DEST", type=click.Path(path_type=Path))
+@click.option("--aliases", type=click.Path(path_type=Path), help="Your ROI names: a TOML table, structure = [names].")
+@reports_errors
+def archive(source: Path, folder: Path, aliases: Path | None) -> None:
+    """Turn the DICOM studies in the folders of SRC, each with its RTSTRUCT, into cases to train on in DEST.
+
+    DEST/archive.csv says which ROI was taken for which structure, and what was left out; look at it, then give
+    anatomynet-train a folder of two such DESTs, train and validation.
+    """
+    from collections import Counter
+
+    from anatomynet.client.archive import archive_studies
+
+    matched, unmatched = Counter[str](), Counter[str]()
+    for study in archive_studies(source, folder, alias_file=aliases):
+        matched.update(study.matched.keys())
+        unmatched.update(study.unmatched)
+        kind = "archived" if study.case else "skipped"
+        click.echo(f"{kind} {study.study}: {'; '.join((study.case, *study.remarks)).removeprefix('; ')}")
+    for name, count in sorted(matched.items()):
+        click.echo(f"  {name:<16}{count:7} case{'s' if count > 1 else ''}")
+    if unmatched:
+        click.echo(f"not matched: {', '.join(f'{name} ({count})' for name, count in unmatched.most_common())}")
+
+
+@main.command()
 @click.option("--url", help=URL_HELP)
 @reports_errors
 def info(url: str | None) -> None:

@@ -1,0 +1,172 @@
+"""DICOM studies with RTSTRUCTs -> cases to train on, in the PDDCA layout: `anatomynet-client archive`.
+
+A command of its own, so that training knows nothing of DICOM and dependencies keep running one way: contours become
+masks once, what was matched can be looked at before a night of training, and the cases carry no patient's data: a case
+is named after a hash of its SeriesInstanceUID.
+"""
+
+import csv
+import hashlib
+import io
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.uid import RTStructureSetStorage
+
+from anatomynet.client.headers import DAMAGED
+from anatomynet.client.structure_set import Roi, StructureSet, read_structure_set
+from anatomynet.client.study import CTSeries, read_ct_series, volume_from_series
+from anatomynet.engine.aliases import Aliases, load_aliases, structure_from_roi_name
+from anatomynet.engine.errors import GeometryError, OutputError, StudyError
+from anatomynet.engine.output import write_whole
+from anatomynet.engine.preprocess import canonical_from_array
+from anatomynet.engine.volume_files import write_nrrd
+
+NAME_DIGITS = 10  # of the hash that names a case
+REPORT_NAME = "archive.csv"
+COLUMNS = ("case", "study", "matched", "not matched", "remarks")
+
+
+@dataclass(frozen=True)
+class ArchivedStudy:
+    """What became of one study.
+
+    Attributes:
+        study: its folder's name, for the report alone.
+        case: the name of the case; "" where none was written.
+        matched: structure -> the ROI it was drawn as.
+        unmatched: ROIs that are none of our structures.
+        remarks: what was left out, and why; why no case was written.
+    """
+
+    study: str
+    case: str
+    matched: dict[str, str]
+    unmatched: tuple[str, ...]
+    remarks: tuple[str, ...]
+
+
+def archive_studies(source: Path, folder: Path, *, alias_file: Path | None = None) -> Iterator[ArchivedStudy]:
+    """Turns every study below `source` into a case in `folder`, and writes the report when all are done.
+
+    A study that cannot be used is named and passed over.
+
+    Args:
+        source: a folder of study folders, or a study.
+        folder: of the cases; new or empty.
+        alias_file: a department's ROI names, see `load_aliases`.
+
+    Raises:
+        OutputError: the folder holds something, or cannot be written.
+        ModelError: an alias file that cannot be used.
+    """
+    aliases = load_aliases(alias_file)
+    if folder.exists() and any(folder.iterdir()):
+        raise OutputError(f"{folder} holds files and was kept: give a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    done = []
+    for study in sorted(path for path in source.glob("*") if path.is_dir()) or [source]:
+        try:
+            archived = _archive_study(study, folder, aliases)
+        except (StudyError, GeometryError) as error:
+            archived = ArchivedStudy(study.name, "", {}, (), (str(error),))
+        done.append(archived)
+        yield archived
+    _write_report(folder / REPORT_NAME, done)
+
+
+def _archive_study(study: Path, folder: Path, aliases: Aliases) -> ArchivedStudy:
+    series = read_ct_series(study)
+    structures = read_structure_set(_find_rtstruct(study, series), series)
+    rois, remarks = _matched_rois(structures, aliases)
+    unmatched = tuple(name for name in structures.roi_names if structure_from_roi_name(name, aliases) is None)
+    if not rois:
+        return ArchivedStudy(study.name, "", {}, unmatched, (*remarks, "none of its ROIs is a structure of ours"))
+    case = f"case_{hashlib.sha256(series.series_instance_uid.encode()).hexdigest()[:NAME_DIGITS]}"
+    if (folder / case).exists():
+        raise StudyError(f"its CT series is that of another study: {case} is there already")
+    _write_case(folder / case, series, rois)
+    return ArchivedStudy(study.name, case, {name: roi.name for name, roi in rois.items()}, unmatched, remarks)
+
+
+def _find_rtstruct(study: Path, series: CTSeries) -> Path:
+    """The one structure set that was drawn on the series.
+
+    Raises:
+        StudyError: none, or several.
+    """
+    found = [path for path in sorted(study.rglob("*")) if path.is_file() and _drawn_on(path, series)]
+    if len(found) != 1:
+        raise StudyError(f"{len(found)} RTSTRUCTs of its CT series; expected one: leave only the one to learn from")
+    return found[0]
+
+
+def _drawn_on(path: Path, series: CTSeries) -> bool:
+    """Whether a file is an RTSTRUCT that refers to the series, or to none (PS3.3 C.8.8.5)."""
+    tags = ["SOPClassUID", "ReferencedFrameOfReferenceSequence"]
+    try:
+        header = pydicom.dcmread(path, specific_tags=tags, stop_before_pixels=True)
+        if header.get("SOPClassUID") != RTStructureSetStorage:
+            return False
+        referred = {
+            str(item.SeriesInstanceUID)
+            for frame in header.get("ReferencedFrameOfReferenceSequence") or ()
+            for part in frame.get("RTReferencedStudySequence") or ()
+            for item in part.get("RTReferencedSeriesSequence") or ()
+        }
+    except (OSError, *DAMAGED):
+        return False
+    return not referred or series.series_instance_uid in referred
+
+
+def _matched_rois(structures: StructureSet, aliases: Aliases) -> tuple[dict[str, Roi], tuple[str, ...]]:
+    """Structure -> the one ROI that is it, and what was left out."""
+    found: dict[str, list[Roi]] = {}
+    remarks = []
+    for roi in structures.rois:
+        structure = structure_from_roi_name(roi.name, aliases)
+        if structure and (roi.problem or not roi.box.any()):
+            remarks.append(f"{roi.name}: {roi.problem or 'empty, so not annotated'}")
+        elif structure:
+            found.setdefault(structure.name, []).append(roi)
+    for name, rois in found.items():
+        if len(rois) > 1:
+            remarks.append(f"{' and '.join(roi.name for roi in rois)} are both {name}: neither was taken")
+    return {name: rois[0] for name, rois in found.items() if len(rois) == 1}, tuple(remarks)
+
+
+def _write_case(case: Path, series: CTSeries, rois: dict[str, Roi]) -> None:
+    """The CT and its masks on canonical axes, whole or not at all."""
+    beside = case.with_name(f".{case.name}.part")
+    volume = volume_from_series(series)
+    geometry = volume.geometry.canonical()
+
+    def turned(array: NDArray[np.generic]) -> NDArray[np.generic]:
+        return np.ascontiguousarray(canonical_from_array(array, volume.geometry))
+
+    try:
+        (beside / "structures").mkdir(parents=True)
+        write_nrrd(beside / "img.nrrd", turned(volume.hu), geometry)
+        for name, roi in rois.items():
+            mask = roi.mask(volume.geometry).astype(np.uint8)
+            write_nrrd(beside / "structures" / f"{name}.nrrd", turned(mask), geometry)
+        beside.replace(case)
+    except OSError as error:
+        raise OutputError(f"{case} could not be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write_report(path: Path, studies: list[ArchivedStudy]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    for study in studies:
+        matched = "; ".join(name if name == roi else f"{name} ({roi})" for name, roi in study.matched.items())
+        writer.writerow((study.case, study.study, matched, "; ".join(study.unmatched), "; ".join(study.remarks)))
+    write_whole(path, text.getvalue().encode())

@@ -1,0 +1,146 @@
+"""A department's studies become cases that training reads: masks as plastimatch draws them, all else named."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from click.testing import CliRunner
+
+from anatomynet.client.archive import archive_studies
+from anatomynet.client.cli import main
+from anatomynet.client.structure_set import read_structure_set
+from anatomynet.client.study import CTSeries, read_ct_series, volume_from_series
+from anatomynet.engine.data import find_cases, read_case
+from anatomynet.engine.errors import OutputError
+from anatomynet.engine.metrics import dice
+from anatomynet.engine.volume_files import read_volume
+from tests.dicom_studies import (
+    DIRECTIONS,
+    edit,
+    masks_by_plastimatch,
+    on_grid,
+    random_volume,
+    words_of_patient,
+    write_study,
+)
+from tests.test_structure_set import LARGE_DSC, LARGE_VOXELS, circle, item, write_rois
+
+SHAPE = (10, 48, 52)
+NAMES = ("Parotid_L", "Larynx")
+
+
+def write_contoured_study(folder: Path, position: str = "HFS") -> CTSeries:
+    """A study with an RTSTRUCT: a parotid and a larynx under a department's names, a target, and an empty ROI."""
+    write_study(folder, random_volume(SHAPE, DIRECTIONS[position]))
+    series = read_ct_series(folder)
+    rois = {
+        "LT PAROTID": [item(circle(series, k, (24.0, 26.0), 8 + k / 2, waves=0.15)) for k in range(2, 9)],
+        "Kehlkopf": [item(circle(series, k, (36.0, 40.0), 7 - abs(k - 5) / 2)) for k in range(1, 9)],
+        "PTV70": [item(circle(series, k, (30.0, 20.0), 9)) for k in range(2, 6)],
+        "Cord": [],
+    }
+    write_rois(folder / "RS.dcm", series, rois)
+    return series
+
+
+@pytest.mark.parametrize("position", ["HFS", "FFP", "HFP"])
+def test_masks_are_those_that_plastimatch_draws(tmp_path: Path, position: str) -> None:
+    series = write_contoured_study(tmp_path / "in" / "study", position)
+    (archived,) = archive_studies(tmp_path / "in", tmp_path / "out")
+    theirs = masks_by_plastimatch(tmp_path / "in" / "study" / "RS.dcm", tmp_path / "in" / "study", tmp_path / "masks")
+    case = tmp_path / "out" / archived.case
+    for name, roi in archived.matched.items():
+        mask, geometry = read_volume(case / "structures" / f"{name}.nrrd")
+        drawn, grid = theirs[roi]
+        assert mask.sum() > LARGE_VOXELS
+        assert dice(mask > 0, on_grid(drawn, grid, geometry)) >= LARGE_DSC
+    volume = volume_from_series(series)
+    hu, geometry = read_volume(case / "img.nrrd")
+    np.testing.assert_array_equal(on_grid(volume.hu, volume.geometry, geometry), hu)
+
+
+def test_training_reads_what_was_archived_and_the_report_names_the_rest(tmp_path: Path) -> None:
+    write_contoured_study(tmp_path / "in" / "Meier")
+    (archived,) = archive_studies(tmp_path / "in", tmp_path / "out")
+    assert archived.matched == {"Parotid_L": "LT PAROTID", "Larynx": "Kehlkopf"}
+    assert archived.unmatched == ("PTV70",)
+    assert archived.remarks == ("Cord: empty, so not annotated",)
+    (folder,) = find_cases(tmp_path / "out")
+    case = read_case(folder, (*NAMES, "SpinalCord"))
+    assert case.annotated == (True, True, False)
+    for name, label in zip(NAMES, (1, 2), strict=True):
+        roi = next(
+            r
+            for r in read_structure_set(tmp_path / "in" / "Meier" / "RS.dcm", read_ct_series(tmp_path / "in")).rois
+            if r.name == archived.matched[name]
+        )
+        assert (case.labels == label).sum() == roi.box.sum()
+    with (tmp_path / "out" / "archive.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["matched"] == "Parotid_L (LT PAROTID); Larynx (Kehlkopf)"
+    assert (row["case"], row["not matched"]) == (folder.name, "PTV70")
+    written = b"".join(path.read_bytes() for path in folder.rglob("*.nrrd")) + folder.name.encode()
+    assert not any(word.encode() in written for word in words_of_patient())
+
+
+def test_studies_that_cannot_be_used_are_named_and_passed_over(tmp_path: Path) -> None:
+    write_contoured_study(tmp_path / "in" / "a_good")
+    for name in ("b_bare", "c_two", "d_other", "e_twice"):
+        write_contoured_study(tmp_path / "in" / name)
+    (tmp_path / "in" / "b_bare" / "RS.dcm").unlink()
+    two = tmp_path / "in" / "c_two" / "RS.dcm"
+    (two.parent / "RS2.dcm").write_bytes(two.read_bytes())
+    dataset = pydicom.dcmread(tmp_path / "in" / "d_other" / "RS.dcm")
+    for roi in dataset.StructureSetROISequence:
+        roi.ROIName = f"PTV{roi.ROINumber}"
+    dataset.save_as(tmp_path / "in" / "d_other" / "RS.dcm")
+    studies = list(archive_studies(tmp_path / "in", tmp_path / "out"))
+    assert [bool(study.case) for study in studies] == [True, False, False, False, False]
+    for study, complaint in zip(
+        studies[1:], ("0 RTSTRUCTs", "2 RTSTRUCTs", "none of its ROIs", "there already"), strict=True
+    ):
+        assert complaint in study.remarks[-1]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["archive.csv", studies[0].case]
+
+
+def test_two_rois_of_one_structure_are_neither_taken(tmp_path: Path) -> None:
+    series = write_contoured_study(tmp_path / "study")
+    contours = [item(circle(series, k, (24.0, 26.0), 8)) for k in range(2, 9)]
+    write_rois(tmp_path / "study" / "RS.dcm", series, dict.fromkeys(("Parotid_L", "LT PAROTID", "Larynx"), contours))
+    (archived,) = archive_studies(tmp_path / "study", tmp_path / "out")
+    assert archived.matched == {"Larynx": "Larynx"}
+    assert archived.remarks == ("Parotid_L and LT PAROTID are both Parotid_L: neither was taken",)
+
+
+def test_another_series_structure_set_is_not_taken(tmp_path: Path) -> None:
+    write_contoured_study(tmp_path / "study")
+    rtstruct = pydicom.dcmread(tmp_path / "study" / "RS.dcm")
+    frame = rtstruct.ReferencedFrameOfReferenceSequence[0].RTReferencedStudySequence[0]
+    frame.RTReferencedSeriesSequence[0].SeriesInstanceUID = "1.2.3.4711"
+    rtstruct.save_as(tmp_path / "study" / "RS.dcm")
+    (archived,) = archive_studies(tmp_path / "study", tmp_path / "out")
+    assert "0 RTSTRUCTs" in archived.remarks[0]
+
+
+def test_a_folder_that_holds_something_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    with pytest.raises(OutputError, match="holds files and was kept"):
+        list(archive_studies(tmp_path, tmp_path / "out"))
+
+
+def test_the_command_sums_up(tmp_path: Path) -> None:
+    write_contoured_study(tmp_path / "in" / "good")
+    write_contoured_study(tmp_path / "in" / "bad")
+    for path in (tmp_path / "in" / "bad").glob("*.dcm"):
+        if path.name != "RS.dcm":
+            edit(path, RescaleSlope=None)
+    result = CliRunner().invoke(main, ["archive", str(tmp_path / "in"), str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert any(line.startswith("skipped bad: ") for line in lines)
+    assert "  Parotid_L             1 case" in lines
+    assert "not matched: PTV70 (1)" in lines
+    assert not any(word in result.output for word in words_of_patient())
