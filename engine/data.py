@@ -12,6 +12,7 @@ label map, means not annotated, never absent. DICOM studies become such folders 
 training needs to know nothing of DICOM.
 """
 
+import math
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -48,7 +49,10 @@ FOREGROUND_SHARE = 0.8  # of crops are centred on a structure's voxel
 CT_NAMES = ("img.nrrd", "ct.nii.gz", "ct.nii")
 LABEL_MAP_NAMES = ("labels.nii.gz", "labels.nii", "labels.nrrd")
 LABEL_TABLE = "labels.toml"
+# How far beyond the model's range a case's spacing may lie: the range holds the middle 90 % of the training cases.
+SPACING_MARGIN = 1.5
 SPACING_TOLERANCE = 0.01  # of a mask's, against the CT's
+INSIDE_SHARE = 0.5  # of a block, where the mask of a reduced case is
 ORIGIN_TOLERANCE = 0.25  # of a mask's against the CT's, in voxels
 
 
@@ -144,12 +148,71 @@ def network_grid_config(config: ModelConfig) -> ModelConfig:
     )
 
 
+def at_network_resolution(case: Case, model: ModelConfig) -> Case:
+    """The case as the network sees it: a CT at full resolution is averaged in plane, as the served graph does it.
+
+    HU become the mean of stride x stride voxels, padded at the far end with air; a mask keeps a voxel where at least
+    half of its block is inside. OpenKBP comes reduced already: a case's in-plane spacing tells (x, y), against the
+    model's trained range for full resolution and stride x that range for the network's.
+
+    Raises:
+        DataError: a spacing near neither range.
+    """
+    stride = model.in_plane_stride
+    if _spacing_fits(case, model, stride):
+        return case
+    if not _spacing_fits(case, model, 1):
+        x, y, _ = case.volume.geometry.spacing
+        low, high = model.smallest_spacing[0], model.largest_spacing[0]
+        reduced = f", or {low * stride:.3g} to {high * stride:.3g} mm reduced {stride} x {stride}" if stride > 1 else ""
+        raise DataError(
+            f"{case.name}: {x:.3g} x {y:.3g} mm in plane; expected about {low:.3g} to {high:.3g} mm for "
+            f"{model.name}{reduced}"
+        )
+    return _averaged_in_plane(case, model)
+
+
+def _spacing_fits(case: Case, model: ModelConfig, factor: int) -> bool:
+    """Whether a case's voxels in plane are those of the trained range times a factor, give or take the margin."""
+    stride, spread = model.in_plane_stride, max(np.divide(model.largest_spacing, model.smallest_spacing)[:2])
+    # Of a small stride, the ranges would overlap: then the margin ends half way between them.
+    margin = min(SPACING_MARGIN, max(1.0, math.sqrt(stride / spread))) if stride > 1 else SPACING_MARGIN
+    ranges = zip(case.volume.geometry.spacing[:2], model.smallest_spacing, model.largest_spacing, strict=False)
+    return all(low * factor / margin <= own <= high * factor * margin for own, low, high in ranges)
+
+
+def _averaged_in_plane(case: Case, model: ModelConfig) -> Case:
+    stride, geometry = model.in_plane_stride, case.volume.geometry
+    depth, height, width = geometry.shape
+    pad = ((0, 0), (0, -height % stride), (0, -width % stride))
+    air = math.floor(model.hu_window[0])  # what the served graph pads with
+    hu = _block_means(np.pad(case.volume.hu, pad, constant_values=air), stride)
+    labels = np.zeros(hu.shape, np.uint8)
+    for label in range(1, len(case.annotated) + 1):
+        inside = _block_means(np.pad(case.labels == label, pad), stride)
+        labels[inside >= INSIDE_SHARE] = label
+    x, y, z = geometry.spacing
+    middle = (stride - 1) / 2
+    origin_x, origin_y, origin_z = geometry.points_from_indices((middle, middle, 0)).tolist()
+    shape = (depth, hu.shape[1], hu.shape[2])
+    coarse = VolumeGeometry(shape, (x * stride, y * stride, z), (origin_x, origin_y, origin_z), geometry.direction)
+    return replace(case, volume=CTVolume(np.rint(hu).astype(np.int16), coarse), labels=labels)
+
+
+def _block_means(array: NDArray[Any], stride: int) -> NDArray[np.float32]:
+    """Means of stride x stride voxels in plane, (z, y, x), whose sides are multiples of it."""
+    depth, height, width = array.shape
+    blocks = array.reshape(depth, height // stride, stride, width // stride, stride)
+    means: NDArray[np.float32] = blocks.mean(axis=(2, 4), dtype=np.float32)
+    return means
+
+
 def cut_to_body(case: Case) -> Case:
     """The case without the air around the patient: the box that serving computes, at the network's resolution."""
     start, stop = body_box(case.volume.hu, in_plane_stride=1)
     box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
     volume = CTVolume(np.ascontiguousarray(case.volume.hu[box]), case.volume.geometry.cropped(start, stop))
-    return Case(case.name, volume, np.ascontiguousarray(case.labels[box]), case.annotated)
+    return replace(case, volume=volume, labels=np.ascontiguousarray(case.labels[box]))
 
 
 class Augmentation:

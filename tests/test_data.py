@@ -1,5 +1,6 @@
 """Cases are read as they lie on disk or refused, and augmentation keeps image, labels and sides together."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
 from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
-from anatomynet.engine.data import Augmentation, Case, Sample, cut_to_body, find_cases, network_grid_config, read_case
+from anatomynet.engine.data import (
+    Augmentation,
+    Case,
+    Sample,
+    at_network_resolution,
+    cut_to_body,
+    find_cases,
+    network_grid_config,
+    read_case,
+)
 from anatomynet.engine.errors import DataError
 from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.network import AnatomyNet, ServedNetwork, normalised_from_hu
 from anatomynet.engine.preprocess import body_box, trained_grid
 from anatomynet.engine.volume import CTVolume
+from tests.openkbp import REDUCTION, full_size_volume
 
 OPENKBP = Path(__file__).resolve().parents[2] / "shared" / "data" / "openkbp"
 STRUCTURES = ("BrainStem", "Parotid_L", "Parotid_R")
@@ -455,3 +468,75 @@ def test_a_mask_that_lies_elsewhere_is_refused(nifti: Path) -> None:
     write_nifti(nifti / "structures" / "BrainStem.nii.gz", mask_of((1, 2, 3)), moved)
     with pytest.raises(DataError, match=r"BrainStem\.nii\.gz: expected the CT's origin .*: it lies elsewhere"):
         read_case(nifti, STRUCTURES)
+
+
+def fine_case(sides: tuple[int, int, int], spacing: float, stride: int) -> Case:
+    """Noise at full resolution, with two structures."""
+    random = np.random.default_rng(sides)
+    hu = random.integers(-1000, 1500, sides).astype(np.int16)
+    labels = random.integers(0, 3, sides).astype(np.uint8)
+    geometry = VolumeGeometry(sides, (spacing / stride, spacing / stride, 2.5), (-70.0, 12.0, 300.0))
+    return Case("fine", CTVolume(hu, geometry), labels, (True, True))
+
+
+def two_structures(stride: int) -> ModelConfig:
+    return ModelConfig("two", ("BrainStem", "Larynx"), stride, (0.9, 0.9, 2.0), (1.2, 1.2, 3.0), (-250.0, 550.0))
+
+
+@pytest.mark.parametrize("stride", [2, 4])
+@pytest.mark.parametrize("sides", [(8, 64, 64), (9, 66, 61)])
+def test_a_case_at_full_resolution_is_what_the_served_graph_makes_of_it(
+    sides: tuple[int, int, int], stride: int
+) -> None:
+    model = two_structures(stride)
+    case = fine_case(sides, stride * 1.0, stride)
+    coarse = at_network_resolution(case, model)
+    served = ServedNetwork(AnatomyNet(model.classes), model).network_input_from_hu(torch.from_numpy(case.volume.hu))[
+        0, 0
+    ]
+    depth, height, width = coarse.labels.shape
+    expected = served[:depth, :height, :width]
+    found = normalised_from_hu(torch.from_numpy(coarse.volume.hu), model.hu_window)
+    assert (found - expected).abs().max() <= 0.5001 / 400  # half a HU of a window 800 HU wide, -1 to 1
+    for label in (1, 2):
+        share = F.avg_pool2d(torch.from_numpy(case.labels == label)[:, None].float(), stride, ceil_mode=False)[:, 0]
+        inside = torch.from_numpy(coarse.labels == label)[:, : share.shape[1], : share.shape[2]]
+        # Where two structures share a block evenly, the later one has it.
+        assert torch.equal(inside | (share == 0.5), (share > 0.5) | (share == 0.5))
+
+
+def test_a_reduced_case_stays_in_its_place() -> None:
+    case = fine_case((8, 64, 64), 4.0, 4)
+    labels = np.zeros_like(case.labels)
+    labels[2:5, 8:24, 20:40] = 1
+    coarse = at_network_resolution(replace(case, labels=labels), two_structures(4))
+    assert coarse.volume.geometry.spacing == (4.0, 4.0, 2.5)
+    there = [
+        g.points_from_indices(np.mean(np.argwhere(array == 1), axis=0)[::-1])
+        for g, array in ((case.volume.geometry, labels), (coarse.volume.geometry, coarse.labels))
+    ]
+    np.testing.assert_allclose(there[0], there[1], atol=1e-6)
+
+
+@pytest.mark.parametrize(("stride", "spacing"), [(1, 0.7), (1, 1.7), (2, 1.6), (4, 2.73), (4, 4.0), (4, 5.42)])
+def test_a_case_at_the_networks_resolution_is_left_as_it_is(stride: int, spacing: float) -> None:
+    case = fine_case((8, 16, 16), spacing, 1)
+    assert at_network_resolution(case, two_structures(stride)) is case
+
+
+@pytest.mark.parametrize(("stride", "spacing"), [(1, 0.5), (1, 2.0), (2, 0.6), (2, 3.5), (4, 2.1), (4, 8.0), (4, 0.4)])
+def test_a_spacing_near_neither_range_is_refused(stride: int, spacing: float) -> None:
+    with pytest.raises(DataError, match=r"fine: .* mm in plane; expected about 0\.9 to 1\.2 mm for two"):
+        at_network_resolution(fine_case((8, 16, 16), spacing, 1), two_structures(stride))
+
+
+@pytest.mark.skipif(not OPENKBP.is_dir(), reason=f"no OpenKBP data at {OPENKBP}")
+def test_a_real_patient_at_full_resolution_becomes_the_reduced_one() -> None:
+    model = load_config("openkbp7")[0]
+    reduced = read_case(OPENKBP / "validation" / "pt_236", model.structures)
+    assert at_network_resolution(reduced, model) is reduced
+    labels = reduced.labels.repeat(REDUCTION, axis=1).repeat(REDUCTION, axis=2)
+    again = at_network_resolution(replace(reduced, volume=full_size_volume(reduced), labels=labels), model)
+    np.testing.assert_array_equal(again.volume.hu, reduced.volume.hu)
+    np.testing.assert_array_equal(again.labels, reduced.labels)
+    np.testing.assert_allclose(again.volume.geometry.affine, reduced.volume.geometry.affine, atol=1e-9)
