@@ -31,7 +31,15 @@ def main() -> None:
 
 @main.command()
 @click.argument("study", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), help="RTSTRUCT to write; STUDY.rtstruct.dcm.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="File of the first type, others beside it; STUDY.rtstruct.dcm."
+)
+@click.option(
+    "--output-type",
+    default="rtstruct",
+    show_default=True,
+    help="Some of rtstruct, seg and nifti, with commas between.",
+)
 @click.option("--url", help=URL_HELP)
 @click.option(
     "--shared-memory",
@@ -56,6 +64,7 @@ def main() -> None:
 def segment(
     study: Path,
     output: Path | None,
+    output_type: str,
     url: str | None,
     shared_memory: Literal["auto", "on", "off"],
     series: str | None,
@@ -68,17 +77,20 @@ def segment(
 ) -> None:
     """Draw the organs at risk on the CT in the folder STUDY and write an RTSTRUCT."""
     from anatomynet.client.contours import exact_tolerance_mm, trace_contours
+    from anatomynet.client.nifti import write_nifti
+    from anatomynet.client.outputs import output_paths
     from anatomynet.client.picture import write_picture
     from anatomynet.client.report import StageClock, write_report
     from anatomynet.client.rtstruct import write_rtstruct
+    from anatomynet.client.seg import write_seg
     from anatomynet.client.structure_table import chosen_structures, load_structure_table, only_structures
     from anatomynet.client.study import read_ct_series, volume_from_series
     from anatomynet.engine.findings import find_warnings
     from anatomynet.engine.regions import regions_from_label_map
     from anatomynet.engine.segment import segment as segment_volume
 
-    output = output or study.absolute().with_name(f"{study.absolute().name}.rtstruct.dcm")
-    for path in filter(None, (output, report, picture)):
+    outputs = output_paths(output_type, study, output=output, overwrite=overwrite)
+    for path in filter(None, (report, picture)):
         refuse_existing(path, overwrite=overwrite)
     table = load_structure_table(structure_table)
     clock = StageClock()
@@ -93,26 +105,32 @@ def segment(
     with clock.stage("infer"):
         label_map = only_structures(segment_volume(volume, runtime), wanted)
         findings = find_warnings(volume, regions_from_label_map(label_map))
-    with clock.stage("contours"):
-        exact = exact_tolerance_mm(volume.geometry)
-        contours = trace_contours(label_map, tolerance_mm=exact if tolerance_mm is None else tolerance_mm)
+    if "rtstruct" in outputs:
+        with clock.stage("contours"):
+            exact = exact_tolerance_mm(volume.geometry)
+            contours = trace_contours(label_map, tolerance_mm=exact if tolerance_mm is None else tolerance_mm)
+        with clock.stage("write"):
+            write_rtstruct(
+                outputs["rtstruct"],
+                ct_series,
+                contours,
+                notes=label_map.notes,
+                findings=findings,
+                model_description=describe_runtime(runtime),
+                table=table,
+                overwrite=overwrite,
+            )
     with clock.stage("write"):
-        write_rtstruct(
-            output,
-            ct_series,
-            contours,
-            notes=label_map.notes,
-            findings=findings,
-            model_description=describe_runtime(runtime),
-            table=table,
-            overwrite=overwrite,
-        )
+        if "seg" in outputs:
+            write_seg(outputs["seg"], ct_series, label_map, table=table, overwrite=overwrite)
+        if "nifti" in outputs:
+            write_nifti(outputs["nifti"], label_map, table=table, overwrite=overwrite)
     if picture:
         write_picture(picture, volume, label_map, overwrite=overwrite)
     if report:
         write_report(report, label_map, runtime, clock, findings=findings, overwrite=overwrite)
     echo_result(label_map, findings)
-    click.echo(f"{output}: {clock.summary()}")
+    click.echo(f"{', '.join(map(str, outputs.values()))}: {clock.summary()}")
 
 
 @main.command()

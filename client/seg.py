@@ -1,0 +1,127 @@
+"""LabelMap -> a DICOM Segmentation (PS3.3 A.51), one binary segment a structure, beside the RTSTRUCT."""
+
+import warnings
+from io import BytesIO
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pydicom
+from pydicom.dataset import Dataset
+from pydicom.sr.codedict import codes
+from pydicom.uid import generate_uid
+
+from anatomynet import __version__
+from anatomynet.client.structure_table import RoiStyle, StructureTable, load_structure_table
+from anatomynet.client.study import CTSeries
+from anatomynet.engine.errors import GeometryError, OutputError
+from anatomynet.engine.output import write_whole
+from anatomynet.engine.structures import Structure
+from anatomynet.engine.volume import LabelMap
+
+# SNOMED CT, as PS3.16 writes it; the side is a modifier of its own.
+ANATOMY: dict[str, tuple[str, str]] = {
+    "BrainStem": ("15926001", "Brainstem"),
+    "Chiasm": ("244453006", "Optic chiasm"),
+    "Esophagus": ("32849002", "Esophagus"),
+    "Larynx": ("4596009", "Larynx"),
+    "Mandible": ("91609006", "Mandible"),
+    "OpticNerve": ("18234004", "Optic nerve"),
+    "Parotid": ("45289007", "Parotid gland"),
+    "SpinalCord": ("2748008", "Spinal cord"),
+    "Submandibular": ("54019009", "Submandibular gland"),
+}
+SIDES = {"_L": ("7771000", "Left"), "_R": ("24028007", "Right")}
+
+
+def seg_library() -> ModuleType:
+    """Highdicom.
+
+    Raises:
+        OutputError: it is not installed.
+    """
+    try:
+        import highdicom
+    except ImportError as error:
+        raise OutputError("SEG needs highdicom: pip install 'anatomynet[formats]'") from error
+    return highdicom
+
+
+def write_seg(
+    path: Path,
+    series: CTSeries,
+    label_map: LabelMap,
+    *,
+    table: StructureTable | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write what was found on a series as a DICOM SEG with ReferencedSeriesSequence, whole or not at all.
+
+    Segments are numbered 1, 2, ... in the label map's order; a structure that was not found has none.
+
+    Args:
+        path: of the file.
+        series: the CT that was segmented; patient, study and frame of reference are copied from it.
+        label_map: on that CT's own grid.
+        table: names and colours; the catalogue's without.
+        overwrite: replace a file that is there.
+
+    Raises:
+        GeometryError: a label map of another grid than the series'.
+        OutputError: highdicom is missing; nothing was found to write; a file that is there, a full disk.
+    """
+    highdicom = seg_library()
+    if label_map.geometry != series.geometry:
+        raise GeometryError(f"expected a label map on the series' own grid, {series.geometry.shape} (z, y, x)")
+    present = np.flatnonzero(np.bincount(label_map.labels.ravel(), minlength=len(label_map.structures) + 1)[1:])
+    if not present.size:
+        raise OutputError(f"no structure was found, so {path.name} was not written; expected at least one")
+    numbers = np.zeros(len(label_map.structures) + 1, np.uint8)
+    numbers[present + 1] = np.arange(1, present.size + 1)
+    styles = load_structure_table() if table is None else table
+    structures = [label_map.structures[p] for p in present]
+    buffer = BytesIO()
+    # pydicom's and highdicom's warnings quote values: a patient's name among them.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        segmentation = highdicom.seg.Segmentation(
+            source_images=[pydicom.dcmread(s.path, stop_before_pixels=True) for s in series.slices],
+            pixel_array=numbers[label_map.labels],
+            segmentation_type="BINARY",
+            segment_descriptions=[_segment(highdicom, n, s, styles[s.name]) for n, s in enumerate(structures, start=1)],
+            series_instance_uid=generate_uid(),
+            series_number=2,
+            sop_instance_uid=generate_uid(),
+            instance_number=1,
+            manufacturer="AnatomyNet",
+            manufacturer_model_name="AnatomyNet",
+            software_versions=__version__,
+            device_serial_number="0",
+            content_label="ANATOMYNET",
+            content_description="AnatomyNet automatic contours",
+        )
+        segmentation.SeriesDescription = "AnatomyNet automatic segments"
+        segmentation.save_as(buffer, enforce_file_format=True)
+    write_whole(path, buffer.getvalue(), overwrite=overwrite)
+
+
+def _segment(highdicom: Any, number: int, structure: Structure, style: RoiStyle) -> Dataset:
+    """One segment's description (PS3.3 C.8.20.4)."""
+    side = SIDES.get(structure.name[-2:])
+    value, meaning = ANATOMY[structure.name[:-2] if side else structure.name]
+    segment: Dataset = highdicom.seg.SegmentDescription(
+        segment_number=number,
+        segment_label=style.name,
+        segmented_property_category=codes.SCT.AnatomicalStructure,
+        segmented_property_type=highdicom.sr.CodedConcept(value, "SCT", meaning),
+        algorithm_type="AUTOMATIC",
+        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
+            name="AnatomyNet", family=codes.DCM.ArtificialIntelligence, version=__version__
+        ),
+        display_color=highdicom.color.CIELabColor.from_rgb(*style.colour),
+    )
+    if side:
+        modifier = highdicom.sr.CodedConcept(side[0], "SCT", side[1])
+        segment.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [modifier]
+    return segment
