@@ -15,6 +15,7 @@ import numpy as np
 
 from anatomynet.engine.geometry import CUBIC_MM_PER_ML, Index, VolumeGeometry
 from anatomynet.engine.postprocess import STRAY_SHARE
+from anatomynet.engine.preprocess import BODY_HU
 from anatomynet.engine.regions import Region, middle_of
 from anatomynet.engine.structures import STRUCTURES, Structure
 from anatomynet.engine.volume import CTVolume
@@ -26,6 +27,9 @@ LOW_CONFIDENCE = 0.6  # mean top probability along the border
 MIDLINE_MM = 10.0  # an organ of one side may reach across the midline by so much
 SMALLEST_PIECE_ML = 0.1
 STRAY_ML = 1.0  # left out in all; less happens to good contours too
+# No patient's organ is so often larger or smaller than what is usual, however it was contoured.
+IMPOSSIBLE_FACTOR = 5.0
+LARGEST_AIR_SHARE = 0.5  # of a structure; an airway fills less of the larynx and the oesophagus
 # They run out of every head-and-neck scan towards the feet.
 THROUGH_THE_NECK = ("SpinalCord", "Esophagus")
 # Planning CT of the head and neck, mm: in plane, between slices; the scan's width, and its length.
@@ -78,6 +82,30 @@ def find_warnings(
     findings += _asymmetry(present)
     findings += _metal(volume, list(present.values()))
     findings += _unusual_scan(volume.geometry)
+    return tuple(findings)
+
+
+def find_contradictions(volume: CTVolume, regions: Sequence[Region]) -> tuple[Finding, ...]:
+    """What cannot be true of any patient, so that nothing may be learnt from it; empty where nothing is.
+
+    Sides that are exchanged, a structure that lies in air, a size beyond belief.
+
+    Args:
+        volume: the CT, in any orientation along the patient's axes.
+        regions: what was drawn on it, by a person.
+
+    Raises:
+        GeometryError: an oblique volume.
+    """
+    present = {region.structure.name: region for region in regions if region.structure and region.voxels}
+    findings = [*_exchanged_sides(present, volume.geometry)]
+    for name, region in present.items():
+        findings += _unusual_size(name, region, volume.geometry, factor=IMPOSSIBLE_FACTOR)
+        box = tuple(slice(a, a + n) for a, n in zip(region.start, region.box.shape, strict=True))
+        air = float((volume.hu[box][region.box] < BODY_HU).mean())
+        if air > LARGEST_AIR_SHARE:
+            text = f"{air:.0%} of it lies in air: it was drawn on another CT, or elsewhere"
+            findings.append(Finding(region.name, text, middle_of(region)))
     return tuple(findings)
 
 
@@ -147,8 +175,8 @@ def _several_pieces(region: Region, geometry: VolumeGeometry) -> Iterator[Findin
         yield Finding(region.name, text, (z, y, x))
 
 
-def _unusual_size(name: str, region: Region, geometry: VolumeGeometry) -> Iterator[Finding]:
-    """Volume outside its range; the mean cross-section where the length depends on the scan."""
+def _unusual_size(name: str, region: Region, geometry: VolumeGeometry, *, factor: float = 1.0) -> Iterator[Finding]:
+    """Volume outside its range by a factor; the mean cross-section where the length depends on the scan."""
     ranges = size_ranges()
     if name in ranges["volume_ml"]:
         size, unit, what = region.voxels * geometry.voxel_ml, "ml", ""
@@ -161,9 +189,10 @@ def _unusual_size(name: str, region: Region, geometry: VolumeGeometry) -> Iterat
         low, high = ranges["cross_section_mm2"][name]
     else:
         return
-    if not low <= size <= high:
+    if not low / factor <= size <= high * factor:
         kind = "small" if size < low else "large"
-        text = f"unusually {kind}: {float(f'{size:.3g}'):g} {unit}{what}, expected {low:g} to {high:g}"
+        how = f"{'unusually' if factor == 1 else 'impossibly'} {kind}"
+        text = f"{how}: {float(f'{size:.3g}'):g} {unit}{what}, expected {low:g} to {high:g}"
         yield Finding(region.name, text, middle_of(region))
 
 

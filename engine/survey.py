@@ -1,0 +1,134 @@
+"""A folder of cases -> those that can be learnt from, and a report of what was found, is odd, is left out.
+
+Between data.py, which reads one case, and train.py. A bad case is named and skipped, never trained on silently.
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from anatomynet.engine.config import ModelConfig
+from anatomynet.engine.data import Case, at_network_resolution, find_cases, read_case
+from anatomynet.engine.errors import DataError, GeometryError
+from anatomynet.engine.findings import find_contradictions, find_warnings
+from anatomynet.engine.output import write_whole
+from anatomynet.engine.regions import Region, regions_from_label_map
+from anatomynet.engine.structures import structures_by_name
+from anatomynet.engine.volume import LabelMap
+
+COLUMNS = ("folder", "case", "skipped because", "structures", "not matched", "remarks")
+
+
+@dataclass(frozen=True)
+class CaseReport:
+    """What became of one case.
+
+    Attributes:
+        name: of the case.
+        skipped: why nothing is learnt from it; "" where it is.
+        structures: those annotated.
+        unmatched: names of masks that are none of the model's structures.
+        remarks: what deserves a look, one line each.
+    """
+
+    name: str
+    skipped: str = ""
+    structures: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """A folder of cases, at the network's resolution.
+
+    Attributes:
+        folder: its name.
+        cases: those to learn from.
+        reports: of every case, in the order of their names.
+    """
+
+    folder: str
+    cases: list[Case]
+    reports: tuple[CaseReport, ...]
+
+    @property
+    def skipped(self) -> tuple[CaseReport, ...]:
+        """Reports of the cases that nothing is learnt from."""
+        return tuple(report for report in self.reports if report.skipped)
+
+
+def survey_cases(folder: Path, model: ModelConfig, *, alias_file: Path | None = None, strict: bool = False) -> Survey:
+    """Reads every case of a folder, with a progress bar.
+
+    Args:
+        folder: of case folders.
+        model: whose structures and resolution are wanted.
+        alias_file: a department's names for the structures.
+        strict: a case that cannot be used is an error.
+
+    Raises:
+        DataError: no case there, none that can be used, or, if strict, one that cannot.
+        ModelError: an alias file that cannot be used.
+    """
+    cases, reports = [], []
+    with tqdm(find_cases(folder), desc=f"reading {folder.name}", unit="case") as bar:
+        for path in bar:
+            try:
+                case = at_network_resolution(read_case(path, model.structures, alias_file=alias_file), model)
+                reports.append(_report(case, model))
+            except (DataError, GeometryError) as error:
+                reports.append(CaseReport(path.name, skipped=str(error)))
+            if not reports[-1].skipped:
+                cases.append(case)
+    survey = Survey(folder.name, cases, tuple(reports))
+    if survey.skipped and (strict or not cases):
+        first = survey.skipped[0]
+        how_many = f"{len(survey.skipped)} of {len(reports)} cases in {folder} cannot be used"
+        raise DataError(f"{how_many}, the first of them {first.name}: {first.skipped}")
+    return survey
+
+
+def summary_lines(survey: Survey, model: ModelConfig) -> list[str]:
+    """How many cases of each structure, how many are odd, and every one that was skipped."""
+    counts = [sum(case.annotated[i] for case in survey.cases) for i in range(len(model.structures))]
+    odd = sum(bool(report.remarks) for report in survey.reports if not report.skipped)
+    of_each = ", ".join(f"{name} {count}" for name, count in zip(model.structures, counts, strict=True))
+    lines = [f"{survey.folder}: {len(survey.cases)} cases ({of_each}); {odd} deserve a look"]
+    lines += [f"  skipped {report.name}: {report.skipped}" for report in survey.skipped]
+    return lines
+
+
+def write_survey(path: Path, surveys: Iterable[Survey]) -> None:
+    """Writes a CSV, a line a case.
+
+    Raises:
+        OutputError: it could not be written.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    for survey in surveys:
+        for report in survey.reports:
+            lists = ("; ".join(values) for values in (report.structures, report.unmatched, report.remarks))
+            writer.writerow((survey.folder, report.name, report.skipped, *lists))
+    write_whole(path, text.getvalue().encode(), overwrite=True)
+
+
+def _report(case: Case, model: ModelConfig) -> CaseReport:
+    regions = _regions(case, model)
+    wrong = [f"{finding.name}: {finding.text}" for finding in find_contradictions(case.volume, regions)]
+    # What has no name is of the scan, whose voxels are the network's here.
+    odd = [f"{finding.name}: {finding.text}" for finding in find_warnings(case.volume, regions) if finding.name]
+    structures = tuple(name for name, known in zip(model.structures, case.annotated, strict=True) if known)
+    return CaseReport(case.name, "; ".join(wrong), structures, case.unmatched, tuple(odd))
+
+
+def _regions(case: Case, model: ModelConfig) -> Sequence[Region]:
+    """Of the structures that are annotated."""
+    label_map = LabelMap(case.labels, case.volume.geometry, structures_by_name(model.structures))
+    return [region for region, known in zip(regions_from_label_map(label_map), case.annotated, strict=True) if known]

@@ -1,0 +1,109 @@
+"""A bad case is named and skipped, an odd one is named, and nothing is left out silently."""
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from anatomynet.engine.config import ModelConfig
+from anatomynet.engine.errors import DataError
+from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.survey import summary_lines, survey_cases, write_survey
+from anatomynet.engine.volume_files import write_nrrd
+from tests.openkbp import OPENKBP, requires_openkbp
+
+MODEL = ModelConfig("test", ("Parotid_L", "Parotid_R"), 4, (0.9, 0.9, 2.0), (1.2, 1.2, 3.0), (-250.0, 550.0))
+GEOMETRY = VolumeGeometry((24, 48, 48), (4.0, 4.0, 3.0))
+LEFT, RIGHT = np.s_[6:14, 20:28, 34:40], np.s_[6:14, 20:28, 8:14]  # 18 ml each
+Box = tuple[slice, ...]
+
+
+def mask_of(box: Box) -> NDArray[np.uint8]:
+    mask = np.zeros(GEOMETRY.shape, np.uint8)
+    mask[box] = 1
+    return mask
+
+
+def write_case(folder: Path, boxes: dict[str, Box], geometry: VolumeGeometry = GEOMETRY) -> None:
+    (folder / "structures").mkdir(parents=True)
+    hu = np.full(GEOMETRY.shape, -1000, np.int16)
+    hu[:, 4:44, 4:44] = 40
+    write_nrrd(folder / "img.nrrd", hu, geometry)
+    for name, box in boxes.items():
+        write_nrrd(folder / "structures" / f"{name}.nrrd", mask_of(box), geometry)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "train"
+    write_case(folder / "a_good", {"Parotid_L": LEFT, "Parotid_R": RIGHT, "Thyroid": LEFT})
+    write_case(folder / "b_one", {"Parotid_L": LEFT})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("boxes", "reason"),
+    [
+        ({"Parotid_L": RIGHT, "Parotid_R": LEFT}, "Parotid_L: lies to the patient's right of Parotid_R"),
+        ({"Parotid_L": np.s_[6:14, 20:28, 44:48]}, "Parotid_L: 100% of it lies in air"),
+        ({"Parotid_L": np.s_[2:22, 6:42, 24:42]}, "Parotid_L: impossibly large: 622 ml, expected"),
+        ({"Parotid_L": np.s_[6:8, 20:24, 34:36]}, "Parotid_L: impossibly small: 0.768 ml, expected"),
+        ({"Thyroid": LEFT}, "none of Parotid_L, Parotid_R in its structures/; found Thyroid"),
+    ],
+)
+def test_what_no_patient_can_be_is_skipped(data: Path, boxes: dict[str, Box], reason: str) -> None:
+    write_case(data / "c_bad", boxes)
+    survey = survey_cases(data, MODEL)
+    assert [case.name for case in survey.cases] == ["a_good", "b_one"]
+    (skipped,) = survey.skipped
+    assert skipped.name == "c_bad"
+    assert reason in skipped.skipped
+    with pytest.raises(DataError, match=r"1 of 3 cases in .* cannot be used, the first of them c_bad") as error:
+        survey_cases(data, MODEL, strict=True)
+    assert reason in str(error.value)
+
+
+def test_a_damaged_file_and_a_foreign_spacing_are_skipped(data: Path) -> None:
+    write_case(data / "c_foreign", {"Parotid_L": LEFT}, replace(GEOMETRY, spacing=(2.0, 2.0, 3.0)))
+    write_case(data / "d_damaged", {"Parotid_L": LEFT})
+    (data / "d_damaged" / "structures" / "Parotid_L.nrrd").write_bytes(b"NRRD0005\n")
+    reasons = {report.name: report.skipped for report in survey_cases(data, MODEL).skipped}
+    assert "2 x 2 mm in plane" in reasons["c_foreign"]
+    assert "not a readable NRRD file" in reasons["d_damaged"]
+
+
+def test_the_summary_counts_each_structure_and_names_what_was_skipped(data: Path) -> None:
+    write_case(data / "c_bad", {"Parotid_L": RIGHT, "Parotid_R": LEFT})
+    first, second = summary_lines(survey_cases(data, MODEL), MODEL)
+    assert first == "train: 2 cases (Parotid_L 2, Parotid_R 1); 1 deserve a look"
+    assert second.startswith("  skipped c_bad: Parotid_L: lies to the patient's right")
+
+
+def test_every_case_has_its_line_in_the_report(data: Path, tmp_path: Path) -> None:
+    write_case(data / "c_bad", {"Parotid_L": RIGHT, "Parotid_R": LEFT})
+    write_survey(tmp_path / "cases.csv", [survey_cases(data, MODEL)])
+    with (tmp_path / "cases.csv").open(newline="") as file:
+        good, one, bad = csv.DictReader(file)
+    assert (good["case"], good["structures"], good["not matched"]) == ("a_good", "Parotid_L; Parotid_R", "Thyroid")
+    assert (good["skipped because"], good["remarks"]) == ("", "")
+    assert "Parotid_R: not drawn, though Parotid_L is" in one["remarks"]
+    assert "left and right are exchanged" in bad["skipped because"]
+
+
+def test_nothing_to_learn_from_is_an_error(tmp_path: Path) -> None:
+    write_case(tmp_path / "bad", {"Parotid_L": RIGHT, "Parotid_R": LEFT})
+    with pytest.raises(DataError, match=r"1 of 1 cases in .* cannot be used"):
+        survey_cases(tmp_path, MODEL)
+
+
+@requires_openkbp
+def test_real_patients_are_not_skipped(tmp_path: Path) -> None:
+    model = replace(MODEL, structures=("BrainStem", "SpinalCord", "Parotid_R", "Parotid_L", "Larynx", "Mandible"))
+    for name in sorted(path.name for path in (OPENKBP / "validation").iterdir())[::4]:
+        (tmp_path / name).symlink_to(OPENKBP / "validation" / name)
+    survey = survey_cases(tmp_path, model)
+    assert survey.skipped == ()
+    assert len(survey.cases) > 5
