@@ -75,7 +75,7 @@ def segment(
     picture: Path | None,
     overwrite: bool,
 ) -> None:
-    """Draw the organs at risk on the CT in the folder STUDY and write an RTSTRUCT."""
+    """Draw the organs at risk on the CT in STUDY, a folder or a zip file, and write an RTSTRUCT."""
     from anatomynet.client.contours import exact_tolerance_mm, trace_contours
     from anatomynet.client.nifti import write_nifti
     from anatomynet.client.outputs import output_paths
@@ -95,7 +95,7 @@ def segment(
     table = load_structure_table(structure_table)
     clock = StageClock()
     with clock.stage("read"):
-        ct_series = read_ct_series(study, series_instance_uid=series)
+        ct_series = read_ct_series(study_folder(study), series_instance_uid=series)
         volume = volume_from_series(ct_series)
     with clock.stage("connect"):
         runtime = choose_runtime(url, shared_memory=shared_memory)
@@ -185,7 +185,7 @@ def compare(
 
     for path in filter(None, (json_path, csv_path, figure, animation)):
         refuse_existing(path, overwrite=overwrite)
-    ct_series = read_ct_series(study, series_instance_uid=series)
+    ct_series = read_ct_series(study_folder(study), series_instance_uid=series)
     comparison = compare_files(prediction, reference, ct_series, alias_file=aliases)
     for line in table_lines(comparison):
         click.echo(line)
@@ -226,7 +226,7 @@ def review(
 
     output = output or rtstruct.absolute().with_suffix(".review.html")
     refuse_existing(output, overwrite=overwrite)
-    ct_series = read_ct_series(study, series_instance_uid=series)
+    ct_series = read_ct_series(study_folder(study), series_instance_uid=series)
     drawn, warnings = regions_from_structure_set(read_structure_set(rtstruct, ct_series))
     compared: tuple[Region, ...] = ()
     if reference:
@@ -278,6 +278,13 @@ def info(url: str | None) -> None:
     click.echo(f"structures: {', '.join(s.tg263_name for s in structures_by_name(model.structures))}")
     click.echo(f"trained for spacing (x, y, z): {model.smallest_spacing} to {model.largest_spacing} mm")
     click.echo(f"checkpoint sha256: {model.checkpoint_sha256}")
+
+
+def study_folder(study: Path) -> Path:
+    """Where to read a study, which may be a zip file: what was unpacked lasts as long as the command."""
+    from anatomynet.client.study_files import opened_study
+
+    return click.get_current_context().with_resource(opened_study(study))
 
 
 def choose_runtime(url: str | None, *, shared_memory: Literal["auto", "on", "off"] = "auto") -> "Runtime":

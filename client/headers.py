@@ -233,7 +233,7 @@ def read_headers(study_dir: Path) -> tuple[list[CTHeader], Counter[str]]:
     """
     if not study_dir.is_dir():
         what = "is a file" if study_dir.exists() else "does not exist"
-        raise StudyError(f"{study_dir} {what}; expected a folder with one CT series")
+        raise StudyError(f"{study_dir} {what}; expected a folder, or a zip file, with one CT series")
     headers: list[CTHeader] = []
     others: Counter[str] = Counter()
     # pydicom's warnings quote values: a patient's name among them.

@@ -31,7 +31,7 @@ def output_paths(types: str, study: Path, *, output: Path | None, overwrite: boo
     for kind in wanted:
         LIBRARIES.get(kind, lambda: None)()
     first = (output or study).absolute()
-    base = first.name
+    base = first.name.removesuffix(".zip")
     if output:
         base = next((base.removesuffix(e) for e in (*ENDINGS.values(), ".nii", ".dcm") if base.endswith(e)), base)
     paths = {kind: first.with_name(base + ENDINGS[kind]) for kind in wanted}

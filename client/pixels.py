@@ -18,10 +18,11 @@ from anatomynet.engine.volume import HounsfieldArray
 # Pixels that carry no measurement become air.
 AIR_HU = -1000
 INT16_RANGE = (-32768, 32767)
-# Where the licence is permissive: pylibjpeg-libjpeg, the usual answer for lossless JPEG, is GPL.
+# What the extra `codecs` installs. The licences are permissive: pylibjpeg-libjpeg, the usual answer for lossless JPEG,
+# is GPL.
 CODECS = {
-    "JPEG 2000": "pylibjpeg pylibjpeg-openjpeg",
-    "High-Throughput JPEG 2000": "pylibjpeg pylibjpeg-openjpeg",
+    "JPEG 2000": "pylibjpeg-openjpeg",
+    "High-Throughput JPEG 2000": "pylibjpeg-openjpeg",
     "JPEG-LS": "pyjpegls",
     "JPEG": "python-gdcm",
 }
@@ -187,5 +188,5 @@ def check_codecs(stored: Iterable[StoredPixels]) -> None:
         if not available:
             name = UID(uid).name
             package = next((p for family, p in CODECS.items() if name.startswith(family)), None)
-            advice = f"pip install {package}" if package else "export the series uncompressed"
+            advice = f"pip install 'anatomynet[codecs]' ({package})" if package else "export the series uncompressed"
             raise StudyError(f"the slices are compressed as {name}, for which no decoder is installed: {advice}")

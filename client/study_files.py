@@ -1,0 +1,87 @@
+"""What a user calls a study -> a folder to read: a folder, a DICOMDIR in one, or a zip file as archives export it.
+
+A zip file comes from elsewhere: what would write outside its folder, or fill the disk, is refused before a byte is
+unpacked.
+"""
+
+import shutil
+import stat
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+
+from anatomynet.engine.errors import StudyError
+
+LARGEST_FILE_COUNT = 20_000
+LARGEST_UNPACKED_BYTES = 4 << 30  # twenty CT series of 400 slices
+# CT packs two to five times; deflate's own limit is about 1000. A small file may be as empty as it likes.
+LARGEST_RATIO, ALWAYS_ALLOWED_BYTES = 100, 64 << 20
+CHUNK_BYTES = 1 << 20
+
+
+@contextmanager
+def opened_study(study: Path) -> Iterator[Path]:
+    """The folder of a study's files; what was unpacked is deleted when it closes.
+
+    Args:
+        study: a folder, a DICOMDIR (what lies in its folder is read, whatever it lists), or a zip file.
+
+    Raises:
+        StudyError: a zip file that is damaged, encrypted or too large, or that would write outside its folder.
+    """
+    if study.is_file() and zipfile.is_zipfile(study):
+        with TemporaryDirectory(prefix="anatomynet-") as folder:
+            _unpack(study, Path(folder))
+            yield Path(folder)
+    elif study.is_file() and study.name.upper() == "DICOMDIR":
+        yield study.parent
+    else:
+        yield study
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+            _check_entries(entries, path, free_bytes=shutil.disk_usage(folder).free)
+            for entry in entries:
+                target = folder / entry.filename
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(entry) as packed, target.open("xb") as file:
+                    shutil.copyfileobj(packed, file, CHUNK_BYTES)
+    except FileExistsError as error:
+        raise StudyError(f"{path.name} holds two files of one name; export the study again") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise StudyError(f"{path.name} is damaged, or packed in a way that is not known here; pack it again") from error
+    except OSError as error:
+        raise StudyError(f"{path.name} could not be unpacked: {error.strerror or error}") from error
+
+
+def _check_entries(entries: list[zipfile.ZipInfo], path: Path, *, free_bytes: int) -> None:
+    """Refuse by the table of contents; zipfile unpacks no more of a file than it declares."""
+    if any(_leaves_its_folder(entry) for entry in entries):
+        raise StudyError(f"{path.name} would write outside its folder; expected plain relative paths: pack it again")
+    if any(entry.flag_bits & 1 for entry in entries):
+        raise StudyError(f"{path.name} is encrypted; unpack it and give the folder")
+    size = sum(entry.file_size for entry in entries)
+    limit = min(LARGEST_UNPACKED_BYTES, free_bytes)
+    if len(entries) > LARGEST_FILE_COUNT or size > limit:
+        raise StudyError(
+            f"{path.name} unpacks to {len(entries)} files of {size >> 20} MiB; expected at most {LARGEST_FILE_COUNT} "
+            f"of {limit >> 20} MiB: unpack it and give the folder of one study"
+        )
+    if size > max(ALWAYS_ALLOWED_BYTES, LARGEST_RATIO * path.stat().st_size):
+        raise StudyError(
+            f"{path.name} unpacks to more than {LARGEST_RATIO} times its size, which no CT does; "
+            "if you trust it, unpack it and give the folder"
+        )
+
+
+def _leaves_its_folder(entry: zipfile.ZipInfo) -> bool:
+    name = entry.filename
+    parts = PurePosixPath(name).parts
+    link = stat.S_ISLNK(entry.external_attr >> 16)
+    return link or name.startswith("/") or ".." in parts or "\\" in name or ":" in name or not parts

@@ -1,0 +1,67 @@
+"""Compressed slices bring the same Hounsfield units; who compressed them is pydicom's plugins and dcmtk."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.uid import UID, JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
+
+from anatomynet.client.study import read_ct_series, volume_from_series
+from anatomynet.engine.volume import HounsfieldArray
+from tests.dicom_studies import random_volume, write_study
+
+SHAPE = (3, 72, 80)  # JPEG 2000 halves a slice five times
+WITHOUT_CODECS = """
+import sys
+sys.modules.update(dict.fromkeys(["gdcm", "pylibjpeg", "openjpeg", "jpeg_ls", "PIL"]))
+from anatomynet.client.cli import main
+main(["segment", sys.argv[1]])
+"""
+
+
+def compress(path: Path, syntax: UID) -> None:
+    if syntax == JPEGLosslessSV1:
+        if shutil.which("dcmcjpeg") is None:
+            pytest.skip("dcmcjpeg is not installed: apt install dcmtk")
+        subprocess.run(["dcmcjpeg", "+e1", "+un", path, path], check=True, capture_output=True)
+    else:
+        dataset = pydicom.dcmread(path)
+        dataset.compress(syntax, generate_instance_uid=False)
+        dataset.save_as(path)
+    assert pydicom.dcmread(path, stop_before_pixels=True).file_meta.TransferSyntaxUID == syntax
+
+
+@pytest.mark.parametrize("signed", [1, 0], ids=["signed", "unsigned"])
+@pytest.mark.parametrize(
+    "syntax", [JPEG2000Lossless, JPEGLSLossless, RLELossless, JPEGLosslessSV1], ids=lambda uid: uid.name
+)
+def test_every_codec_brings_the_same_volume(tmp_path: Path, syntax: UID, signed: int) -> None:
+    if not get_decoder(syntax).is_available:
+        pytest.skip(f"no decoder for {syntax.name}: pip install 'anatomynet[codecs]'")
+    paths = write_study(
+        tmp_path, random_volume(SHAPE), PixelRepresentation=signed, RescaleIntercept=0 if signed else -32768
+    )
+    expected: HounsfieldArray = volume_from_series(read_ct_series(tmp_path)).hu
+    for path in paths:
+        compress(path, syntax)
+    np.testing.assert_array_equal(volume_from_series(read_ct_series(tmp_path)).hu, expected)
+
+
+@pytest.mark.parametrize("syntax", [JPEG2000Lossless, JPEGLSLossless, JPEGLosslessSV1], ids=lambda uid: uid.name)
+def test_without_the_extra_one_line_names_it(tmp_path: Path, syntax: UID) -> None:
+    if not get_decoder(syntax).is_available:
+        pytest.skip(f"nothing for {syntax.name} to hide: pip install 'anatomynet[codecs]'")
+    for path in write_study(tmp_path / "study", random_volume(SHAPE)):
+        compress(path, syntax)
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_CODECS, tmp_path / "study"], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"error: the slices are compressed as {syntax.name}, for which no decoder")
+    assert "pip install 'anatomynet[codecs]'" in run.stderr
+    assert run.stderr.count("\n") == 1
