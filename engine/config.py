@@ -23,6 +23,7 @@ TRAIN_RANGES: dict[str, tuple[float, float]] = {
     "steps_per_epoch": (1, math.inf),
     "warmup_steps": (0, math.inf),
     "weight_decay": (0, 1),
+    "second_share": (0, 1),
     "focal_weight": (0, 100),
     "focal_gamma": (0, 10),
     "whole_share": (0, 1),
@@ -30,6 +31,11 @@ TRAIN_RANGES: dict[str, tuple[float, float]] = {
     "frozen_norm_share": (0, 1),
     "ema_decay": (0, 1),
     "seed": (0, math.inf),
+}
+CHOICES = {
+    "missing": ("mask", "marginal"),
+    "precision": ("float32", "bfloat16"),
+    "optimiser": ("adamw", "rmsprop-sgd"),
 }
 
 Vector = tuple[float, float, float]
@@ -92,7 +98,11 @@ class TrainConfig:
     Attributes:
         steps: optimiser steps in all; the learning rate falls over them.
         steps_per_epoch: validation and a saved state after so many.
+        optimiser: "adamw" warms up, then lets its rate fall as half a cosine; "rmsprop-sgd" is the paper's two stages,
+            RMSprop at `learning_rate`, then SGD with momentum 0.9 at `second_rate`, neither of which falls.
         learning_rate: at its highest, after `warmup_steps`.
+        second_rate: of the second stage.
+        second_share: share of the steps, at the end, that are the second stage.
         focal_weight: lambda of L_Dice + lambda L_focal (section 2.3).
         focal_gamma: gamma of the focal loss (section 2.3).
         class_weights: of the loss, background first, one a class; empty for all ones.
@@ -109,7 +119,10 @@ class TrainConfig:
 
     steps: int = 2000
     steps_per_epoch: int = 100
+    optimiser: str = "adamw"
     learning_rate: float = 1e-3
+    second_rate: float = 1e-3  # the paper's
+    second_share: float = 0.25  # 50 of the paper's 200 epochs
     warmup_steps: int = 50
     weight_decay: float = 1e-4
     focal_weight: float = 0.5
@@ -125,15 +138,17 @@ class TrainConfig:
     seed: int = 1808
 
     def __post_init__(self) -> None:
-        for name, allowed in (("missing", ("mask", "marginal")), ("precision", ("float32", "bfloat16"))):
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ModelError(f"{name}: expected one of {', '.join(allowed)}, found {getattr(self, name)!r}")
         for name, (low, high) in TRAIN_RANGES.items():
             if not low <= getattr(self, name) <= high:
                 raise ModelError(f"{name}: expected {low:g} to {high:g}, found {getattr(self, name)}")
-        if not 0 < self.learning_rate < math.inf or self.ema_decay == 1:
+        rates = (self.learning_rate, self.second_rate)
+        if not all(0 < rate < math.inf for rate in rates) or self.ema_decay == 1:
             raise ModelError(
-                f"expected learning_rate above 0 and ema_decay below 1, found {self.learning_rate} and {self.ema_decay}"
+                f"expected learning_rate and second_rate above 0 and ema_decay below 1, found {rates[0]}, {rates[1]} "
+                f"and {self.ema_decay}"
             )
         if min(self.crop) < 8:
             raise ModelError(f"crop: expected at least 8 voxels a side, found {self.crop}")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from anatomynet.engine.checkpoint import save_checkpoint
 from anatomynet.engine.command import reports_errors
 from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
-from anatomynet.engine.data import Augmentation, Case, Sample, cut_to_body, find_cases, network_grid_config, read_case
+from anatomynet.engine.data import Augmentation, Case, Sample, cut_to_body, network_grid_config
 from anatomynet.engine.errors import ModelError, OutputError
 from anatomynet.engine.geometry import Point, VolumeGeometry
 from anatomynet.engine.losses import hybrid_loss
@@ -30,11 +30,13 @@ from anatomynet.engine.output import write_whole
 from anatomynet.engine.phantom import make_phantom
 from anatomynet.engine.runtime import TorchRuntime
 from anatomynet.engine.segment import segment
+from anatomynet.engine.survey import summary_lines, survey_cases, write_survey
 
 LOADERS = 1  # threads that make samples: they cost a tenth of a step
 AHEAD = 3  # samples kept ready
 LARGEST_GRADIENT = 12.0
 PHANTOM_SHAPE = (112, 128, 128)  # (z, y, x), as a planning CT reduced 4 x 4 in plane
+MOMENTUM = 0.9  # of the paper's second stage
 FINAL_RATE = 0.01  # share of the learning rate that is left at the end
 
 
@@ -49,16 +51,16 @@ class Training:
         self.network = _channels_last(AnatomyNet(model.classes).to(device))
         self.average = _channels_last(AnatomyNet(model.classes).to(device)).eval()
         self.average.load_state_dict(self.network.state_dict())
-        self.optimiser = torch.optim.AdamW(
-            self.network.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay
-        )
         self.step = 0
+        self.optimiser = self._new_optimiser()
         self.best = -1.0  # below the worst DSC: the first validation always writes a checkpoint
 
     def learn(self, sample: Sample) -> float:
         """One optimiser step on one volume; returns the loss."""
+        if self.step == second_stage_start(self.train):
+            self.optimiser = self._new_optimiser()
         for group in self.optimiser.param_groups:
-            group["lr"] = self.train.learning_rate * rate_share(self.step, self.train)
+            group["lr"] = rate_at(self.step, self.train)
         self._set_mode()
         image = sample.image.to(self.device, memory_format=torch.channels_last_3d)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bfloat16"):
@@ -79,6 +81,15 @@ class Training:
         self.step += 1
         self._follow()
         return float(loss.detach())
+
+    def _new_optimiser(self) -> torch.optim.Optimizer:
+        """That of the stage which the step lies in, without a memory."""
+        weights, train = self.network.parameters(), self.train
+        if train.optimiser == "adamw":
+            return torch.optim.AdamW(weights, lr=train.learning_rate, weight_decay=train.weight_decay)
+        if self.step < second_stage_start(train):
+            return torch.optim.RMSprop(weights, lr=train.learning_rate, weight_decay=train.weight_decay)
+        return torch.optim.SGD(weights, lr=train.second_rate, momentum=MOMENTUM, weight_decay=train.weight_decay)
 
     def _set_mode(self) -> None:
         """Training mode; late in the run the normalisation keeps the averaged statistics, those that will serve.
@@ -125,12 +136,15 @@ class Training:
             raise ModelError(f"{path} was trained for another configuration than {self.model.name}: start a new output")
         for prefix, network in (("network", self.network), ("average", self.average)):
             network.load_state_dict(_with_prefix(tensors, prefix))
+        self.step, self.best = int(metadata["step"]), float(metadata["best"])
+        self.optimiser = self._new_optimiser()
+        if self.step == second_stage_start(self.train):
+            return  # what was saved is the first stage's memory, of no use to the second
         saved = self.optimiser.state_dict()
         saved["state"] = {
             i: _with_prefix(tensors, f"optimiser.{i}") for i in range(len(list(self.network.parameters())))
         }
         self.optimiser.load_state_dict(saved)
-        self.step, self.best = int(metadata["step"]), float(metadata["best"])
 
     def _follow(self) -> None:
         """Moves the averaged weights; early on they follow faster, so that they forget where they began."""
@@ -143,8 +157,20 @@ class Training:
                     mean.copy_(now)
 
 
+def second_stage_start(train: TrainConfig) -> int:
+    """The step from which SGD takes over; one past the last where there is one stage."""
+    return train.steps + 1 if train.optimiser == "adamw" else round(train.steps * (1 - train.second_share))
+
+
+def rate_at(step: int, train: TrainConfig) -> float:
+    """Learning rate at a step."""
+    if train.optimiser == "adamw":
+        return train.learning_rate * rate_share(step, train)
+    return train.learning_rate if step < second_stage_start(train) else train.second_rate
+
+
 def rate_share(step: int, train: TrainConfig) -> float:
-    """Share of the learning rate at a step: a linear warm-up, then half a cosine."""
+    """Share of AdamW's learning rate at a step: a linear warm-up, then half a cosine."""
     if step < train.warmup_steps:
         return (step + 1) / train.warmup_steps
     done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
@@ -194,17 +220,6 @@ def validate(
             if case.annotated[label - 1]:
                 scores[name].append(dice(drawn == label, case.labels == label))
     return scores
-
-
-def read_cases(folder: Path, model: ModelConfig) -> list[Case]:
-    """Every case of a folder, with a progress bar.
-
-    Raises:
-        DataError: no case there, or one that cannot be used.
-    """
-    paths = find_cases(folder)
-    with tqdm(paths, desc=f"reading {folder.name}", unit="case") as bar:  # closed, so that an error starts a new line
-        return [read_case(path, model.structures) for path in bar]
 
 
 def fit(training: Training, cases: list[Case], held_out: list[Case], output: Path) -> None:
@@ -278,9 +293,16 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 @click.option("--output", type=click.Path(path_type=Path), help="Checkpoint to write; runs/NAME.safetensors.")
 @click.option("--resume", is_flag=True, help="Go on from the state beside --output.")
 @click.option("--steps", type=click.IntRange(min=1), help="Instead of the configuration's.")
+@click.option("--strict", is_flag=True, help="A case that cannot be used is an error; without, it is skipped.")
+@click.option("--aliases", type=click.Path(path_type=Path), help="Your names: a TOML table, structure = [names].")
 @reports_errors
-def main(data: Path, config: str, output: Path | None, resume: bool, steps: int | None) -> None:
-    """Train AnatomyNet on a folder of annotated CTs."""
+def main(
+    data: Path, config: str, output: Path | None, resume: bool, steps: int | None, strict: bool, aliases: Path | None
+) -> None:
+    """Train AnatomyNet on a folder of annotated CTs.
+
+    Beside the checkpoint lie the log, the state to resume from, and .cases.csv: what became of every case.
+    """
     model, train = load_config(config)
     if steps:
         train = dataclasses.replace(train, steps=steps)
@@ -290,8 +312,11 @@ def main(data: Path, config: str, output: Path | None, resume: bool, steps: int 
     except OSError as error:
         raise OutputError(f"{output.parent} cannot be a folder for the checkpoint: {error.strerror}") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = [cut_to_body(case) for case in read_cases(data / "train", model)]
-    held_out = read_cases(data / "validation", model)
+    surveys = [survey_cases(data / name, model, alias_file=aliases, strict=strict) for name in ("train", "validation")]
+    write_survey(output.with_suffix(".cases.csv"), surveys)
+    for survey in surveys:
+        click.echo("\n".join(summary_lines(survey, model)))
+    cases, held_out = [cut_to_body(case) for case in surveys[0].cases], surveys[1].cases
     training = Training(model, train, device)
     if resume:
         training.restore(output.with_suffix(".state.safetensors"))

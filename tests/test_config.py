@@ -35,8 +35,14 @@ def test_shipped_configurations_load(name: str, classes: int, stride: int) -> No
     assert isinstance(train, TrainConfig)
 
 
-def test_the_papers_nine_organs_mask_what_is_missing() -> None:
-    assert load_config("oar9")[1].missing == "mask"
+def test_the_papers_nine_organs_learn_by_the_papers_recipe() -> None:
+    model, train = load_config("oar9")
+    assert (train.missing, train.optimiser) == ("mask", "rmsprop-sgd")
+    assert (train.learning_rate, train.second_rate) == (2e-3, 1e-3)
+    assert train.steps / train.steps_per_epoch == 200
+    weights = dict(zip(("background", *model.structures), train.class_weights, strict=True))
+    assert weights["Chiasm"] == 1.99
+    assert weights["Parotid_L"] == weights["Parotid_R"] == 1.0
 
 
 def test_toml_becomes_a_configuration(toml: Path) -> None:
@@ -97,6 +103,9 @@ def test_bad_model_values_are_named(toml: Path, line: str, complaint: str) -> No
         ("warmup_steps = -1", "warmup_steps"),
         ("learning_rate = 0", "learning_rate"),
         ("learning_rate = nan", "learning_rate"),
+        ("second_rate = 0", "second_rate"),
+        ("second_share = 1.1", "second_share"),
+        ('optimiser = "sgd"', "optimiser: expected one of adamw, rmsprop-sgd"),
         ("ema_decay = 1", "ema_decay"),
         ("ema_decay = 1.5", "ema_decay"),
         ("whole_share = -0.1", "whole_share"),
