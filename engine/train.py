@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import math
 import signal
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from anatomynet.engine.checkpoint import save_checkpoint
 from anatomynet.engine.command import reports_errors
 from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
+from anatomynet.engine.curves import write_curves
 from anatomynet.engine.data import Augmentation, Case, Sample, cut_to_body, network_grid_config
 from anatomynet.engine.errors import ModelError, OutputError
 from anatomynet.engine.geometry import Point, VolumeGeometry
@@ -37,6 +39,7 @@ AHEAD = 3  # samples kept ready
 LARGEST_GRADIENT = 12.0
 PHANTOM_SHAPE = (112, 128, 128)  # (z, y, x), as a planning CT reduced 4 x 4 in plane
 MOMENTUM = 0.9  # of the paper's second stage
+MAY_CHANGE = ("steps", "steps_per_epoch")  # when a run is resumed
 FINAL_RATE = 0.01  # share of the learning rate that is left at the end
 
 
@@ -117,11 +120,12 @@ class Training:
             tensors |= {f"{prefix}.{k}": v.detach().contiguous().cpu() for k, v in network.state_dict().items()}
         for index, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{k}": v.contiguous().cpu() for k, v in moments.items()}
-        metadata = {"model": self.model.to_json(), "step": str(self.step), "best": repr(self.best)}
+        train = json.dumps(dataclasses.asdict(self.train), sort_keys=True)
+        metadata = {"model": self.model.to_json(), "train": train, "step": str(self.step), "best": repr(self.best)}
         write_whole(path, save(tensors, metadata=metadata), overwrite=True)
 
     def restore(self, path: Path) -> None:
-        """Goes on from what `save` wrote.
+        """Goes on from what `save` wrote; the number of steps and their epochs may be others.
 
         Raises:
             ModelError: no state there, or that of another configuration.
@@ -134,6 +138,7 @@ class Training:
             raise ModelError(f"nothing to resume: {path} is not a state that anatomynet-train saved") from error
         if metadata.get("model") != self.model.to_json():
             raise ModelError(f"{path} was trained for another configuration than {self.model.name}: start a new output")
+        _check_recipe(metadata.get("train"), self.train, path)
         for prefix, network in (("network", self.network), ("average", self.average)):
             network.load_state_dict(_with_prefix(tensors, prefix))
         self.step, self.best = int(metadata["step"]), float(metadata["best"])
@@ -155,6 +160,16 @@ class Training:
                     mean.lerp_(now, 1 - keep)
                 else:
                     mean.copy_(now)
+
+
+def _check_recipe(saved: str | None, train: TrainConfig, path: Path) -> None:
+    """Refuses a recipe with which no run from the start could have come here; older states do not tell theirs."""
+    before = json.loads(saved) if saved else {}
+    now = json.loads(json.dumps(dataclasses.asdict(train)))
+    changed = [name for name in before if name not in MAY_CHANGE and now.get(name) != before[name]]
+    if changed:
+        told = ", ".join(f"{name} {before[name]} then, {now.get(name)} now" for name in changed)
+        raise ModelError(f"{path} was trained otherwise ({told}): nobody could repeat such a run; start a new output")
 
 
 def second_stage_start(train: TrainConfig) -> int:
@@ -241,6 +256,7 @@ def fit(training: Training, cases: list[Case], held_out: list[Case], output: Pat
                 mean = float(np.nanmean(list(means.values())))
                 bar.write(f"step {training.step}: " + "  ".join(f"{k} {v:.3f}" for k, v in means.items()))
                 _append_row(log, {"step": training.step, "loss": float(np.mean(losses)), "mean": mean, **means})
+                write_curves(log)
                 losses.clear()
                 if mean > training.best:
                     training.best = mean
@@ -301,7 +317,7 @@ def main(
 ) -> None:
     """Train AnatomyNet on a folder of annotated CTs.
 
-    Beside the checkpoint lie the log, the state to resume from, and .cases.csv: what became of every case.
+    Beside the checkpoint lie the log, its curves, the state to resume from, and .cases.csv: what became of every case.
     """
     model, train = load_config(config)
     if steps:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -149,6 +150,7 @@ def test_log_checkpoint_and_state_are_written_and_nothing_else(trained: Path) ->
     assert sorted(path.name for path in trained.parent.iterdir()) == [
         "tiny.cases.csv",
         "tiny.csv",
+        *(["tiny.png"] if find_spec("matplotlib") else []),
         "tiny.safetensors",
         "tiny.state.safetensors",
     ]
@@ -231,6 +233,26 @@ def test_resuming_with_another_configuration_is_refused(data: Path, trained: Pat
         main, ["--data", str(data), "--config", str(other), "--output", str(trained), "--resume"]
     )
     assert "another configuration" in refusal(result)
+
+
+@pytest.mark.parametrize(
+    ("line", "other"), [("crop = [8, 16, 16]", "crop = [8, 16, 24]"), ("ema_decay", "seed = 3\nema_decay")]
+)
+def test_resuming_by_another_recipe_is_refused(
+    data: Path, trained: Path, tmp_path: Path, line: str, other: str
+) -> None:
+    (tmp_path / "other.toml").write_text(CONFIG.replace(line, other))
+    options = ["--data", str(data), "--config", str(tmp_path / "other.toml"), "--output", str(trained), "--resume"]
+    complaint = refusal(CliRunner().invoke(main, options))
+    assert f"({other.split()[0]} " in complaint
+    assert "start a new output" in complaint
+
+
+def test_resuming_for_more_steps_is_possible(data: Path, trained: Path, tmp_path: Path) -> None:
+    for path in trained.parent.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert train(data, tmp_path / trained.name, "--resume", "--steps", str(STEPS + 1)).exit_code == 0
+    assert rows_of(tmp_path / "tiny.csv")[-1]["step"] == STEPS + 1
 
 
 def test_resuming_without_a_state_is_refused(data: Path, tmp_path: Path) -> None:
