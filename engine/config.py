@@ -28,6 +28,7 @@ TRAIN_RANGES: dict[str, tuple[float, float]] = {
     "focal_gamma": (0, 10),
     "whole_share": (0, 1),
     "phantom_share": (0, 1),
+    "balanced_share": (0, 1),
     "frozen_norm_share": (0, 1),
     "ema_decay": (0, 1),
     "seed": (0, math.inf),
@@ -112,6 +113,8 @@ class TrainConfig:
         crop: voxels (z, y, x) of a training crop at the network's resolution; the whole body box where smaller.
         whole_share: share of steps that see the whole body box instead of a crop.
         phantom_share: share of steps on synthetic phantoms.
+        balanced_share: share of the other steps that choose a structure first, as likely as its class weight, then a
+            case that has it.
         frozen_norm_share: share of the steps, at the end, in which batch normalisation keeps its statistics.
         ema_decay: of the averaged weights that are validated and shipped; 0 ships the last.
         seed: of every random choice.
@@ -133,6 +136,7 @@ class TrainConfig:
     crop: tuple[int, int, int] = (56, 80, 96)
     whole_share: float = 0.1
     phantom_share: float = 0.05
+    balanced_share: float = 0.0
     frozen_norm_share: float = 0.5
     ema_decay: float = 0.99
     seed: int = 1808

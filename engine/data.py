@@ -223,11 +223,11 @@ class Augmentation:
         self.train = train
         self.mirror = torch.tensor(mirrored_labels(model.structures))
 
-    def draw(self, case: Case, random: np.random.Generator) -> Sample:
-        """One augmented sample: a crop around a structure, or the whole body box."""
+    def draw(self, case: Case, around: int | None = None, *, random: np.random.Generator) -> Sample:
+        """One augmented sample: a crop around a structure, that of label `around` if given, or the whole body box."""
         whole = random.random() < self.train.whole_share
         size = case.labels.shape if whole else np.minimum(self.train.crop, case.labels.shape)
-        centre = np.array(case.labels.shape) / 2 if whole else _crop_centre(case.labels, random)
+        centre = np.array(case.labels.shape) / 2 if whole else _crop_centre(case.labels, around, random)
         depth, height, width = (int(side) for side in size)
         first = int(np.clip(round(centre[0] - depth / 2), 0, case.labels.shape[0] - depth))
         hu = torch.from_numpy(case.volume.hu[first : first + depth])
@@ -248,11 +248,11 @@ class Augmentation:
         return Sample(image[None], target, annotated)
 
 
-def _crop_centre(labels: LabelArray, random: np.random.Generator) -> NDArray[np.float64]:
-    """A voxel (z, y, x): mostly one of a structure, each structure as likely as another."""
+def _crop_centre(labels: LabelArray, around: int | None, random: np.random.Generator) -> NDArray[np.float64]:
+    """A voxel (z, y, x): mostly one of a structure, that of label `around` or each as likely as another."""
     present = np.unique(labels)[1:]
     if len(present) and random.random() < FOREGROUND_SHARE:
-        voxels = np.flatnonzero(labels == random.choice(present))
+        voxels = np.flatnonzero(labels == (around if around in present else random.choice(present)))
         centre = np.array(np.unravel_index(random.choice(voxels), labels.shape), dtype=np.float64)
         # In plane the structures lie around the spine: half way to their common centre keeps most of them in sight.
         common = np.array([np.mean(side) for side in np.nonzero(labels)])

@@ -205,7 +205,9 @@ def samples(cases: list[Case], model: ModelConfig, train: TrainConfig, *, first:
             # A pass over the cases is a shuffle of them.
             order = np.random.default_rng((train.seed, step // len(cases), 1)).permutation(len(cases))
             case = cases[order[step % len(cases)]]
-        return augmentation.draw(case, random)
+            if train.balanced_share and random.random() < train.balanced_share:
+                return augmentation.draw(*chosen_by_structure(cases, train, random), random=random)
+        return augmentation.draw(case, random=random)
 
     with ThreadPoolExecutor(LOADERS) as pool:
         ready = [pool.submit(make, step) for step in range(first, min(first + AHEAD, train.steps))]
@@ -214,6 +216,14 @@ def samples(cases: list[Case], model: ModelConfig, train: TrainConfig, *, first:
             if step + AHEAD < train.steps:
                 ready.append(pool.submit(make, step + AHEAD))
             yield sample
+
+
+def chosen_by_structure(cases: list[Case], train: TrainConfig, random: np.random.Generator) -> tuple[Case, int]:
+    """A label, as likely as its class weights, and a case in which it is annotated: what few have is not forgotten."""
+    have = np.array([case.annotated for case in cases])
+    weights = np.array(train.class_weights[1:] or (1.0,) * have.shape[1]) * have.any(axis=0)
+    label = 1 + int(random.choice(have.shape[1], p=weights / weights.sum()))
+    return cases[int(random.choice(np.flatnonzero(have[:, label - 1])))], label
 
 
 def phantom_case(model: ModelConfig, *, spacing: Point, seed: int) -> Case:

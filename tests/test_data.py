@@ -263,7 +263,7 @@ def head() -> Case:
 
 def draw(case: Case, seed: int, model: ModelConfig = MODEL, **settings_: Any) -> Sample:
     augmentation = Augmentation(model, TrainConfig(**({"crop": (16, 40, 40)} | settings_)))
-    return augmentation.draw(case, np.random.default_rng(seed))
+    return augmentation.draw(case, random=np.random.default_rng(seed))
 
 
 def flipped(sample: Sample) -> bool:

@@ -25,7 +25,16 @@ from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
 from anatomynet.engine.data import Case
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.runtime import TorchRuntime
-from anatomynet.engine.train import FINAL_RATE, Training, main, phantom_case, rate_at, rate_share, samples
+from anatomynet.engine.train import (
+    FINAL_RATE,
+    Training,
+    chosen_by_structure,
+    main,
+    phantom_case,
+    rate_at,
+    rate_share,
+    samples,
+)
 from anatomynet.engine.volume import CTVolume
 
 SHAPE = (8, 16, 24)
@@ -405,3 +414,16 @@ def test_a_phantom_is_a_case_with_every_structure() -> None:
     assert case.annotated == (True,) * len(model.structures)
     assert case.volume.geometry.spacing == (4.0, 4.0, 3.0)
     assert set(np.unique(case.labels)) == set(range(len(model.structures) + 1))
+
+
+def test_structures_that_few_cases_have_are_drawn_as_often_as_their_weight() -> None:
+    common, rare = uniform_cases()[:2]
+    cases = [*(replace(common, name=f"common {i}", annotated=(True, False)) for i in range(9)), rare]
+    weighted = replace(PLAN, class_weights=(1.0, 1.0, 3.0))
+    random = np.random.default_rng(0)
+    drawn = [chosen_by_structure(cases, weighted, random) for _ in range(400)]
+    labels = [label for _, label in drawn]
+    assert labels.count(2) / len(labels) == pytest.approx(0.75, abs=0.06)
+    assert all(case.annotated[label - 1] for case, label in drawn)
+    nobody = [replace(case, annotated=(True, False)) for case in cases]
+    assert {chosen_by_structure(nobody, weighted, random)[1] for _ in range(20)} == {1}
