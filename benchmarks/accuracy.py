@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.command import reports_errors
-from anatomynet.engine.data import Case, find_cases, network_grid_config, read_case
-from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.data import Case, find_cases, read_case
 from anatomynet.engine.metrics import Agreement, compare_label_maps
+from anatomynet.engine.resolution import draw_reduced
 from anatomynet.engine.runtime import Runtime, TorchRuntime, load_runtime
 from anatomynet.engine.segment import segment
 from anatomynet.engine.structures import structures_by_name
@@ -51,19 +51,20 @@ Values = NDArray[np.float64]
 @reports_errors
 def main(data: Path, checkpoint: Path | None, name: str, limit: int | None, seed: int, plot: bool) -> None:
     """Measure a checkpoint on the cases in the folder DATA."""
-    runtimes = Runtimes(checkpoint)
+    runtime = runtime_from_checkpoint(checkpoint)
+    structures = runtime.model.structures
     agreements = []
     with click.progressbar(find_cases(data)[:limit], label="drawing", show_pos=True) as folders:
         for folder in folders:
-            agreements.append(agreements_of(read_case(folder, runtimes.structures), runtimes))
+            agreements.append(agreements_of(read_case(folder, structures), runtime))
     result = {
         **machine(),
-        "runtime": sorted({r.description for r in runtimes.used}),
-        "checkpoint_sha256": runtimes.used[0].model.checkpoint_sha256,
+        "runtime": runtime.description,
+        "checkpoint_sha256": runtime.model.checkpoint_sha256,
         "data": f"{data.resolve().parent.name}/{data.name}",
         "cases": len(agreements),
         "bootstrap": {"resamplings": RESAMPLINGS, "seed": seed, "interval_percentiles": INTERVAL},
-        "structures": summary(agreements, runtimes.structures, np.random.default_rng(seed)),
+        "structures": summary(agreements, structures, np.random.default_rng(seed)),
         "published_mean_dice_on_pddca": PUBLISHED,
     }
     write_result(name, result)
@@ -73,43 +74,21 @@ def main(data: Path, checkpoint: Path | None, name: str, limit: int | None, seed
         write_box_plot(RESULTS / f"{name}.png", result)
 
 
-class Runtimes:
-    """The checkpoint as it draws cases of either resolution.
-
-    Args:
-        checkpoint: .safetensors or .onnx; None is the shipped checkpoint.
-
-    Attributes:
-        structures: names of what it draws.
-        used: the runtimes that have drawn.
-    """
-
-    def __init__(self, checkpoint: Path | None) -> None:
-        self.used: list[Runtime] = []
-        if checkpoint is not None and checkpoint.suffix == ".onnx":
-            served = coarse = load_runtime(checkpoint)
-        else:
-            network, config = load_checkpoint(checkpoint)
-            served, coarse = TorchRuntime(network, config), TorchRuntime(network, network_grid_config(config))
-        self._served: Runtime = served
-        self._coarse: Runtime = coarse
-        self.structures = served.model.structures
-
-    def choose(self, geometry: VolumeGeometry) -> Runtime:
-        """The served model for a CT at its scanner's resolution; without its first pooling for one already reduced."""
-        model = self._served.model
-        reduced = geometry.canonical().spacing[0] > model.largest_spacing[0] * model.in_plane_stride**0.5
-        runtime = self._coarse if reduced else self._served
-        if runtime not in self.used:
-            self.used.append(runtime)
-        return runtime
+def runtime_from_checkpoint(checkpoint: Path | None) -> Runtime:
+    """A .safetensors file through PyTorch, a .onnx file through the fastest runtime here; None is the shipped one."""
+    if checkpoint is not None and checkpoint.suffix == ".onnx":
+        return load_runtime(checkpoint)
+    return TorchRuntime(*load_checkpoint(checkpoint))
 
 
-def agreements_of(case: Case, runtimes: Runtimes) -> dict[str, Agreement]:
-    """The agreement on each structure that is annotated."""
-    drawn = segment(case.volume, runtimes.choose(case.volume.geometry))
-    truth = LabelMap(case.labels, case.volume.geometry, structures_by_name(runtimes.structures))
-    annotated = {name for name, known in zip(runtimes.structures, case.annotated, strict=True) if known}
+def agreements_of(case: Case, runtime: Runtime) -> dict[str, Agreement]:
+    """The agreement on each structure that is annotated, on the case's own grid."""
+    model = runtime.model
+    reduced = case.volume.geometry.spacing[0] > model.largest_spacing[0] * model.in_plane_stride**0.5
+    drawn = draw_reduced(case.volume, runtime) if reduced else segment(case.volume, runtime)
+    structures = structures_by_name(model.structures)
+    truth = LabelMap(case.labels, case.volume.geometry, structures)
+    annotated = {name for name, known in zip(model.structures, case.annotated, strict=True) if known}
     return {a.structure: a for a in compare_label_maps(drawn, truth) if a.structure in annotated}
 
 

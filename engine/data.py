@@ -32,6 +32,7 @@ from anatomynet.engine.errors import DataError
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.network import normalised_from_hu
 from anatomynet.engine.preprocess import body_box
+from anatomynet.engine.resolution import block_means, reduced_labels
 from anatomynet.engine.structures import mirrored_labels
 from anatomynet.engine.volume import CTVolume, LabelArray
 from anatomynet.engine.volume_files import SUFFIXES, read_volume, stem_of
@@ -52,7 +53,6 @@ LABEL_TABLE = "labels.toml"
 # How far beyond the model's range a case's spacing may lie: the range holds the middle 90 % of the training cases.
 SPACING_MARGIN = 1.5
 SPACING_TOLERANCE = 0.01  # of a mask's, against the CT's
-INSIDE_SHARE = 0.5  # of a block, where the mask of a reduced case is
 ORIGIN_TOLERANCE = 0.25  # of a mask's against the CT's, in voxels
 
 
@@ -133,21 +133,6 @@ def read_case(folder: Path, structures: tuple[str, ...], *, alias_file: Path | N
     return Case(folder.name, volume, labels, tuple(name in annotated for name in structures), tuple(unmatched))
 
 
-def network_grid_config(config: ModelConfig) -> ModelConfig:
-    """The same model for CTs that come at the network's resolution, as training cases do: stride 1."""
-
-    def coarser(spacing: tuple[float, float, float]) -> tuple[float, float, float]:
-        x, y, z = spacing
-        return (x * config.in_plane_stride, y * config.in_plane_stride, z)
-
-    return replace(
-        config,
-        in_plane_stride=1,
-        smallest_spacing=coarser(config.smallest_spacing),
-        largest_spacing=coarser(config.largest_spacing),
-    )
-
-
 def at_network_resolution(case: Case, model: ModelConfig) -> Case:
     """The case as the network sees it: a CT at full resolution is averaged in plane, as the served graph does it.
 
@@ -186,25 +171,14 @@ def _averaged_in_plane(case: Case, model: ModelConfig) -> Case:
     depth, height, width = geometry.shape
     pad = ((0, 0), (0, -height % stride), (0, -width % stride))
     air = math.floor(model.hu_window[0])  # what the served graph pads with
-    hu = _block_means(np.pad(case.volume.hu, pad, constant_values=air), stride)
-    labels = np.zeros(hu.shape, np.uint8)
-    for label in range(1, len(case.annotated) + 1):
-        inside = _block_means(np.pad(case.labels == label, pad), stride)
-        labels[inside >= INSIDE_SHARE] = label
+    hu = block_means(np.pad(case.volume.hu, pad, constant_values=air), stride)
+    labels = reduced_labels(np.pad(case.labels, pad), stride, count=len(case.annotated))
     x, y, z = geometry.spacing
     middle = (stride - 1) / 2
     origin_x, origin_y, origin_z = geometry.points_from_indices((middle, middle, 0)).tolist()
     shape = (depth, hu.shape[1], hu.shape[2])
     coarse = VolumeGeometry(shape, (x * stride, y * stride, z), (origin_x, origin_y, origin_z), geometry.direction)
     return replace(case, volume=CTVolume(np.rint(hu).astype(np.int16), coarse), labels=labels)
-
-
-def _block_means(array: NDArray[Any], stride: int) -> NDArray[np.float32]:
-    """Means of stride x stride voxels in plane, (z, y, x), whose sides are multiples of it."""
-    depth, height, width = array.shape
-    blocks = array.reshape(depth, height // stride, stride, width // stride, stride)
-    means: NDArray[np.float32] = blocks.mean(axis=(2, 4), dtype=np.float32)
-    return means
 
 
 def cut_to_body(case: Case) -> Case:

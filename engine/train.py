@@ -22,7 +22,7 @@ from anatomynet.engine.checkpoint import save_checkpoint
 from anatomynet.engine.command import reports_errors
 from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
 from anatomynet.engine.curves import write_curves
-from anatomynet.engine.data import Augmentation, Case, Sample, cut_to_body, network_grid_config
+from anatomynet.engine.data import Augmentation, Case, Sample, cut_to_body
 from anatomynet.engine.errors import ModelError, OutputError
 from anatomynet.engine.geometry import Point, VolumeGeometry
 from anatomynet.engine.losses import hybrid_loss
@@ -30,8 +30,8 @@ from anatomynet.engine.metrics import dice
 from anatomynet.engine.network import AnatomyNet
 from anatomynet.engine.output import write_whole
 from anatomynet.engine.phantom import make_phantom
+from anatomynet.engine.resolution import draw_reduced
 from anatomynet.engine.runtime import TorchRuntime
-from anatomynet.engine.segment import segment
 from anatomynet.engine.survey import summary_lines, survey_cases, write_survey
 
 LOADERS = 1  # threads that make samples: they cost a tenth of a step
@@ -237,10 +237,10 @@ def validate(
     network: AnatomyNet, model: ModelConfig, cases: list[Case], device: torch.device | str
 ) -> dict[str, list[float]]:
     """DSC of each structure over the cases that have it, drawn by the same `segment` that serves."""
-    runtime = TorchRuntime(network, network_grid_config(model), device=str(device))
+    runtime = TorchRuntime(network, model, device)
     scores: dict[str, list[float]] = {name: [] for name in model.structures}
     for case in cases:
-        drawn = segment(case.volume, runtime).labels
+        drawn = draw_reduced(case.volume, runtime).labels
         for label, name in enumerate(model.structures, start=1):
             if case.annotated[label - 1]:
                 scores[name].append(dice(drawn == label, case.labels == label))

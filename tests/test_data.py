@@ -22,15 +22,15 @@ from anatomynet.engine.data import (
     at_network_resolution,
     cut_to_body,
     find_cases,
-    network_grid_config,
     read_case,
 )
 from anatomynet.engine.errors import DataError
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.network import AnatomyNet, ServedNetwork, normalised_from_hu
-from anatomynet.engine.preprocess import body_box, trained_grid
+from anatomynet.engine.preprocess import body_box
+from anatomynet.engine.resolution import enlarged
 from anatomynet.engine.volume import CTVolume
-from tests.openkbp import REDUCTION, full_size_volume
+from tests.openkbp import REDUCTION
 
 OPENKBP = Path(__file__).resolve().parents[2] / "shared" / "data" / "openkbp"
 STRUCTURES = ("BrainStem", "Parotid_L", "Parotid_R")
@@ -237,16 +237,6 @@ def test_a_real_patient_keeps_every_label_in_the_body_box() -> None:
     cut = cut_to_body(case)
     assert np.array_equal(np.bincount(cut.labels.ravel())[1:], np.bincount(case.labels.ravel())[1:])
     assert cut.labels.size < 0.6 * case.labels.size
-
-
-def test_the_networks_grid_is_the_strides_coarser() -> None:
-    model = load_config("openkbp7")[0]
-    coarse = network_grid_config(model)
-    assert coarse.in_plane_stride == 1
-    assert coarse.smallest_spacing == (3.75, 3.75, 2.0)
-    assert coarse.structures == model.structures
-    geometry = VolumeGeometry((100, 128, 128), (4.0, 4.0, 2.5))
-    assert trained_grid(geometry, coarse) is geometry
 
 
 def head() -> Case:
@@ -536,7 +526,7 @@ def test_a_real_patient_at_full_resolution_becomes_the_reduced_one() -> None:
     reduced = read_case(OPENKBP / "validation" / "pt_236", model.structures)
     assert at_network_resolution(reduced, model) is reduced
     labels = reduced.labels.repeat(REDUCTION, axis=1).repeat(REDUCTION, axis=2)
-    again = at_network_resolution(replace(reduced, volume=full_size_volume(reduced), labels=labels), model)
+    again = at_network_resolution(replace(reduced, volume=enlarged(reduced.volume, REDUCTION), labels=labels), model)
     np.testing.assert_array_equal(again.volume.hu, reduced.volume.hu)
     np.testing.assert_array_equal(again.labels, reduced.labels)
     np.testing.assert_allclose(again.volume.geometry.affine, reduced.volume.geometry.affine, atol=1e-9)

@@ -19,11 +19,12 @@ from anatomynet.client.triton import TritonRuntime
 from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.data import Case
 from anatomynet.engine.metrics import dice
+from anatomynet.engine.resolution import INSIDE_SHARE, block_means
 from anatomynet.engine.runtime import load_runtime
 from anatomynet.engine.segment import segment
 from anatomynet.engine.structures import STRUCTURES
 from anatomynet.engine.train import validate
-from tests.openkbp import on_own_grid, requires_openkbp, validation_case, write_study
+from tests.openkbp import REDUCTION, requires_openkbp, validation_case, write_study
 
 if TYPE_CHECKING:
     from tests.triton_servers import ServerStarter
@@ -74,6 +75,11 @@ def drawn(patient: tuple[Case, Path], shipped_server: str) -> dict[str, NDArray[
         names[path.name.removesuffix(".nii.gz")]: SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(path)) > 0
         for path in (folder / "masks").glob("*.nii.gz")
     }
+
+
+def on_own_grid(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """A 512 x 512 mask (z, y, x) on the case's 128 x 128 grid: where at least half of the 4 x 4 pixels are inside."""
+    return block_means(mask, REDUCTION) >= INSIDE_SHARE
 
 
 def test_contours_lie_where_the_physicians_drew_them(
