@@ -23,7 +23,7 @@ from benchmarks.common import machine, write_result
 from tests.triton_servers import running_server
 
 BIN = Path(sys.executable).parent
-STAGES = ("read", "connect", "infer", "contours", "write")
+STAGES = ("read", "connect", "infer", "check", "contours", "write")
 KIB_PER_GB = 1e6
 
 

@@ -76,13 +76,9 @@ def segment(
     overwrite: bool,
 ) -> None:
     """Draw the organs at risk on the CT in STUDY, a folder or a zip file, and write an RTSTRUCT."""
-    from anatomynet.client.contours import exact_tolerance_mm, trace_contours
-    from anatomynet.client.nifti import write_nifti
-    from anatomynet.client.outputs import output_paths
+    from anatomynet.client.outputs import OutputStyle, output_paths, write_outputs
     from anatomynet.client.picture import write_picture
     from anatomynet.client.report import StageClock, write_report
-    from anatomynet.client.rtstruct import write_rtstruct
-    from anatomynet.client.seg import write_seg
     from anatomynet.client.structure_table import chosen_structures, load_structure_table, only_structures
     from anatomynet.client.study import read_ct_series, volume_from_series
     from anatomynet.engine.findings import find_warnings
@@ -99,32 +95,15 @@ def segment(
         volume = volume_from_series(ct_series)
     with clock.stage("connect"):
         runtime = choose_runtime(url, shared_memory=shared_memory)
-        names = runtime.model.structures
-        wanted = chosen_structures(names if structures is None else structures.split(","), names, table)
+    names = runtime.model.structures
+    wanted = chosen_structures(structures.split(",") if structures else names, names, table)
     click.echo(f"{volume.geometry.shape[0]} slices; {describe_runtime(runtime)}")
     with clock.stage("infer"):
         label_map = only_structures(segment_volume(volume, runtime), wanted)
+    with clock.stage("check"):
         findings = find_warnings(volume, regions_from_label_map(label_map))
-    if "rtstruct" in outputs:
-        with clock.stage("contours"):
-            exact = exact_tolerance_mm(volume.geometry)
-            contours = trace_contours(label_map, tolerance_mm=exact if tolerance_mm is None else tolerance_mm)
-        with clock.stage("write"):
-            write_rtstruct(
-                outputs["rtstruct"],
-                ct_series,
-                contours,
-                notes=label_map.notes,
-                findings=findings,
-                model_description=describe_runtime(runtime),
-                table=table,
-                overwrite=overwrite,
-            )
-    with clock.stage("write"):
-        if "seg" in outputs:
-            write_seg(outputs["seg"], ct_series, label_map, table=table, overwrite=overwrite)
-        if "nifti" in outputs:
-            write_nifti(outputs["nifti"], label_map, table=table, overwrite=overwrite)
+    style = OutputStyle(table, describe_runtime(runtime), tolerance_mm, overwrite)
+    write_outputs(outputs, ct_series, label_map, style=style, findings=findings, clock=clock)
     if picture:
         write_picture(picture, volume, label_map, overwrite=overwrite)
     if report:

@@ -1,12 +1,20 @@
-"""Which files `segment` writes: their types and names, settled before any work is done."""
+"""Which files `segment` writes: types and names, settled before any work is done; then their writing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from anatomynet.client.nifti import label_table_path, nifti_library
-from anatomynet.client.seg import seg_library
+from anatomynet.client.contours import exact_tolerance_mm, trace_contours
+from anatomynet.client.nifti import label_table_path, nifti_library, write_nifti
+from anatomynet.client.report import StageClock
+from anatomynet.client.rtstruct import write_rtstruct
+from anatomynet.client.seg import seg_library, write_seg
+from anatomynet.client.structure_table import StructureTable
+from anatomynet.client.study import CTSeries
 from anatomynet.engine.errors import OutputError
+from anatomynet.engine.findings import Finding
 from anatomynet.engine.output import refuse_existing
+from anatomynet.engine.volume import LabelMap
 
 ENDINGS = {"rtstruct": ".rtstruct.dcm", "seg": ".seg.dcm", "nifti": ".nii.gz"}
 LIBRARIES: dict[str, Callable[[], object]] = {"seg": seg_library, "nifti": nifti_library}
@@ -41,3 +49,59 @@ def output_paths(types: str, study: Path, *, output: Path | None, overwrite: boo
     for path in files:
         refuse_existing(path, overwrite=overwrite)
     return paths
+
+
+@dataclass(frozen=True)
+class OutputStyle:
+    """How results are written.
+
+    Attributes:
+        table: names, labels, colours and types.
+        model_description: name, version and hash of the model.
+        tolerance_mm: of thinned contours; None is as far as leaves every voxel in its structure.
+        overwrite: files that are there may be replaced.
+    """
+
+    table: StructureTable
+    model_description: str
+    tolerance_mm: float | None = None
+    overwrite: bool = False
+
+
+def write_outputs(
+    paths: dict[str, Path],
+    series: CTSeries,
+    label_map: LabelMap,
+    *,
+    style: OutputStyle,
+    findings: Sequence[Finding] = (),
+    clock: StageClock,
+) -> None:
+    """Writes a drawing to the files of `output_paths`, each whole or not at all.
+
+    Raises:
+        OutputError: nothing was drawn, or a file that cannot be written.
+    """
+    table, overwrite = style.table, style.overwrite
+    if "rtstruct" in paths:
+        with clock.stage("contours"):
+            exact = exact_tolerance_mm(label_map.geometry)
+            contours = trace_contours(
+                label_map, tolerance_mm=exact if style.tolerance_mm is None else style.tolerance_mm
+            )
+        with clock.stage("write"):
+            write_rtstruct(
+                paths["rtstruct"],
+                series,
+                contours,
+                notes=label_map.notes,
+                findings=findings,
+                model_description=style.model_description,
+                table=table,
+                overwrite=overwrite,
+            )
+    with clock.stage("write"):
+        if "seg" in paths:
+            write_seg(paths["seg"], series, label_map, table=table, overwrite=overwrite)
+        if "nifti" in paths:
+            write_nifti(paths["nifti"], label_map, table=table, overwrite=overwrite)

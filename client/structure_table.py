@@ -138,6 +138,8 @@ def chosen_structures(
 
 def only_structures(label_map: LabelMap, wanted: Sequence[Structure]) -> LabelMap:
     """A label map with these of its structures alone, labelled anew in this order; the others become background."""
+    if tuple(wanted) == label_map.structures:
+        return label_map
     positions = [label_map.structures.index(structure) for structure in wanted]
     relabelled = np.zeros(len(label_map.structures) + 1, np.uint8)
     relabelled[np.array(positions, np.intp) + 1] = np.arange(1, len(positions) + 1)
