@@ -10,6 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from anatomynet.client.ct_writer import write_ct_series
+from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.volume import CTVolume
+from tests.random_network import CALIBRATION_SHAPE, smooth_hu
+from tests.triton_servers import RunningServer
+
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(
     f"anatomynet/{path.relative_to(ROOT).as_posix()}"
@@ -90,3 +96,18 @@ def test_base_install_says_what_is_missing(base_install: Path) -> None:
     assert run.returncode == 1
     assert "anatomynet[local]" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_base_install_segments_through_a_server(
+    base_install: Path, triton_server: RunningServer, tmp_path: Path
+) -> None:
+    geometry = VolumeGeometry(CALIBRATION_SHAPE, (1.0, 1.0, 2.5))
+    write_ct_series(tmp_path / "study", CTVolume(smooth_hu(CALIBRATION_SHAPE), geometry))
+    output = tmp_path / "rs.dcm"
+    command: list[str | Path] = [base_install / "anatomynet-client", "segment", tmp_path / "study"]
+    run = subprocess.run(
+        [*command, "--url", triton_server.url, "--output", output], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert output.is_file()
+    assert "Triton" in run.stdout
