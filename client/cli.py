@@ -59,6 +59,9 @@ def main() -> None:
 )
 @click.option("--report", type=click.Path(path_type=Path), help="What was done, as JSON; without anything private.")
 @click.option("--picture", type=click.Path(path_type=Path), help="A PNG of three planes with what was drawn.")
+@click.option(
+    "--review", type=click.Path(path_type=Path), help="The review page, with all that the network was unsure of."
+)
 @click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
 @reports_errors
 def segment(
@@ -73,12 +76,14 @@ def segment(
     tolerance_mm: float | None,
     report: Path | None,
     picture: Path | None,
+    review: Path | None,
     overwrite: bool,
 ) -> None:
     """Draw the organs at risk on the CT in STUDY, a folder or a zip file, and write an RTSTRUCT."""
     from anatomynet.client.outputs import OutputStyle, output_paths, write_outputs
     from anatomynet.client.picture import write_picture
     from anatomynet.client.report import StageClock, write_report
+    from anatomynet.client.review import write_review
     from anatomynet.client.structure_table import chosen_structures, load_structure_table, only_structures
     from anatomynet.client.study import read_ct_series, volume_from_series
     from anatomynet.engine.findings import find_warnings
@@ -86,7 +91,7 @@ def segment(
     from anatomynet.engine.segment import segment as segment_volume
 
     outputs = output_paths(output_type, study, output=output, overwrite=overwrite)
-    for path in filter(None, (report, picture)):
+    for path in filter(None, (report, picture, review)):
         refuse_existing(path, overwrite=overwrite)
     table = load_structure_table(structure_table)
     clock = StageClock()
@@ -101,11 +106,14 @@ def segment(
     with clock.stage("infer"):
         label_map = only_structures(segment_volume(volume, runtime), wanted)
     with clock.stage("check"):
-        findings = find_warnings(volume, regions_from_label_map(label_map))
+        regions = regions_from_label_map(label_map)
+        findings = find_warnings(volume, regions)
     style = OutputStyle(table, describe_runtime(runtime), tolerance_mm, overwrite)
     write_outputs(outputs, ct_series, label_map, style=style, findings=findings, clock=clock)
     if picture:
         write_picture(picture, volume, label_map, overwrite=overwrite)
+    if review:
+        write_review(review, volume, regions, warnings=findings, notes=label_map.notes, overwrite=overwrite)
     if report:
         write_report(report, label_map, runtime, clock, findings=findings, overwrite=overwrite)
     echo_result(label_map, findings)

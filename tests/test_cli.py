@@ -1,5 +1,6 @@
 """The commands: every bad input is one clear line and exit status 1, and nothing is left behind."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -38,11 +39,15 @@ def refused(result: Result) -> str:
 
 
 def test_a_study_becomes_an_rtstruct(study: Path, tmp_path: Path) -> None:
-    output, report, picture = tmp_path / "rs.dcm", tmp_path / "report.json", tmp_path / "picture.png"
-    result = run("segment", study, "--output", output, "--report", report, "--picture", picture)
+    files = {name: tmp_path / name for name in ("output.dcm", "picture.png", "report.json", "review.html")}
+    options = [part for name, path in files.items() for part in (f"--{name.split('.')[0]}", path)]
+    result = run("segment", study, *options)
     assert result.exit_code == 0, result.output
     assert "Bone_Mandible" in result.output
-    assert sorted(tmp_path.iterdir()) == [picture, report, output]
+    assert sorted(tmp_path.iterdir()) == sorted(files.values())
+    # Every finding is in the report and on the page.
+    for finding in json.loads(files["report.json"].read_text())["findings"]:
+        assert json.dumps(finding["text"], ensure_ascii=False) in files["review.html"].read_text()
 
 
 def test_an_output_that_exists_is_kept_before_any_work(study: Path, tmp_path: Path) -> None:

@@ -222,12 +222,14 @@ def test_timeout_cancels_and_the_next_is_answered(triton_server: RunningServer, 
         np.testing.assert_array_equal(runtime.infer(hu)[0], embedded.infer(hu)[0])
 
 
-KILLED_CLIENT = """
-import sys, numpy as np
+# Whoever starts the tests in the background has SIGINT ignored, and children inherit that.
+KILLED_CLIENT = f"""
+import signal, sys, numpy as np
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from anatomynet.client.triton import TritonRuntime
 runtime = TritonRuntime(sys.argv[1], shared_memory="on")
 print("asks", flush=True)
-runtime.infer(np.zeros((64, 256, 256), np.int16))
+runtime.infer(np.zeros({SLOW_SHAPE}, np.int16))
 """
 
 
@@ -239,7 +241,7 @@ def test_a_killed_client_leaves_no_shared_memory(triton_server: RunningServer, s
     assert client.stdout is not None
     with client, client.stdout:
         assert client.stdout.readline() == b"asks\n"
-        time.sleep(0.3)
+        time.sleep(0.15)
         client.send_signal(sent)
         assert client.wait(timeout=30) != 0
     assert our_regions() == set()
