@@ -97,8 +97,8 @@ class Training:
     def _set_mode(self) -> None:
         """Training mode; late in the run the normalisation keeps the averaged statistics, those that will serve.
 
-        With one volume a batch, a layer that normalises by the batch sees each volume by its own statistics, and the
-        served network, which cannot, would draw worse than the one that was trained.
+        With one volume a batch, a layer that normalises by the batch sees each volume by its own statistics, which the
+        served network does not have. What freezing gains has not been measured by itself.
         """
         self.network.train()
         frozen_from = round(self.train.steps * (1 - self.train.frozen_norm_share))
