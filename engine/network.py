@@ -10,6 +10,7 @@ squeeze-and-excitation residual blocks with one single down-sampling, so that sm
 """
 
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -63,9 +64,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Float (n, channels_in, z, y, x) -> (n, channels_out, z, y, x)."""
-        y = F.leaky_relu(self.norm1(self.conv1(x)))
-        y = self.recalibrate(self.norm2(self.conv2(y)))
-        return F.leaky_relu(y + self.shortcut(x))
+        y = F.leaky_relu(_normalised(self.conv1, self.norm1, x))
+        y = self.recalibrate(_normalised(self.conv2, self.norm2, y))
+        shortcut = _normalised(*_conv_and_norm(self.shortcut), x) if isinstance(self.shortcut, nn.Sequential) else x
+        return F.leaky_relu(y + shortcut)
 
 
 class AnatomyNet(nn.Module):
@@ -108,7 +110,7 @@ class AnatomyNet(nn.Module):
 
     def logits_of_even_sides(self, x: Tensor) -> Tensor:
         """`forward` for sides that are all even, so without padding: what is exported."""
-        y = self.stem(x)
+        y = F.leaky_relu(_normalised(*_conv_and_norm(self.stem), x))
         skips = []
         for stage in self.encoder:
             skips.append(y)
@@ -177,6 +179,23 @@ def border_confidence(logits: Tensor) -> Tensor:
     border = highest != lowest
     sums = [((label == c) & border).float() for c in range(1, logits.shape[1])]
     return torch.stack([(s * top).sum() / s.sum().clamp(min=1) for s in sums])
+
+
+def _normalised(conv: nn.Conv3d, norm: nn.BatchNorm3d, x: Tensor) -> Tensor:
+    """norm(conv(x)). While training with frozen statistics they go into the kernel: PyTorch's normalisation takes a
+    third of a training step on a CPU, frozen or not."""
+    statistics_are_frozen = conv.training and not norm.training
+    if not statistics_are_frozen:
+        y: Tensor = norm(conv(x))
+        return y
+    mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+    scale = norm.weight * torch.rsqrt(variance + norm.eps)
+    kernel = conv.weight * scale[:, None, None, None, None]
+    return F.conv3d(x, kernel, norm.bias - mean * scale, conv.stride, conv.padding)
+
+
+def _conv_and_norm(layers: nn.Sequential) -> tuple[nn.Conv3d, nn.BatchNorm3d]:
+    return cast("tuple[nn.Conv3d, nn.BatchNorm3d]", (layers[0], layers[1]))
 
 
 def _conv(channels_in: int, channels_out: int, *, kernel: int = 3, stride: int = 1) -> nn.Conv3d:

@@ -200,3 +200,26 @@ def test_the_inside_of_a_structure_does_not_count() -> None:
     logits[1, 2:5, 2:5, 2:5] = 20.0
     assert border_confidence(torch.from_numpy(logits)[None]).item() == outer
     assert outer == pytest.approx(1 / (1 + np.exp(-1)), abs=FLOAT_TOLERANCE)
+
+
+def test_frozen_statistics_train_as_the_layer_would() -> None:
+    torch.manual_seed(1)
+    network = AnatomyNet(3)
+    volume = torch.randn(1, 1, 8, 16, 16)
+    network(volume)  # so that the statistics are no special case
+    expected = _logits_and_gradients(network.eval(), volume)
+    network.train()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm3d):
+            module.eval()
+    found = _logits_and_gradients(network, volume)
+    assert len(expected) == 1 + len(list(network.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def _logits_and_gradients(network: AnatomyNet, volume: Tensor) -> list[Tensor]:
+    network.zero_grad()
+    logits: Tensor = network(volume)
+    (logits**2).mean().backward()  # type: ignore[no-untyped-call]
+    return [logits.detach(), *(p.grad.clone() for p in network.parameters() if p.grad is not None)]
