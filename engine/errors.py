@@ -8,6 +8,7 @@ AnatomyNetError            one clear line: what was found, what was expected, wh
 ├── ExportError            a model that could not be exported
 │   └── ParityError        an exported model that does not draw what its checkpoint draws
 ├── ServerError            a Triton server that is not there, not ready, or failed
+├── NodeError              a DICOM node that is configured wrongly, or whose spool cannot be used
 └── OutputError            a result that could not be written
 
 The commands print the message and leave with exit status 1; the message never names a patient.
@@ -44,6 +45,10 @@ class ParityError(ExportError):
 
 class ServerError(AnatomyNetError):
     """A Triton server that is not there, not ready, or failed."""
+
+
+class NodeError(AnatomyNetError):
+    """A DICOM node that is configured wrongly, or whose spool cannot be used."""
 
 
 class OutputError(AnatomyNetError):

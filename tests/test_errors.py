@@ -12,6 +12,7 @@ TREE = {
     "ExportError": "AnatomyNetError",
     "ParityError": "ExportError",
     "ServerError": "AnatomyNetError",
+    "NodeError": "AnatomyNetError",
     "OutputError": "AnatomyNetError",
     "AnatomyNetError": "Exception",
 }
