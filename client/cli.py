@@ -3,8 +3,10 @@
 Heavy modules are imported by the command that needs them: `--help` answers at once.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,12 +15,9 @@ from anatomynet.engine.output import prepare_folder, refuse_existing
 from anatomynet.engine.structures import structures_by_name
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from anatomynet.engine.findings import Finding
+    from anatomynet.client.connection import ServerOptions
+    from anatomynet.client.pipeline import SegmentedStudy
     from anatomynet.engine.regions import Region
-    from anatomynet.engine.runtime import Runtime
-    from anatomynet.engine.volume import LabelMap
 
 URL_HELP = "Triton server, HOST:PORT of its gRPC. Without it: localhost, if a model answers there, else this machine."
 
@@ -29,6 +28,31 @@ def main() -> None:
     """Draw the organs at risk on head-and-neck CT. Research use only; not a medical device."""
 
 
+def server_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorates a command with the options that say which server; it gets them as one `server`, a ServerOptions."""
+
+    @click.option("--url", help=URL_HELP)
+    @click.option(
+        "--shared-memory",
+        type=click.Choice(["auto", "on", "off"]),
+        default="auto",
+        show_default=True,
+        help="How volumes reach a server on this machine, with --url.",
+    )
+    @wraps(command)
+    def run(*, url: str | None, shared_memory: Any, **values: Any) -> None:
+        from anatomynet.client.connection import ServerOptions
+
+        command(server=ServerOptions(url=url, shared_memory=shared_memory), **values)
+
+    return run
+
+
+def split_names(_context: click.Context, _parameter: click.Parameter, text: str | None) -> tuple[str, ...]:
+    """An option's names, with commas between."""
+    return tuple(text.split(",")) if text else ()
+
+
 @main.command()
 @click.argument("study", type=click.Path(path_type=Path))
 @click.option(
@@ -36,20 +60,19 @@ def main() -> None:
 )
 @click.option(
     "--output-type",
+    "output_types",
     default="rtstruct",
     show_default=True,
+    callback=split_names,
     help="Some of rtstruct, seg and nifti, with commas between.",
 )
-@click.option("--url", help=URL_HELP)
-@click.option(
-    "--shared-memory",
-    type=click.Choice(["auto", "on", "off"]),
-    default="auto",
-    show_default=True,
-    help="How volumes reach a server on this machine, with --url.",
-)
+@server_options
 @click.option("--series", help="SeriesInstanceUID, or its end, where the study has several.")
-@click.option("--structures", help="Which to draw, by name, with commas between; all that the model knows without.")
+@click.option(
+    "--structures",
+    callback=split_names,
+    help="Which to draw, by name, with commas between; all that the model knows without.",
+)
 @click.option("--structure-table", type=click.Path(path_type=Path), help="Your names, colours and types: a TOML file.")
 @click.option(
     "--tolerance-mm",
@@ -64,60 +87,12 @@ def main() -> None:
 )
 @click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
 @reports_errors
-def segment(
-    study: Path,
-    output: Path | None,
-    output_type: str,
-    url: str | None,
-    shared_memory: Literal["auto", "on", "off"],
-    series: str | None,
-    structures: str | None,
-    structure_table: Path | None,
-    tolerance_mm: float | None,
-    report: Path | None,
-    picture: Path | None,
-    review: Path | None,
-    overwrite: bool,
-) -> None:
+def segment(study: Path, **values: Any) -> None:
     """Draw the organs at risk on the CT in STUDY, a folder or a zip file, and write an RTSTRUCT."""
-    from anatomynet.client.outputs import OutputStyle, output_paths, write_outputs
-    from anatomynet.client.picture import write_picture
-    from anatomynet.client.report import StageClock, write_report
-    from anatomynet.client.review import write_review
-    from anatomynet.client.structure_table import chosen_structures, load_structure_table, only_structures
-    from anatomynet.client.study import read_ct_series, volume_from_series
-    from anatomynet.engine.findings import find_warnings
-    from anatomynet.engine.regions import regions_from_label_map
-    from anatomynet.engine.segment import segment as segment_volume
+    from anatomynet.client.pipeline import SegmentOptions, segment_study
 
-    outputs = output_paths(output_type, study, output=output, overwrite=overwrite)
-    for path in filter(None, (report, picture, review)):
-        refuse_existing(path, overwrite=overwrite)
-    table = load_structure_table(structure_table)
-    clock = StageClock()
-    with clock.stage("read"):
-        ct_series = read_ct_series(study_folder(study), series_instance_uid=series)
-        volume = volume_from_series(ct_series)
-    with clock.stage("connect"):
-        runtime = choose_runtime(url, shared_memory=shared_memory)
-    names = runtime.model.structures
-    wanted = chosen_structures(structures.split(",") if structures else names, names, table)
-    click.echo(f"{volume.geometry.shape[0]} slices; {describe_runtime(runtime)}")
-    with clock.stage("infer"):
-        label_map = only_structures(segment_volume(volume, runtime), wanted)
-    with clock.stage("check"):
-        regions = regions_from_label_map(label_map)
-        findings = find_warnings(volume, regions)
-    style = OutputStyle(table, describe_runtime(runtime), tolerance_mm, overwrite)
-    write_outputs(outputs, ct_series, label_map, style=style, findings=findings, clock=clock)
-    if picture:
-        write_picture(picture, volume, label_map, overwrite=overwrite)
-    if review:
-        write_review(review, volume, regions, warnings=findings, notes=label_map.notes, overwrite=overwrite)
-    if report:
-        write_report(report, label_map, runtime, clock, findings=findings, overwrite=overwrite)
-    echo_result(label_map, findings)
-    click.echo(f"{', '.join(map(str, outputs.values()))}: {clock.summary()}")
+    # Each option's name is that of a field.
+    echo_result(segment_study(study, SegmentOptions(**values), announce=click.echo))
 
 
 @main.command()
@@ -255,16 +230,18 @@ def archive(source: Path, folder: Path, aliases: Path | None) -> None:
 
 
 @main.command()
-@click.option("--url", help=URL_HELP)
+@server_options
 @reports_errors
-def info(url: str | None) -> None:
+def info(server: "ServerOptions") -> None:
     """Show which model answers, and where it runs."""
-    runtime = choose_runtime(url)
-    model = runtime.model
-    click.echo(describe_runtime(runtime))
-    click.echo(f"structures: {', '.join(s.tg263_name for s in structures_by_name(model.structures))}")
-    click.echo(f"trained for spacing (x, y, z): {model.smallest_spacing} to {model.largest_spacing} mm")
-    click.echo(f"checkpoint sha256: {model.checkpoint_sha256}")
+    from anatomynet.client.connection import connected, describe_runtime
+
+    with connected(server) as runtime:
+        model = runtime.model
+        click.echo(describe_runtime(runtime))
+        click.echo(f"structures: {', '.join(s.tg263_name for s in structures_by_name(model.structures))}")
+        click.echo(f"trained for spacing (x, y, z): {model.smallest_spacing} to {model.largest_spacing} mm")
+        click.echo(f"checkpoint sha256: {model.checkpoint_sha256}")
 
 
 def study_folder(study: Path) -> Path:
@@ -274,35 +251,17 @@ def study_folder(study: Path) -> Path:
     return click.get_current_context().with_resource(opened_study(study))
 
 
-def choose_runtime(url: str | None, *, shared_memory: Literal["auto", "on", "off"] = "auto") -> "Runtime":
-    """The server at `url`; without one a server on this machine if it is READY, else the embedded engine.
-
-    Raises:
-        ServerError: the server that was asked for is not there; never a silent fallback.
-        ModelError: no server, and no embedded engine installed.
-    """
-    from anatomynet.client.triton import TritonRuntime, probe_local
-    from anatomynet.engine.runtime import load_runtime
-
-    if url:
-        return TritonRuntime(url, shared_memory=shared_memory)
-    return probe_local() or load_runtime()
-
-
-def describe_runtime(runtime: "Runtime") -> str:
-    """One line: model, checkpoint, and where it runs."""
-    return f"{runtime.model.name}, checkpoint {runtime.model.checkpoint_sha256[:12]}, {runtime.description}"
-
-
-def echo_result(label_map: "LabelMap", findings: "Sequence[Finding]") -> None:
-    """Prints notes, a table of what was found, and what to look at."""
+def echo_result(result: "SegmentedStudy") -> None:
+    """Prints notes, a table of what was found, what to look at, and the files with the seconds they took."""
     from anatomynet.client.report import structure_volumes_ml
 
+    label_map = result.drawing.label_map
     for note in label_map.notes:
         click.echo(f"note: {note}")
     confidence = label_map.confidence or ()
     for (name, volume_ml), sure in zip(structure_volumes_ml(label_map).items(), confidence, strict=True):
         found = f"{volume_ml:8.2f} ml   border confidence {sure:.2f}" if volume_ml else "   not found"
         click.echo(f"  {name:<16}{found}")
-    for finding in findings:
+    for finding in result.drawing.findings:
         click.echo(f"look at {finding.name or 'the scan'}: {finding.text}")
+    click.echo(f"{', '.join(map(str, result.outputs.values()))}: {result.clock.summary()}")

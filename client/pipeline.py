@@ -1,0 +1,208 @@
+"""The straight path as one function: a CT study in, its contours on disk. What `anatomynet-client segment` calls.
+
+    segment_study(STUDY)      connect -> read -> draw -> write, for one study
+
+`draw_series` and `write_drawing` are its two halves, for who reads and writes studies otherwise.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+
+from anatomynet.client.connection import ServerOptions, connected, describe_runtime
+from anatomynet.client.outputs import OutputStyle, output_paths, write_outputs
+from anatomynet.client.picture import write_picture
+from anatomynet.client.report import StageClock, write_report
+from anatomynet.client.review import write_review
+from anatomynet.client.structure_table import (
+    StructureTable,
+    chosen_structures,
+    load_structure_table,
+    only_structures,
+)
+from anatomynet.client.study import CTSeries, read_ct_series, volume_from_series
+from anatomynet.client.study_files import opened_study
+from anatomynet.engine.findings import Finding, find_warnings
+from anatomynet.engine.output import refuse_existing
+from anatomynet.engine.regions import Region, regions_from_label_map
+from anatomynet.engine.runtime import Runtime
+from anatomynet.engine.segment import segment
+from anatomynet.engine.structures import Structure
+from anatomynet.engine.volume import CTVolume, LabelMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentOptions:
+    """How a study is drawn, and what is written.
+
+    Attributes:
+        server: where the network runs.
+        series: SeriesInstanceUID, or its end, where a study has several.
+        structures: names of those to draw; all that the model knows where there is none.
+        structure_table: a department's names, colours and types, a TOML file.
+        tolerance_mm: how far a thinned contour may run beside the full one; None is as far as leaves every voxel in
+            its structure, 0 keeps every point.
+        output: file of the first type, the others beside it; None is beside the study, called after it.
+        output_types: some of "rtstruct", "seg" and "nifti".
+        report: what was done, as JSON without anything private.
+        picture: a PNG of three planes with what was drawn.
+        review: the review page.
+        overwrite: files that are there may be replaced.
+    """
+
+    server: ServerOptions = field(default_factory=ServerOptions)
+    series: str | None = None
+    structures: tuple[str, ...] = ()
+    structure_table: Path | None = None
+    tolerance_mm: float | None = None
+    output: Path | None = None
+    output_types: tuple[str, ...] = ("rtstruct",)
+    report: Path | None = None
+    picture: Path | None = None
+    review: Path | None = None
+    overwrite: bool = False
+
+
+DEFAULTS = SegmentOptions()
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is the same for every study of a run, settled before any is read.
+
+    Attributes:
+        options: what was asked.
+        runtime: where the network runs.
+        table: how each structure is written.
+        wanted: the structures to draw.
+    """
+
+    options: SegmentOptions
+    runtime: Runtime
+    table: StructureTable
+    wanted: tuple[Structure, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """What was drawn on one series.
+
+    Attributes:
+        series: the CT's slices.
+        volume: their voxels.
+        label_map: what was drawn, voxel for voxel on the CT.
+        regions: the same, cut to a box a structure.
+        findings: what deserves a look.
+    """
+
+    series: CTSeries
+    volume: CTVolume
+    label_map: LabelMap
+    regions: tuple[Region, ...]
+    findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentedStudy:
+    """A study that was segmented.
+
+    Attributes:
+        drawing: the CT and what was drawn on it.
+        outputs: type -> file.
+        runtime: model, checkpoint and where it ran, in one line.
+        clock: the seconds of each stage.
+    """
+
+    drawing: Drawing
+    outputs: Mapping[str, Path]
+    runtime: str
+    clock: StageClock
+
+
+def segment_study(
+    study: str | PathLike[str],
+    options: SegmentOptions = DEFAULTS,
+    *,
+    runtime: Runtime | None = None,
+    announce: Callable[[str], object] | None = None,
+) -> SegmentedStudy:
+    """Draw the organs at risk on the CT of one study, and write them.
+
+    Args:
+        study: a folder with one CT series in it or below, a DICOMDIR, or a zip file.
+        options: how, and what is written.
+        runtime: computes the network instead of `options.server`, and stays open: for several calls.
+        announce: told in one line what was read, before it is drawn.
+
+    Raises:
+        StudyError, GeometryError: a study that cannot be read, or is not safe to contour.
+        ServerError, ModelError: nothing that computes the model, or it fails; a structure that it does not know.
+        OutputError: files that are there, or cannot be written.
+    """
+    study = Path(study)
+    outputs = output_paths(",".join(options.output_types), study, output=options.output, overwrite=options.overwrite)
+    for path in filter(None, (options.report, options.picture, options.review)):
+        refuse_existing(path, overwrite=options.overwrite)
+    clock = StageClock()
+    with ExitStack() as stack:
+        table = load_structure_table(options.structure_table)
+        with clock.stage("connect"):
+            runtime = runtime or stack.enter_context(connected(options.server))
+        task = task_for(options, runtime, table)
+        with clock.stage("read"):
+            folder = stack.enter_context(opened_study(study))
+            series = read_ct_series(folder, series_instance_uid=options.series)
+        drawing = draw_series(series, task, clock=clock, announce=announce)
+        write_drawing(drawing, outputs, task, clock=clock)
+        return SegmentedStudy(drawing, outputs, describe_runtime(runtime), clock)
+
+
+def task_for(options: SegmentOptions, runtime: Runtime, table: StructureTable) -> Task:
+    """What is to be drawn with a model.
+
+    Raises:
+        ModelError: a structure that the model does not know.
+    """
+    names = runtime.model.structures
+    return Task(options, runtime, table, chosen_structures(options.structures or names, names, table))
+
+
+def draw_series(
+    series: CTSeries, task: Task, *, clock: StageClock, announce: Callable[[str], object] | None = None
+) -> Drawing:
+    """Reads a series' voxels, draws on them, and looks for what may be wrong.
+
+    Raises:
+        StudyError, GeometryError: voxels that cannot be read, or not drawn on.
+        ServerError, ModelError: the runtime fails.
+    """
+    with clock.stage("read"):
+        volume = volume_from_series(series)
+    if announce:
+        announce(f"{volume.geometry.shape[0]} slices; {describe_runtime(task.runtime)}")
+    with clock.stage("infer"):
+        label_map = only_structures(segment(volume, task.runtime), task.wanted)
+    with clock.stage("check"):
+        regions = regions_from_label_map(label_map)
+        findings = find_warnings(volume, regions)
+    return Drawing(series, volume, label_map, regions, findings)
+
+
+def write_drawing(drawing: Drawing, outputs: Mapping[str, Path], task: Task, *, clock: StageClock) -> None:
+    """Writes the files of `outputs`, and the report, picture and review page where they are asked for.
+
+    Raises:
+        OutputError: nothing was drawn, a file that is there, or one that cannot be written.
+    """
+    options, overwrite = task.options, task.options.overwrite
+    volume, label_map, regions, findings = drawing.volume, drawing.label_map, drawing.regions, drawing.findings
+    style = OutputStyle(task.table, describe_runtime(task.runtime), options.tolerance_mm, overwrite)
+    write_outputs(dict(outputs), drawing.series, label_map, style=style, findings=findings, clock=clock)
+    if options.picture:
+        write_picture(options.picture, volume, label_map, overwrite=overwrite)
+    if options.review:
+        write_review(options.review, volume, regions, warnings=findings, notes=label_map.notes, overwrite=overwrite)
+    if options.report:
+        write_report(options.report, label_map, task.runtime, clock, findings=findings, overwrite=overwrite)
