@@ -7,11 +7,10 @@ import math
 import os
 import re
 import struct
-import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -26,8 +25,10 @@ from pydicom.tag import Tag
 from pydicom.uid import (
     UID,
     CTImageStorage,
+    EnhancedCTImageStorage,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    LegacyConvertedEnhancedCTImageStorage,
     MediaStorageDirectoryStorage,
 )
 
@@ -82,6 +83,8 @@ IMAGE_KEYWORDS = (
     "PixelData",
 )
 TAGS = {keyword: Tag(keyword) for keyword in (*PATIENT_AND_STUDY_KEYWORDS, *IMAGE_KEYWORDS)}
+FRAME_CLASSES = frozenset({EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage})
+CT_CLASSES = FRAME_CLASSES | {CTImageStorage}
 # A header has no longer value than this but the pixels, which stay on disk until they are asked for.
 LONGEST_HEADER_VALUE = 65536
 PREAMBLE_LENGTH = 128
@@ -113,11 +116,32 @@ class CTHeader:
         path: of its file.
         dataset: the elements of TAGS, the pixels left on disk.
         size: bytes of the file.
+        frame: which of an enhanced CT's frames, from 1; 0 where the file is one slice.
+        of_frame: keyword -> value of what that frame alone says; it goes before the dataset.
+        part: of a series cut into several enhanced files: their common UID, this one's number, how many there are.
     """
 
     path: Path
     dataset: FileDataset
     size: int
+    frame: int = 0
+    of_frame: Mapping[str, bytes] = field(default_factory=dict)
+    part: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The slice in a message."""
+        return f"{self.path.name} frame {self.frame}" if self.frame else self.path.name
+
+    @property
+    def frame_count(self) -> int:
+        """Of its file; 1 where the file is one slice."""
+        return int(self.text("NumberOfFrames")) if self.frame else 1
+
+    @property
+    def stack(self) -> str:
+        """Which of an enhanced CT's stacks it belongs to; empty where it does not say."""
+        return self.text("StackID") if self.frame else ""
 
     def text(self, keyword: str) -> str:
         """The element as text, its values separated by backslashes; empty where it is absent."""
@@ -174,6 +198,11 @@ class CTHeader:
         return self.text("SOPClassUID"), str(self.dataset.file_meta.get("MediaStorageSOPClassUID") or "")
 
     @property
+    def enhanced(self) -> bool:
+        """Whether its file holds frames, each a slice."""
+        return not FRAME_CLASSES.isdisjoint(self.sop_class_uids)
+
+    @property
     def has_pixels(self) -> bool:
         """Whether it gets as far as its pixels."""
         return "PixelData" in self.dataset
@@ -200,11 +229,13 @@ class CTHeader:
         return self.has("ImageOrientationPatient") and self.has("ImagePositionPatient")
 
     def _bytes(self, keyword: str) -> bytes:
+        if keyword in self.of_frame:
+            return self.of_frame[keyword]
         element = self.dataset.get_item(TAGS[keyword], keep_deferred=True)
         return element.value or b"" if isinstance(element, RawDataElement) else b""
 
     def _refuse(self, problem: str) -> NoReturn:
-        raise StudyError(f"{self.path.name}: {problem}: export the series again")
+        raise StudyError(f"{self.name}: {problem}: export the series again")
 
     @cached_property
     def normal(self) -> NDArray[np.float64]:
@@ -214,8 +245,7 @@ class CTHeader:
         length = np.linalg.norm(normal)
         if abs(length - 1) > 1e-3:
             raise GeometryError(
-                f"{self.path.name}: ImageOrientationPatient is not two unit vectors at right angles; "
-                "export the series again"
+                f"{self.name}: ImageOrientationPatient is not two unit vectors at right angles; export the series again"
             )
         return normal / length
 
@@ -226,7 +256,7 @@ class CTHeader:
 
 
 def read_headers(study_dir: Path) -> tuple[list[CTHeader], Counter[str]]:
-    """The CT slices under a folder, and a count of everything else by its kind.
+    """The CT files under a folder, and a count of everything else by its kind.
 
     Raises:
         StudyError: no folder, a folder or file that cannot be read, a damaged DICOM file.
@@ -236,17 +266,14 @@ def read_headers(study_dir: Path) -> tuple[list[CTHeader], Counter[str]]:
         raise StudyError(f"{study_dir} {what}; expected a folder, or a zip file, with one CT series")
     headers: list[CTHeader] = []
     others: Counter[str] = Counter()
-    # pydicom's warnings quote values: a patient's name among them.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for path in _files_under(study_dir):
-            header = _read_header(path)
-            if header is None:
-                others["other file"] += 1
-            elif CTImageStorage in header.sop_class_uids:
-                headers.append(header)
-            else:
-                others[UID(header.sop_class_uids[0]).name] += 1
+    for path in _files_under(study_dir):
+        header = _read_header(path)
+        if header is None:
+            others["other file"] += 1
+        elif CT_CLASSES & {*header.sop_class_uids}:
+            headers.append(header)
+        else:
+            others[UID(header.sop_class_uids[0]).name] += 1
     return headers, others
 
 
@@ -276,7 +303,7 @@ def _read_header(path: Path) -> CTHeader | None:
                 header = _parse_header(path, file, size)
     except OSError as error:
         raise StudyError(f"{path.name} cannot be read: {error.strerror or error}") from error
-    if header and CTImageStorage in header.sop_class_uids:
+    if header and CT_CLASSES & {*header.sop_class_uids}:
         if not header.has_pixels:
             header, damage = None, "it ends before its pixels"
         elif len({*header.sop_class_uids} - {""}) > 1:

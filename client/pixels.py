@@ -9,7 +9,7 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from anatomynet.client.headers import DAMAGED, TAGS, CTHeader
 from anatomynet.engine.errors import StudyError
@@ -29,6 +29,21 @@ CODECS = {
 
 
 @dataclass(frozen=True)
+class EncodedFrame:
+    """Where a decoder finds one frame of an enhanced CT.
+
+    Attributes:
+        start: bytes from the file's start to its pixel data.
+        index: of the frame, from 0.
+        count: of the file's frames.
+    """
+
+    start: int
+    index: int
+    count: int
+
+
+@dataclass(frozen=True)
 class StoredPixels:
     """How one slice's values lie in its file, and how they become HU (PS3.3 C.7.6.3, C.8.2.1).
 
@@ -39,6 +54,7 @@ class StoredPixels:
         bits_stored: of the 16 allocated; the others carry nothing.
         slope, intercept: HU = slope x stored + intercept.
         padding: lowest and highest of the 16-bit words that mean "no measurement"; None where there are none.
+        frame: where a decoder must read it, if it is a frame and not a file.
     """
 
     offset: int | None
@@ -48,6 +64,7 @@ class StoredPixels:
     slope: float
     intercept: float
     padding: tuple[int, int] | None
+    frame: EncodedFrame | None = None
 
 
 def stored_pixels(header: CTHeader) -> StoredPixels:
@@ -60,6 +77,7 @@ def stored_pixels(header: CTHeader) -> StoredPixels:
     signed = header.word("PixelRepresentation") == 1
     return StoredPixels(
         offset=_raw_pixel_offset(header),
+        frame=_encoded_frame(header) if header.frame else None,
         transfer_syntax_uid=header.transfer_syntax_uid,
         signed=signed,
         bits_stored=header.word("BitsStored"),
@@ -75,7 +93,7 @@ def _check_image(header: CTHeader) -> None:
     found_and_expected = [
         ("PhotometricInterpretation", header.required_text("PhotometricInterpretation"), ("MONOCHROME2",)),
         ("SamplesPerPixel", header.word("SamplesPerPixel"), (1,)),
-        ("NumberOfFrames", header.text("NumberOfFrames") or "1", ("1",)),
+        ("NumberOfFrames", "1" if header.frame else header.text("NumberOfFrames") or "1", ("1",)),
         ("BitsAllocated", header.word("BitsAllocated"), (16,)),
         ("BitsStored", header.word("BitsStored"), range(16, 7, -1)),
         ("HighBit", header.word("HighBit"), (header.word("BitsStored") - 1,)),
@@ -85,25 +103,32 @@ def _check_image(header: CTHeader) -> None:
     for keyword, found, expected in found_and_expected:
         if found not in expected:
             raise StudyError(
-                f"{header.path.name}: {keyword} is {found}, expected {expected[0]}; "
-                "it is no CT slice in Hounsfield units"
+                f"{header.name}: {keyword} is {found}, expected {expected[0]}; it is no CT slice in Hounsfield units"
             )
     if header.number("RescaleSlope") <= 0:
-        raise StudyError(f"{header.path.name}: RescaleSlope is not above zero; export the series again")
+        raise StudyError(f"{header.name}: RescaleSlope is not above zero; export the series again")
 
 
 def _raw_pixel_offset(header: CTHeader) -> int | None:
     element: Any = header.dataset.get_item(TAGS["PixelData"], keep_deferred=True)
     if header.transfer_syntax_uid not in (ImplicitVRLittleEndian, ExplicitVRLittleEndian):
         return None
-    expected = 2 * header.word("Rows") * header.word("Columns")
+    size = 2 * header.word("Rows") * header.word("Columns")
+    expected = size * header.frame_count
     present = max(0, min(element.length, header.size - element.value_tell))
     if present < expected:
         raise StudyError(
             f"{header.path.name} is damaged: expected {expected} bytes of pixels, found {present}; "
             "export the series again"
         )
-    return int(element.value_tell)
+    return int(element.value_tell) + size * max(0, header.frame - 1)
+
+
+def _encoded_frame(header: CTHeader) -> EncodedFrame:
+    if header.transfer_syntax_uid == DeflatedExplicitVRLittleEndian:
+        raise StudyError(f"{header.path.name} is an enhanced CT deflated as a whole; export it uncompressed")
+    element: Any = header.dataset.get_item(TAGS["PixelData"], keep_deferred=True)
+    return EncodedFrame(int(element.value_tell), header.frame - 1, header.frame_count)
 
 
 def _padding(header: CTHeader, *, signed: bool) -> tuple[int, int] | None:
@@ -124,7 +149,7 @@ def read_hu(path: Path, pixels: StoredPixels, out: HounsfieldArray) -> None:
         StudyError: pixels that cannot be read or decoded.
     """
     if pixels.offset is None:
-        out[...] = _decoded_pixels(path, out.shape).view(np.int16)
+        out[...] = _decoded_pixels(path, pixels, out.shape).view(np.int16)
     else:
         _read_raw_pixels(path, pixels.offset, out)
     _convert_to_hu(out, pixels)
@@ -141,14 +166,38 @@ def _read_raw_pixels(path: Path, offset: int, out: HounsfieldArray) -> None:
         raise StudyError(f"{path.name} is damaged: expected {out.nbytes} bytes of pixels, found {count}")
 
 
-def _decoded_pixels(path: Path, shape: tuple[int, ...]) -> NDArray[np.generic]:
+def _decoded_pixels(path: Path, pixels: StoredPixels, shape: tuple[int, ...]) -> NDArray[np.generic]:
     try:
-        pixels: NDArray[np.generic] = pydicom.dcmread(path).pixel_array
+        found: NDArray[np.generic] = (
+            _decoded_frame(path, pixels, pixels.frame, shape) if pixels.frame else pydicom.dcmread(path).pixel_array
+        )
     except (OSError, RuntimeError, *DAMAGED) as error:
         raise StudyError(f"{path.name} is damaged: its pixels cannot be decoded; export the series again") from error
-    if pixels.shape != shape or pixels.itemsize != 2:
-        raise StudyError(f"{path.name}: its pixels decode to {pixels.shape}, expected {shape} of 16 bits")
-    return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+    if found.shape != shape or found.itemsize != 2:
+        raise StudyError(f"{path.name}: its pixels decode to {found.shape}, expected {shape} of 16 bits")
+    return found.astype(found.dtype.newbyteorder("="), copy=False)
+
+
+def _decoded_frame(
+    path: Path, pixels: StoredPixels, frame: EncodedFrame, shape: tuple[int, ...]
+) -> NDArray[np.generic]:
+    options: dict[str, Any] = {
+        "number_of_frames": frame.count,
+        "rows": shape[0],
+        "columns": shape[1],
+        "samples_per_pixel": 1,
+        "photometric_interpretation": "MONOCHROME2",
+        "bits_allocated": 16,
+        "bits_stored": pixels.bits_stored,
+        "pixel_representation": int(pixels.signed),
+        "pixel_keyword": "PixelData",
+    }
+    with path.open("rb") as file:
+        file.seek(frame.start)
+        found: NDArray[np.generic] = get_decoder(UID(pixels.transfer_syntax_uid)).as_array(
+            file, index=frame.index, **options
+        )[0]
+    return found
 
 
 def _convert_to_hu(words: HounsfieldArray, pixels: StoredPixels) -> None:

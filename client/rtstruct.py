@@ -20,7 +20,7 @@ from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_
 from anatomynet import __version__
 from anatomynet.client.contours import Contour, StructureContours
 from anatomynet.client.structure_table import RoiStyle, StructureTable, load_structure_table
-from anatomynet.client.study import CTSeries
+from anatomynet.client.study import CTSeries, CTSlice
 from anatomynet.engine.errors import GeometryError, OutputError
 from anatomynet.engine.findings import Finding
 from anatomynet.engine.output import write_whole
@@ -150,10 +150,10 @@ def _dataset(**values: Any) -> Dataset:
 
 
 def _referenced_frame_of_reference(series: CTSeries) -> Dataset:
-    images = [
-        _dataset(ReferencedSOPClassUID=s.sop_class_uid, ReferencedSOPInstanceUID=s.sop_instance_uid)
-        for s in series.slices
-    ]
+    by_file: dict[str, list[CTSlice]] = {}
+    for ct_slice in series.slices:
+        by_file.setdefault(ct_slice.sop_instance_uid, []).append(ct_slice)
+    images = [_referenced_image(*slices) for slices in by_file.values()]
     referenced_series = _dataset(SeriesInstanceUID=series.series_instance_uid, ContourImageSequence=images)
     referenced_study = _dataset(
         ReferencedSOPClassUID=DETACHED_STUDY_MANAGEMENT,
@@ -161,6 +161,16 @@ def _referenced_frame_of_reference(series: CTSeries) -> Dataset:
         RTReferencedSeriesSequence=[referenced_series],
     )
     return _dataset(FrameOfReferenceUID=series.frame_of_reference_uid, RTReferencedStudySequence=[referenced_study])
+
+
+def _referenced_image(*slices: CTSlice) -> Dataset:
+    """One file of which these are slices, with the numbers of its frames unless they are all (PS3.3 table 10-3)."""
+    image = slices[0]
+    return _dataset(
+        ReferencedSOPClassUID=image.sop_class_uid,
+        ReferencedSOPInstanceUID=image.sop_instance_uid,
+        ReferencedFrameNumber=sorted(s.frame for s in slices) if len(slices) < image.frame_count else None,
+    )
 
 
 def _add_roi(dataset: Dataset, series: CTSeries, found: StructureContours, *, number: int, style: RoiStyle) -> None:
@@ -194,9 +204,7 @@ def _add_roi(dataset: Dataset, series: CTSeries, found: StructureContours, *, nu
 def _contour_item(series: CTSeries, contour: Contour, number: int) -> Dataset:
     image = series.slices[contour.slice_index]
     item = _dataset(
-        ContourImageSequence=[
-            _dataset(ReferencedSOPClassUID=image.sop_class_uid, ReferencedSOPInstanceUID=image.sop_instance_uid)
-        ],
+        ContourImageSequence=[_referenced_image(image)],
         ContourGeometricType="CLOSED_PLANAR",
         NumberOfContourPoints=len(contour.points),
         ContourNumber=number,

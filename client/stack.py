@@ -38,7 +38,7 @@ def sorted_slices(headers: list[CTHeader]) -> tuple[list[CTHeader], VolumeGeomet
     _check_uniform(headers)
     _check_copies(headers)
     normal = headers[0].normal
-    headers = sorted(headers, key=lambda h: (float(h.position @ normal), h.path))
+    headers = sorted(headers, key=lambda h: (float(h.position @ normal), h.path, h.frame))
     _check_even_spacing(headers)
     _check_upright(headers)
     geometry = _geometry_from_sorted(headers)
@@ -80,7 +80,7 @@ def _check_uniform(headers: list[CTHeader]) -> None:
                 continue
             values = f": {_in_words(reference)} and {_in_words(value)}" if tell else ""
             raise GeometryError(
-                f"slices of one series differ in {keyword}{values} ({headers[0].path.name} and {header.path.name}); "
+                f"slices of one series differ in {keyword}{values} ({headers[0].name} and {header.name}); "
                 "export each as a series of its own"
             )
 
@@ -90,12 +90,12 @@ def _in_words(value: float | tuple[float, ...]) -> str:
 
 
 def _check_copies(headers: list[CTHeader]) -> None:
-    first_with: dict[str, CTHeader] = {}
+    first_with: dict[tuple[str, int], CTHeader] = {}
     for header in headers:
-        other = first_with.setdefault(header.required_text("SOPInstanceUID"), header)
+        other = first_with.setdefault((header.required_text("SOPInstanceUID"), header.frame), header)
         if other is not header:
             raise StudyError(
-                f"one slice is there twice: {other.path.name} and {header.path.name} carry the same SOPInstanceUID "
+                f"one slice is there twice: {other.name} and {header.name} carry the same SOPInstanceUID "
                 f"{uid_tail(header.text('SOPInstanceUID'))}; remove the copies"
             )
 
@@ -129,8 +129,8 @@ def _places(headers: list[CTHeader], gaps: Iterable[int]) -> str:
     """Which slices these gaps follow, in words; the first few."""
     axis = int(np.abs(headers[0].normal).argmax())
     listed = [
-        f"between {'xyz'[axis]} = {headers[i].position[axis]:.2f} ({headers[i].path.name}) "
-        f"and {headers[i + 1].position[axis]:.2f} ({headers[i + 1].path.name})"
+        f"between {'xyz'[axis]} = {headers[i].position[axis]:.2f} ({headers[i].name}) "
+        f"and {headers[i + 1].position[axis]:.2f} ({headers[i + 1].name})"
         for i in gaps
     ]
     more = f" and at {len(listed) - LISTED_PLACES} more places" if len(listed) > LISTED_PLACES else ""
@@ -152,6 +152,6 @@ def _check_upright(headers: list[CTHeader]) -> None:
     for header in headers:
         if header.text("GantryDetectorTilt") and abs(header.number("GantryDetectorTilt")) > TILT_TOLERANCE_DEGREES:
             raise GeometryError(
-                f"{header.path.name}: GantryDetectorTilt is {header.number('GantryDetectorTilt'):.2f} degrees; "
+                f"{header.name}: GantryDetectorTilt is {header.number('GantryDetectorTilt'):.2f} degrees; "
                 "expected slices without tilt: reconstruct the series without tilt"
             )

@@ -4,6 +4,7 @@ Whatever would let a contour land in the wrong place is refused here, once: what
 axis-aligned stack of CT slices, each with its own position in the patient.
 """
 
+import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from pydicom.dataset import Dataset
 
+from anatomynet.client.frames import check_parts, frame_headers
 from anatomynet.client.headers import UID_TAIL_LENGTH, CTHeader, patient_and_study, read_headers, uid_tail
 from anatomynet.client.pixels import StoredPixels, check_codecs, read_hu, stored_pixels
 from anatomynet.client.stack import sorted_slices
@@ -23,19 +25,23 @@ from anatomynet.engine.volume import CTVolume, HounsfieldArray
 ACROSS_COSINE = 0.5
 LARGEST_LOCALIZER_COUNT = 8
 # ImageType words of images computed from slices: thick, projected or rendered, not what the scanner measured.
-REFORMAT_WORDS = frozenset({"MPR", "REFORMATTED", "CPR", "MIP", "MINIP", "MAXIP", "PROJECTION", "VRT", "SSD"})
+REFORMAT_WORDS = frozenset({"MPR", "REFORMATTED", "CPR", "MIP", "MINIP", "MAXIP", "PROJECTION", "VRT", "SSD"}) | {
+    "SAMPLED", "DISTORTED", "CURVEDMPR", "VOLUMERENDER", "SURFACERENDER",  # an enhanced CT's (PS3.3 C.8.16.2)
+}  # fmt: skip
 READ_THREADS = 2
 
 
 @dataclass(frozen=True)
 class CTSlice:
-    """One CT image on disk.
+    """One CT image on disk: a file, or a frame of an enhanced CT.
 
     Attributes:
         path: of its file.
         sop_instance_uid, sop_class_uid: what an RTSTRUCT refers to.
         position: LPS mm (x, y, z) of the centre of its first voxel.
         pixels: how its values are stored.
+        frame: its number in its file, from 1; 0 where the file is one slice.
+        frame_count: how many frames its file has, 1 where it is one slice.
     """
 
     path: Path
@@ -43,6 +49,8 @@ class CTSlice:
     sop_class_uid: str
     position: Point
     pixels: StoredPixels
+    frame: int = 0
+    frame_count: int = 1
 
     def read_hu(self, out: HounsfieldArray) -> None:
         """Fill `out`, int16 (y, x) and contiguous, with Hounsfield units; padding becomes air.
@@ -89,22 +97,26 @@ def read_ct_series(study_dir: Path, *, series_instance_uid: str | None = None) -
 
     Args:
         study_dir: the folder.
-        series_instance_uid: which series, whole or its last digits; needed where the folder holds several.
+        series_instance_uid: which series, whole or its last digits, needed where the folder holds several; of an
+            enhanced CT with several stacks, "UID/StackID".
 
     Raises:
         StudyError: no folder, no CT, several series, an unreadable file, a missing tag, slices that do not belong
             together.
         GeometryError: slices that do not make a regular, axis-aligned stack.
     """
-    headers, others = read_headers(Path(study_dir))
-    by_series: dict[str, list[CTHeader]] = {}
-    for header in headers:
-        by_series.setdefault(header.required_text("SeriesInstanceUID"), []).append(header)
-    if not by_series:
+    # pydicom's warnings quote values: a patient's name among them.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        files, others = read_headers(Path(study_dir))
+        headers = [header for file in files for header in (frame_headers(file) if file.enhanced else [file])]
+    if not headers:
         found = ", ".join(f"{count} x {what}" for what, count in sorted(others.items())) or "nothing"
-        raise StudyError(f"no CT slices in {study_dir}: found {found}; expected CT images, one file a slice")
-    uid = _choose_series(by_series, series_instance_uid)
-    return _series_from_headers(_slices(by_series[uid]))
+        raise StudyError(f"no CT slices in {study_dir}: found {found}; expected CT images")
+    stacks = _stacks_by_name(headers)
+    chosen = stacks[_choose_stack(stacks, series_instance_uid)]
+    check_parts(chosen)
+    return _series_from_headers(_slices(chosen))
 
 
 def volume_from_series(series: CTSeries) -> CTVolume:
@@ -115,7 +127,9 @@ def volume_from_series(series: CTSeries) -> CTVolume:
     """
     check_codecs(s.pixels for s in series.slices)
     hu = np.empty(series.geometry.shape, np.int16)
-    with ThreadPoolExecutor(READ_THREADS) as pool:
+    # pydicom's warnings quote values: a patient's name among them.
+    with warnings.catch_warnings(), ThreadPoolExecutor(READ_THREADS) as pool:
+        warnings.simplefilter("ignore")
         deque(pool.map(CTSlice.read_hu, series.slices, hu), maxlen=0)
     return CTVolume(hu, series.geometry)
 
@@ -136,6 +150,8 @@ def _series_from_headers(headers: list[CTHeader]) -> CTSeries:
 def _slice_from_header(header: CTHeader) -> CTSlice:
     x, y, z = header.position.tolist()
     return CTSlice(
+        frame=header.frame,
+        frame_count=header.frame_count,
         path=header.path,
         sop_instance_uid=header.required_text("SOPInstanceUID"),
         sop_class_uid=header.required_text("SOPClassUID"),
@@ -144,23 +160,41 @@ def _slice_from_header(header: CTHeader) -> CTSlice:
     )
 
 
-def _choose_series(by_series: dict[str, list[CTHeader]], wanted: str | None) -> str:
-    """The UID of the series to draw on: the wanted one, else the only one that is a stack of slices."""
+def _stacks_by_name(headers: list[CTHeader]) -> dict[str, list[CTHeader]]:
+    """Slices that may make a volume, by their series' UID; by "UID/StackID" where a series holds several stacks."""
+    by_series: dict[str, dict[str, list[CTHeader]]] = {}
+    for header in headers:
+        by_series.setdefault(header.required_text("SeriesInstanceUID"), {}).setdefault(header.stack, []).append(header)
+    return {
+        f"{uid}/{stack}" if len(stacks) > 1 else uid: slices
+        for uid, stacks in by_series.items()
+        for stack, slices in stacks.items()
+    }
+
+
+def _choose_stack(stacks: dict[str, list[CTHeader]], wanted: str | None) -> str:
+    """The name of what to draw on: the wanted one, else the only one that is a stack of slices."""
+    names = list(stacks)
     if wanted is not None:
-        matches = [uid for uid in by_series if uid == wanted] or [uid for uid in by_series if uid.endswith(wanted)]
-        if wanted and len(matches) == 1:
-            return matches[0]
-        problem = (
-            f"{len(matches)} CT series end in {wanted[-UID_TAIL_LENGTH:]}" if wanted else "no series UID was given"
-        )
-        raise StudyError(f"{problem}; expected one of {_list_of_series(by_series)}: choose with --series")
-    usable = [uid for uid, headers in by_series.items() if _is_stack(headers)] or list(by_series)
+        names = _matching(names, wanted) if wanted else []
+        if len(names) == 1:
+            return names[0]
+        if len({name.partition("/")[0] for name in names}) != 1:
+            tail = wanted[-UID_TAIL_LENGTH:]
+            problem = f"{len(names)} CT series end in {tail}" if wanted else "no series UID was given"
+            raise StudyError(f"{problem}; expected one of {_list_of_stacks(stacks)}: choose with --series")
+    usable = [name for name in names if _is_stack(stacks[name])] or names
     if len(usable) > 1:
-        listed = _list_of_series({uid: by_series[uid] for uid in usable})
+        listed = _list_of_stacks({name: stacks[name] for name in usable})
         raise StudyError(
             f"{len(usable)} CT series in the folder: {listed}; choose one with --series UID or its last digits"
         )
     return usable[0]
+
+
+def _matching(names: list[str], wanted: str) -> list[str]:
+    whole = [name for name in names if wanted in (name, name.partition("/")[0])]
+    return whole or [name for name in names if name.endswith(wanted) or name.partition("/")[0].endswith(wanted)]
 
 
 def _is_stack(headers: list[CTHeader]) -> bool:
@@ -168,12 +202,12 @@ def _is_stack(headers: list[CTHeader]) -> bool:
     return len(placed) > 1 and len(_across_and_along(placed)[1]) > 1 and not headers[0].image_type & REFORMAT_WORDS
 
 
-def _list_of_series(by_series: dict[str, list[CTHeader]]) -> str:
+def _list_of_stacks(stacks: dict[str, list[CTHeader]]) -> str:
     length = UID_TAIL_LENGTH
-    while len({uid[-length:] for uid in by_series}) < len(by_series):
+    while len({name[-length:] for name in stacks}) < len(stacks):
         length += 4
     return ", ".join(
-        f"...{uid[-length:]} ({len(headers)} slices{_spacing_in_words(headers)})" for uid, headers in by_series.items()
+        f"...{name[-length:]} ({len(headers)} slices{_spacing_in_words(headers)})" for name, headers in stacks.items()
     )
 
 
