@@ -1,6 +1,6 @@
 """Findings: what a reviewer should look at first. Rules on the CT and on what was drawn, wherever it was drawn.
 
-The ranges are those of engine/configs/volume_ranges.toml, which benchmarks/volume_ranges.py derives from training
+The ranges are those of engine/configs/usual_ranges.toml, which benchmarks/usual_ranges.py derives from training
 cases. A rule that would often speak without need stays silent: a warning must be worth a look.
 """
 
@@ -12,6 +12,7 @@ from importlib import resources
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from anatomynet.engine.geometry import CUBIC_MM_PER_ML, Index, VolumeGeometry
 from anatomynet.engine.postprocess import STRAY_SHARE
@@ -21,7 +22,6 @@ from anatomynet.engine.structures import STRUCTURES, Structure
 from anatomynet.engine.volume import CTVolume
 
 METAL_HU = 2800  # above dense enamel; fillings and implants saturate the scale at 3071
-METAL_ML = 2.0  # less is a small filling or two, which most patients have
 METAL_REACH_MM = 30.0  # around the structures; metal elsewhere is the couch or a mask's buttons
 LOW_CONFIDENCE = 0.6  # mean top probability along the border
 MIDLINE_MM = 10.0  # an organ of one side may reach across the midline by so much
@@ -32,11 +32,6 @@ IMPOSSIBLE_FACTOR = 5.0
 LARGEST_AIR_SHARE = 0.5  # of a structure; an airway fills less of the larynx and the oesophagus
 # They run out of every head-and-neck scan towards the feet.
 THROUGH_THE_NECK = ("SpinalCord", "Esophagus")
-# Planning CT of the head and neck, mm: in plane, between slices; the scan's width, and its length.
-USUAL_PIXEL = (0.4, 1.6)
-USUAL_SLICE = (0.5, 5.0)
-USUAL_WIDTH = (200.0, 850.0)
-USUAL_LENGTH = (120.0, 800.0)
 FACES = (("feet", "head"), ("front", "back"), ("right", "left"))  # of the patient, for z, y, x
 
 
@@ -177,7 +172,7 @@ def _several_pieces(region: Region, geometry: VolumeGeometry) -> Iterator[Findin
 
 def _unusual_size(name: str, region: Region, geometry: VolumeGeometry, *, factor: float = 1.0) -> Iterator[Finding]:
     """Volume outside its range by a factor; the mean cross-section where the length depends on the scan."""
-    ranges = size_ranges()
+    ranges = usual_ranges()
     if name in ranges["volume_ml"]:
         size, unit, what = region.voxels * geometry.voxel_ml, "ml", ""
         low, high = ranges["volume_ml"][name]
@@ -197,7 +192,7 @@ def _unusual_size(name: str, region: Region, geometry: VolumeGeometry, *, factor
 
 
 def _asymmetry(present: Mapping[str, Region]) -> Iterator[Finding]:
-    for name, limit in size_ranges()["largest_ratio"].items():
+    for name, limit in usual_ranges()["largest_ratio"].items():
         left, right = present.get(name), present.get(STRUCTURES[name].mirror or "")
         if not left or not right:
             continue
@@ -220,22 +215,27 @@ def _strays(region: Region) -> Iterator[Finding]:
         yield Finding(region.name, text, middle_of(region))
 
 
-def _metal(volume: CTVolume, present: Sequence[Region]) -> Iterator[Finding]:
-    """Metal near the structures, and whose slices it lies in: its streaks run along the slices."""
-    if not present:
-        return
+def metal_near(volume: CTVolume, present: Sequence[Region]) -> NDArray[np.int64]:
+    """The voxels (n, 3), indices z, y, x, of metal around regions that have voxels; streaks run along their slices."""
     starts = np.array([region.start for region in present])
     stops = starts + [region.box.shape for region in present]
     reach = np.ceil(METAL_REACH_MM / np.array(volume.geometry.spacing[::-1])).astype(int)
     low = np.maximum(starts.min(axis=0) - reach, 0)
     high = np.minimum(stops.max(axis=0) + reach, volume.geometry.shape)
-    places = np.argwhere(volume.hu[tuple(map(slice, low, high))] >= METAL_HU) + low
+    places: NDArray[np.int64] = np.argwhere(volume.hu[tuple(map(slice, low, high))] >= METAL_HU) + low
+    return places
+
+
+def _metal(volume: CTVolume, present: Sequence[Region]) -> Iterator[Finding]:
+    """More of it than most patients have, and whose slices it lies in."""
+    places = metal_near(volume, present) if present else np.empty((0, 3), np.int64)
     volume_ml = len(places) * volume.geometry.voxel_ml
-    if volume_ml < METAL_ML:
+    if volume_ml <= usual_ranges()["most_metal_ml"]:
         return
     axis = volume.geometry.canonical_axes()[0][0]
     slices = np.unique(places[:, axis])
-    touched = [r.name for r, a, b in zip(present, starts, stops, strict=True) if _any_in(slices, a[axis], b[axis])]
+    extents = ((r.name, r.start[axis], r.start[axis] + r.box.shape[axis]) for r in present)
+    touched = [name for name, first, stop in extents if _any_in(slices, first, stop)]
     z, y, x = places[len(places) // 2].tolist()
     whose = f"the borders of {', '.join(touched)}" if touched else "borders"
     yield Finding(None, f"metal, {volume_ml:.1f} ml in {len(slices)} slices: streaks may hide {whose}", (z, y, x))
@@ -250,20 +250,22 @@ def _unusual_scan(geometry: VolumeGeometry) -> Iterator[Finding]:
     pixel, slice_distance = max(canonical.spacing[:2]), canonical.spacing[2]
     width = canonical.shape[2] * canonical.spacing[0]
     length = canonical.shape[0] * slice_distance
-    for what, value, (low, high) in (
-        ("voxels in plane", pixel, USUAL_PIXEL),
-        ("slice distance", slice_distance, USUAL_SLICE),
-        ("field of view", width, USUAL_WIDTH),
-        ("length of the scan", length, USUAL_LENGTH),
-    ):
+    measured = {
+        "voxels in plane": pixel,
+        "slice distance": slice_distance,
+        "field of view": width,
+        "length of the scan": length,
+    }
+    for what, (low, high) in usual_ranges()["scan_mm"].items():
+        value = measured[what]
         if not low <= value <= high:
             yield Finding(None, f"{what} {value:.3g} mm: contours were learned on {low:g} to {high:g} mm", None)
 
 
 @cache
-def size_ranges() -> dict[str, Any]:
-    """The tables of volume_ranges.toml: volume_ml and cross_section_mm2, name -> low, high; largest_ratio, left of a
-    pair -> how often the larger side may hold the smaller.
+def usual_ranges() -> dict[str, Any]:
+    """What usual_ranges.toml holds: most_metal_ml; scan_mm, what -> low, high; volume_ml and cross_section_mm2,
+    structure -> low, high; largest_ratio, left of a pair -> how often the larger side may hold the smaller.
     """
-    text = (resources.files("anatomynet.engine") / "configs" / "volume_ranges.toml").read_text(encoding="utf-8")
+    text = (resources.files("anatomynet.engine") / "configs" / "usual_ranges.toml").read_text(encoding="utf-8")
     return tomllib.loads(text)

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from anatomynet.engine.errors import GeometryError
-from anatomynet.engine.findings import Finding, find_warnings, size_ranges
+from anatomynet.engine.findings import Finding, find_warnings, usual_ranges
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.phantom import make_phantom
 from anatomynet.engine.preprocess import array_from_canonical
@@ -17,15 +17,15 @@ from anatomynet.engine.structures import STRUCTURES, structures_by_name
 from anatomynet.engine.volume import CTVolume, LabelMap
 from tests.openkbp import OPENKBP, requires_openkbp
 
-SHAPE = (60, 180, 200)
-SPACING = (1.5, 1.5, 3.0)
+SHAPE = (60, 180, 270)
+SPACING = (1.3, 1.3, 3.0)
 NAMES = ("BrainStem", "SpinalCord", "Parotid_R", "Parotid_L", "Mandible")
 # Centre and half sides in voxels (z, y, x): sizes in the middle of their ranges, the cord down to the first slice.
 BOXES = {
     "BrainStem": ((45, 90, 100), (5, 8, 8)),
     "SpinalCord": ((19, 100, 100), (19, 4, 4)),
-    "Parotid_R": ((40, 80, 60), (5, 8, 8)),
-    "Parotid_L": ((40, 80, 140), (5, 8, 8)),
+    "Parotid_R": ((40, 80, 60), (5, 9, 9)),
+    "Parotid_L": ((40, 80, 140), (5, 9, 9)),
     "Mandible": ((30, 50, 100), (4, 6, 34)),
 }
 ORIENTATIONS = {
@@ -177,8 +177,8 @@ def test_unusual_sizes() -> None:
         labels[0:39, 80:122, 90:112] = 2
 
     small, large = only(warnings_of(patient(change=shrink))), only(warnings_of(patient(change=widen)))
-    assert small.text.startswith("unusually small: 1.95 ml, expected")  # 289 voxels of 6.75 mm3
-    assert large.text.startswith("unusually large: 2080 mm² in cross-section, expected")  # 924 pixels of 2.25 mm2
+    assert small.text.startswith("unusually small: 1.47 ml, expected")  # 289 voxels of 5.07 mm3
+    assert large.text.startswith("unusually large: 1560 mm² in cross-section, expected")  # 924 pixels of 1.69 mm2
 
 
 def test_asymmetry() -> None:
@@ -199,11 +199,11 @@ def test_low_confidence() -> None:
 
 def test_metal_near_the_structures_only() -> None:
     near, far = (np.zeros(SHAPE, np.int16) for _ in range(2))
-    near[30:34, 50:60, 95:105] = 3071  # 400 voxels, 2.7 ml
+    near[30:34, 50:60, 90:110] = 3071  # 800 voxels, 4.1 ml
     far[:4, :10, :10] = 3071
     found = only(warnings_of(patient(), near))
     assert found.name is None
-    assert found.text == "metal, 2.7 ml in 4 slices: streaks may hide the borders of SpinalCord, Bone_Mandible"
+    assert found.text == "metal, 4.1 ml in 4 slices: streaks may hide the borders of SpinalCord, Bone_Mandible"
     assert found.index is not None
     assert near[found.index] == 3071
     assert warnings_of(patient(), far) == ()
@@ -214,7 +214,7 @@ def test_unusual_scan() -> None:
     thick = replace(label_map.geometry, spacing=(0.9, 0.9, 7.5))
     volume = CTVolume(np.zeros(SHAPE, np.int16), thick)
     texts = [w.text.split(" mm")[0] for w in find_warnings(volume, ())]
-    assert texts == ["slice distance 7.5", "field of view 180"]
+    assert texts == ["slice distance 7.5", "field of view 243", "length of the scan 450"]
 
 
 def test_oblique_volume_is_refused() -> None:
@@ -225,10 +225,11 @@ def test_oblique_volume_is_refused() -> None:
 
 
 def test_ranges_name_known_structures() -> None:
-    ranges = size_ranges()
-    assert set(ranges) == {"volume_ml", "cross_section_mm2", "largest_ratio"}
-    assert all(name in STRUCTURES for table in ranges.values() for name in table)
-    assert all(0 < low < high for table in ("volume_ml", "cross_section_mm2") for low, high in ranges[table].values())
+    ranges = usual_ranges()
+    tables = ("volume_ml", "cross_section_mm2", "largest_ratio")
+    assert set(ranges) == {"most_metal_ml", "scan_mm", *tables}
+    assert all(name in STRUCTURES for table in tables for name in ranges[table])
+    assert all(0 < low < high for table in ("scan_mm", *tables[:2]) for low, high in ranges[table].values())
     assert all(ratio > 1 and STRUCTURES[name].mirror for name, ratio in ranges["largest_ratio"].items())
 
 

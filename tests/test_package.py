@@ -28,7 +28,7 @@ DATA = (
     "anatomynet/engine/configs/aliases.toml",
     "anatomynet/engine/configs/oar9.toml",
     "anatomynet/engine/configs/openkbp7.toml",
-    "anatomynet/engine/configs/volume_ranges.toml",
+    "anatomynet/engine/configs/usual_ranges.toml",
     "anatomynet/engine/weights/openkbp7.safetensors",
     "anatomynet/engine/weights/openkbp7.onnx",
     "anatomynet/engine/weights/openkbp7.md",
