@@ -267,7 +267,7 @@ def read_headers(study_dir: Path) -> tuple[list[CTHeader], Counter[str]]:
     headers: list[CTHeader] = []
     others: Counter[str] = Counter()
     for path in _files_under(study_dir):
-        header = _read_header(path)
+        header = read_header(path)
         if header is None:
             others["other file"] += 1
         elif CT_CLASSES & {*header.sop_class_uids}:
@@ -290,8 +290,12 @@ def _files_under(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def _read_header(path: Path) -> CTHeader | None:
-    """What a DICOM file says of itself; None for a file of another kind."""
+def read_header(path: Path) -> CTHeader | None:
+    """What a DICOM file says of itself; None for a file of another kind.
+
+    Raises:
+        StudyError: a file that cannot be read, or is damaged.
+    """
     damage = "its header cannot be read"
     header = None
     try:

@@ -105,18 +105,19 @@ def read_ct_series(study_dir: Path, *, series_instance_uid: str | None = None) -
             together.
         GeometryError: slices that do not make a regular, axis-aligned stack.
     """
-    # pydicom's warnings quote values: a patient's name among them.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        files, others = read_headers(Path(study_dir))
-        headers = [header for file in files for header in (frame_headers(file) if file.enhanced else [file])]
-    if not headers:
-        found = ", ".join(f"{count} x {what}" for what, count in sorted(others.items())) or "nothing"
-        raise StudyError(f"no CT slices in {study_dir}: found {found}; expected CT images")
-    stacks = _stacks_by_name(headers)
+    stacks = _read_stacks(study_dir)
     chosen = stacks[_choose_stack(stacks, series_instance_uid)]
     check_parts(chosen)
     return _series_from_headers(_slices(chosen))
+
+
+def list_ct_series(study_dir: Path) -> tuple[str, ...]:
+    """What `read_ct_series` may be asked for: every CT series of a folder that is a stack of slices, else every one.
+
+    Raises:
+        StudyError: no folder, no CT, an unreadable file, a missing tag.
+    """
+    return tuple(_usable(_read_stacks(study_dir)))
 
 
 def volume_from_series(series: CTSeries) -> CTVolume:
@@ -132,6 +133,18 @@ def volume_from_series(series: CTSeries) -> CTVolume:
         warnings.simplefilter("ignore")
         deque(pool.map(CTSlice.read_hu, series.slices, hu), maxlen=0)
     return CTVolume(hu, series.geometry)
+
+
+def _read_stacks(study_dir: Path) -> dict[str, list[CTHeader]]:
+    # pydicom's warnings quote values: a patient's name among them.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        files, others = read_headers(Path(study_dir))
+        headers = [header for file in files for header in (frame_headers(file) if file.enhanced else [file])]
+    if not headers:
+        found = ", ".join(f"{count} x {what}" for what, count in sorted(others.items())) or "nothing"
+        raise StudyError(f"no CT slices in {study_dir}: found {found}; expected CT images")
+    return _stacks_by_name(headers)
 
 
 def _series_from_headers(headers: list[CTHeader]) -> CTSeries:
@@ -183,7 +196,7 @@ def _choose_stack(stacks: dict[str, list[CTHeader]], wanted: str | None) -> str:
             tail = wanted[-UID_TAIL_LENGTH:]
             problem = f"{len(names)} CT series end in {tail}" if wanted else "no series UID was given"
             raise StudyError(f"{problem}; expected one of {_list_of_stacks(stacks)}: choose with --series")
-    usable = [name for name in names if _is_stack(stacks[name])] or names
+    usable = _usable({name: stacks[name] for name in names})
     if len(usable) > 1:
         listed = _list_of_stacks({name: stacks[name] for name in usable})
         raise StudyError(
@@ -195,6 +208,10 @@ def _choose_stack(stacks: dict[str, list[CTHeader]], wanted: str | None) -> str:
 def _matching(names: list[str], wanted: str) -> list[str]:
     whole = [name for name in names if wanted in (name, name.partition("/")[0])]
     return whole or [name for name in names if name.endswith(wanted) or name.partition("/")[0].endswith(wanted)]
+
+
+def _usable(stacks: dict[str, list[CTHeader]]) -> list[str]:
+    return [name for name, headers in stacks.items() if _is_stack(headers)] or list(stacks)
 
 
 def _is_stack(headers: list[CTHeader]) -> bool:
