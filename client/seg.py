@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pydicom
+from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
@@ -69,7 +70,8 @@ def write_seg(
 
     Raises:
         GeometryError: a label map of another grid than the series'.
-        OutputError: highdicom is missing; nothing was found to write; a file that is there, a full disk.
+        OutputError: highdicom is missing; nothing was found to write; an enhanced CT in several files; a file that is
+            there, a full disk.
     """
     highdicom = seg_library()
     if label_map.geometry != series.geometry:
@@ -86,8 +88,7 @@ def write_seg(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         segmentation = highdicom.seg.Segmentation(
-            source_images=[pydicom.dcmread(s.path, stop_before_pixels=True) for s in series.slices],
-            pixel_array=numbers[label_map.labels],
+            **_source(highdicom, series, numbers[label_map.labels]),
             segmentation_type="BINARY",
             segment_descriptions=[_segment(highdicom, n, s, styles[s.name]) for n, s in enumerate(structures, start=1)],
             series_instance_uid=generate_uid(),
@@ -104,6 +105,29 @@ def write_seg(
         segmentation.SeriesDescription = "AnatomyNet automatic segments"
         segmentation.save_as(buffer, enforce_file_format=True)
     write_whole(path, buffer.getvalue(), overwrite=overwrite)
+
+
+def _source(highdicom: Any, series: CTSeries, labels: NDArray[np.uint8]) -> dict[str, Any]:
+    """The images that were segmented, and their labels in the same order: of a file of frames, its own."""
+    paths = list(dict.fromkeys(s.path for s in series.slices))
+    images = [pydicom.dcmread(path, stop_before_pixels=True) for path in paths]
+    first = series.slices[0]
+    if not first.frame:
+        return {"source_images": images, "pixel_array": labels}
+    if len(images) > 1:
+        raise OutputError(
+            f"SEG cannot refer to an enhanced CT in {len(images)} files: ask for --output-type rtstruct or nifti"
+        )
+    planes = np.zeros((first.frame_count, *labels.shape[1:]), np.uint8)
+    planes[[s.frame - 1 for s in series.slices]] = labels
+    # highdicom looks among what all frames share, even where each says it for itself.
+    shared = images[0].get("SharedFunctionalGroupsSequence") or [Dataset()]
+    column_spacing, row_spacing, slice_spacing = series.geometry.spacing
+    cosines = np.array(series.geometry.direction)[:, :2].T.ravel().tolist()
+    shared[0].PlaneOrientationSequence = highdicom.PlaneOrientationSequence("PATIENT", cosines)
+    shared[0].PixelMeasuresSequence = highdicom.PixelMeasuresSequence((row_spacing, column_spacing), slice_spacing)
+    images[0].SharedFunctionalGroupsSequence = shared
+    return {"source_images": images, "pixel_array": planes}
 
 
 def _segment(highdicom: Any, number: int, structure: Structure, style: RoiStyle) -> Dataset:

@@ -23,9 +23,10 @@ from pydicom.uid import (
 )
 
 from anatomynet.client.rtstruct import write_rtstruct
+from anatomynet.client.seg import write_seg
 from anatomynet.client.study import CTSeries, read_ct_series, volume_from_series
-from anatomynet.engine.errors import AnatomyNetError, GeometryError, StudyError
-from anatomynet.engine.volume import CTVolume
+from anatomynet.engine.errors import AnatomyNetError, GeometryError, OutputError, StudyError
+from anatomynet.engine.volume import CTVolume, LabelMap
 from tests.dicom_studies import (
     DIRECTIONS,
     complaints,
@@ -151,6 +152,33 @@ def _series_reference(rtstruct: Dataset) -> Dataset:
     return found
 
 
+def masks_of_seg(path: Path, series: CTSeries) -> np.ndarray[Any, Any]:
+    """Labels (z, y, x) of a SEG by its own positions, and the frame of the CT that each names checked on the way."""
+    labels = np.zeros(series.geometry.shape, np.uint8)
+    dataset = pydicom.dcmread(path)
+    for plane, item in zip(dataset.pixel_array, dataset.PerFrameFunctionalGroupsSequence, strict=True):
+        place = [float(v) for v in item.PlanePositionSequence[0].ImagePositionPatient]
+        (z,) = [k for k, s in enumerate(series.slices) if np.allclose(s.position, place, atol=1e-4)]
+        (source,) = item.DerivationImageSequence[0].SourceImageSequence
+        assert source.ReferencedFrameNumber == series.slices[z].frame
+        labels[z][plane > 0] = item.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+    return labels
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per frame"])
+@pytest.mark.parametrize("position", ["HFS", "FFP", "sagittal"])
+def test_a_segmentation_lies_on_its_frames(tmp_path: Path, position: str, *, shared: bool) -> None:
+    pytest.importorskip("highdicom")
+    path = write_enhanced(
+        tmp_path / "study" / "ct", random_volume(SHAPE, DIRECTIONS[position]), Frames(MIXED, shared=shared)
+    )
+    series = read_ct_series(path.parent)
+    write_seg(tmp_path / "seg.dcm", series, LabelMap(hard_labels(), series.geometry, CATALOGUE))
+    np.testing.assert_array_equal(masks_of_seg(tmp_path / "seg.dcm", series), hard_labels())
+    assert complaints("dciodvfy", tmp_path / "seg.dcm") == []
+    assert complaints("dcentvfy", tmp_path / "seg.dcm", path) == []
+
+
 def part_of(volume: CTVolume, start: int, stop: int) -> CTVolume:
     _, height, width = volume.geometry.shape
     return CTVolume(volume.hu[start:stop], volume.geometry.cropped((start, 0, 0), (stop, height, width)))
@@ -177,6 +205,9 @@ def test_a_series_in_several_files_is_one_stack(tmp_path: Path) -> None:
     write_rtstruct(tmp_path / "rs.dcm", series, traced(series, hard_labels()))
     assert complaints("dciodvfy", tmp_path / "rs.dcm") == []
     assert len(_series_reference(pydicom.dcmread(tmp_path / "rs.dcm")).ContourImageSequence) == 2
+    pytest.importorskip("highdicom")
+    with pytest.raises(OutputError, match="SEG cannot refer to an enhanced CT in 2 files"):
+        write_seg(tmp_path / "seg.dcm", series, LabelMap(hard_labels(), series.geometry, CATALOGUE))
 
 
 def test_of_a_concatenation_no_part_may_be_missing(tmp_path: Path) -> None:
@@ -228,6 +259,11 @@ def test_a_stack_of_a_file_is_referred_to_by_its_frames(tmp_path: Path) -> None:
     (image,) = _series_reference(pydicom.dcmread(tmp_path / "rs.dcm")).ContourImageSequence
     assert list(image.ReferencedFrameNumber) == [6, 7, 8, 9, 10, 11]
     assert complaints("dciodvfy", tmp_path / "rs.dcm") == []
+    pytest.importorskip("highdicom")
+    write_seg(tmp_path / "seg.dcm", series, LabelMap(hard_labels()[:6], series.geometry, CATALOGUE))
+    expected = hard_labels()[:6]
+    expected[expected == 6] = 5  # there is no fifth structure so low down
+    np.testing.assert_array_equal(masks_of_seg(tmp_path / "seg.dcm", series), expected)
 
 
 def test_localizer_frames_are_passed_over(tmp_path: Path) -> None:
