@@ -231,17 +231,29 @@ def archive(source: Path, folder: Path, aliases: Path | None) -> None:
 
 @main.command()
 @server_options
+@click.option("--check", is_flag=True, help="One line, and exit status 0 OK, 1 WARNING or 2 CRITICAL, as for Nagios.")
 @reports_errors
-def info(server: "ServerOptions") -> None:
-    """Show which model answers, and where it runs."""
+def info(server: "ServerOptions", *, check: bool) -> None:
+    """Show which model answers and where it runs, and let it draw a small phantom."""
     from anatomynet.client.connection import connected, describe_runtime
+    from anatomynet.client.health import check_health, probe_runtime
+    from anatomynet.client.triton import TritonRuntime
 
+    if check:
+        health = check_health(server)
+        click.echo(health.line)
+        raise SystemExit(health.status)
     with connected(server) as runtime:
         model = runtime.model
         click.echo(describe_runtime(runtime))
         click.echo(f"structures: {', '.join(s.tg263_name for s in structures_by_name(model.structures))}")
         click.echo(f"trained for spacing (x, y, z): {model.smallest_spacing} to {model.largest_spacing} mm")
         click.echo(f"checkpoint sha256: {model.checkpoint_sha256}")
+        if isinstance(runtime, TritonRuntime):
+            shared = "open to whoever reaches the server" if runtime.is_shared_memory_open() else "closed"
+            click.echo(f"shared memory: {shared}")
+        probe = probe_runtime(runtime)
+        click.echo(f"probe: {' x '.join(map(str, probe.shape))} voxels in {probe.seconds:.2f} s, {probe.verdict}")
 
 
 def study_folder(study: Path) -> Path:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anatomynet.engine.config import ModelConfig, model_config_from_json
-from anatomynet.engine.errors import ServerError
+from anatomynet.engine.errors import ServerBusyError, ServerError
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
 
 if TYPE_CHECKING:
@@ -44,9 +44,12 @@ REGION_PREFIX = "anatomynet-"
 REGION_GRACE_S = 600
 START_A_SERVER = "start one with `tritonserver --model-repository triton_repo`"
 
+# What Triton says of a region that it would have mapped, were it there; a server that refuses says something else.
+ALLOWED_BUT_NOT_THERE = "Unable to open shared memory region"
 # What Triton says, and what to do.
+QUEUE_FULL = "maximum queue size"
 REMEDIES = {
-    "maximum queue size": "it is busy: try again later",
+    QUEUE_FULL: "it is busy: try again later",
     "Stub process": "its model died, as for want of memory: restart tritonserver",
 }
 
@@ -104,7 +107,7 @@ class TritonRuntime:
 
         Raises:
             ServerError: the server refused, failed or went away, took longer than the time-out, or its answer does
-                not fit the volume.
+                not fit the volume; a ServerBusyError where its queue is full.
         """
         hu = np.ascontiguousarray(hu)
         if not self._shares:
@@ -116,6 +119,18 @@ class TritonRuntime:
                 raise ServerError(f"{self.url} does not share memory with this process: {error}") from error
             self._shares = False  # another container, another user, a server that refuses: so it stays
             return self._infer_sent(hu)
+
+    def is_shared_memory_open(self) -> bool:
+        """Whether the server maps shared memory for whoever reaches it; right only where no other machine does."""
+        from tritonclient.utils import InferenceServerException
+
+        name = f"{REGION_PREFIX}not-there-{secrets.token_hex(8)}"
+        try:
+            self._client.register_system_shared_memory(name, f"/{name}", 1, client_timeout=self._connect_timeout_s)
+        except InferenceServerException as error:
+            return ALLOWED_BUT_NOT_THERE in str(error.message())
+        self._unregister(name)
+        return True
 
     def close(self) -> None:
         """Ends the connection."""
@@ -211,7 +226,8 @@ class TritonRuntime:
             raise ServerError(
                 f"no answer from {self.url} within {self._timeout_s:g} s: its queue may be long, or its machine slow"
             ) from error
-        raise ServerError(f"{self.url} did not segment the volume: {_reason(error)}") from error
+        kind = ServerBusyError if error is not None and QUEUE_FULL in error.message() else ServerError
+        raise kind(f"{self.url} did not segment the volume: {_reason(error)}") from error
 
     def _checked(self, labels: Any, result: "InferResult", hu: HounsfieldArray) -> Answer:
         confidence = result.as_numpy("CONFIDENCE")

@@ -8,6 +8,7 @@ AnatomyNetError            one clear line: what was found, what was expected, wh
 ├── ExportError            a model that could not be exported
 │   └── ParityError        an exported model that does not draw what its checkpoint draws
 ├── ServerError            a Triton server that is not there, not ready, or failed
+│   └── ServerBusyError    a Triton server whose queue is full: try again later
 ├── NodeError              a DICOM node that is configured wrongly, or whose spool cannot be used
 └── OutputError            a result that could not be written
 
@@ -45,6 +46,10 @@ class ParityError(ExportError):
 
 class ServerError(AnatomyNetError):
     """A Triton server that is not there, not ready, or failed."""
+
+
+class ServerBusyError(ServerError):
+    """A Triton server whose queue is full: try again later."""
 
 
 class NodeError(AnatomyNetError):

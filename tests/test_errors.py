@@ -12,6 +12,7 @@ TREE = {
     "ExportError": "AnatomyNetError",
     "ParityError": "ExportError",
     "ServerError": "AnatomyNetError",
+    "ServerBusyError": "ServerError",
     "NodeError": "AnatomyNetError",
     "OutputError": "AnatomyNetError",
     "AnatomyNetError": "Exception",

@@ -51,19 +51,20 @@ def has_server() -> bool:
 
 
 @contextmanager
-def running_server(repository: Path, *options: str, folder: Path) -> Iterator[RunningServer]:
-    """Serves a repository on free ports; READY inside the block, and its exit status must be 0 after it.
+def running_server(repository: Path, *options: str, folder: Path, status: int = 0) -> Iterator[RunningServer]:
+    """Serves a repository on free ports; READY inside the block.
 
     Args:
         folder: for its log and its cache.
+        status: with which it must leave after the block.
     """
     server = _launched(repository, options, folder)
     try:
         _wait_until_ready(server)
         yield server
     finally:
-        status = server.stop()
-    assert status == 0, f"tritonserver left with {status}:\n{server.log.read_text()}"
+        left_with = server.stop()
+    assert left_with == status, f"tritonserver left with {left_with}:\n{server.log.read_text()}"
 
 
 def _launched(repository: Path, options: Sequence[str], folder: Path) -> RunningServer:
