@@ -6,6 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import nn
 
 from anatomynet.engine.config import ModelConfig, model_config_from_json, shipped_weights
 from anatomynet.engine.errors import ModelError
@@ -15,7 +16,7 @@ from anatomynet.engine.output import write_whole
 CONFIG_KEY = "model_config"
 
 
-def save_checkpoint(path: Path, network: AnatomyNet, config: ModelConfig) -> None:
+def save_checkpoint(path: Path, network: nn.Module, config: ModelConfig) -> None:
     """Writes weights and configuration, whole or not at all.
 
     Raises:

@@ -54,6 +54,9 @@ class ModelConfig:
         smallest_spacing, largest_spacing: mm (x, y, z), 5th and 95th percentile of the training cases; a study
             outside is resampled to the nearer end.
         hu_window: Hounsfield units mapped to -1..1, clipped outside.
+        patients: for each structure, how many patients taught it: training cases on disk that had its contours,
+            phantoms not counted. Empty where no count was kept, as in checkpoints older than it: then every structure
+            counts as taught by patients.
         checkpoint_sha256: of the safetensors file, empty before it is written; never stored inside that file.
     """
 
@@ -64,6 +67,7 @@ class ModelConfig:
     largest_spacing: Vector
     hu_window: tuple[float, float]
     checkpoint_sha256: str = ""
+    patients: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         structures_by_name(self.structures)
@@ -81,15 +85,28 @@ class ModelConfig:
                 f"spacing of {self.name}: expected 0 < smallest <= largest, "
                 f"found {self.smallest_spacing} and {self.largest_spacing}"
             )
+        if self.patients and (len(self.patients) != len(self.structures) or min(self.patients) < 0):
+            raise ModelError(
+                f"patients of {self.name}: expected {len(self.structures)} numbers of 0 or more, one a structure, or "
+                f"none, found {self.patients}"
+            )
 
     @property
     def classes(self) -> int:
         """Background and structures."""
         return len(self.structures) + 1
 
+    @property
+    def unvalidated(self) -> tuple[str, ...]:
+        """Structures that no patient taught; phantoms may have."""
+        return tuple(name for name, count in zip(self.structures, self.patients, strict=False) if count == 0)
+
     def to_json(self) -> str:
         """One line of JSON; `model_config_from_json` reads it back."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        table = dataclasses.asdict(self)
+        if not self.patients:  # what was written before there was a count stays as it was, byte for byte
+            del table["patients"]
+        return json.dumps(table, sort_keys=True)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from anatomynet.engine.aliases import load_aliases, structure_from_roi_name
 from anatomynet.engine.config import ModelConfig, TrainConfig
 from anatomynet.engine.errors import DataError
-from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.geometry import Index, VolumeGeometry
 from anatomynet.engine.network import normalised_from_hu
 from anatomynet.engine.preprocess import body_box
 from anatomynet.engine.resolution import block_means, reduced_labels
@@ -54,6 +54,10 @@ LABEL_TABLE = "labels.toml"
 SPACING_MARGIN = 1.5
 SPACING_TOLERANCE = 0.01  # of a mask's, against the CT's
 ORIGIN_TOLERANCE = 0.25  # of a mask's against the CT's, in voxels
+# A scan of the head and neck alone is shorter; the longest of OpenKBP's 203 is 384 mm.
+LONGEST_HEAD_AND_NECK_MM = 450.0
+# What is kept above and below the contours of a longer one: from the brain stem to the vertex, or to the clavicles.
+HEAD_AND_NECK_MARGIN_MM = 150.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +70,7 @@ class Case:
         labels: uint8 (z, y, x) on the CT's grid, i + 1 for structure i; 0 where nothing that is known.
         annotated: for each structure, whether its contours exist.
         unmatched: names of masks that are none of the structures; they were not read.
+        synthetic: a phantom, not a patient.
     """
 
     name: str
@@ -73,6 +78,7 @@ class Case:
     labels: LabelArray
     annotated: tuple[bool, ...]
     unmatched: tuple[str, ...] = ()
+    synthetic: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,9 +187,27 @@ def _averaged_in_plane(case: Case, model: ModelConfig) -> Case:
     return replace(case, volume=CTVolume(np.rint(hu).astype(np.int16), coarse), labels=labels)
 
 
+def cut_to_head_and_neck(case: Case) -> Case:
+    """The slices around the contours where a scan is longer than head and neck; any other case as it is.
+
+    The paper cut its 261 CTs by hand (section 2.1). Trunk and legs hold nothing to learn, and fill the memory.
+    """
+    spacing = case.volume.geometry.spacing[2]
+    depth = case.labels.shape[0]
+    drawn = np.flatnonzero(case.labels.any(axis=(1, 2)))
+    if depth * spacing <= LONGEST_HEAD_AND_NECK_MM or not drawn.size:
+        return case
+    margin = math.ceil(HEAD_AND_NECK_MARGIN_MM / spacing)
+    first, last = max(0, int(drawn[0]) - margin), min(depth, int(drawn[-1]) + 1 + margin)
+    return _cropped(case, (first, 0, 0), (last, case.labels.shape[1], case.labels.shape[2]))
+
+
 def cut_to_body(case: Case) -> Case:
     """The case without the air around the patient: the box that serving computes, at the network's resolution."""
-    start, stop = body_box(case.volume.hu, in_plane_stride=1)
+    return _cropped(case, *body_box(case.volume.hu, in_plane_stride=1))
+
+
+def _cropped(case: Case, start: Index, stop: Index) -> Case:
     box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
     volume = CTVolume(np.ascontiguousarray(case.volume.hu[box]), case.volume.geometry.cropped(start, stop))
     return replace(case, volume=volume, labels=np.ascontiguousarray(case.labels[box]))
@@ -319,4 +343,6 @@ def _read_on_grid(path: Path, geometry: VolumeGeometry) -> NDArray[Any]:
         raise DataError(f"{path}: expected the CT's spacing {geometry.spacing} mm, found {own.spacing}")
     if (np.abs(geometry.indices_from_points(own.origin)) > ORIGIN_TOLERANCE).any():
         raise DataError(f"{path}: expected the CT's origin {geometry.origin} mm, found {own.origin}: it lies elsewhere")
+    if not np.isfinite(array).all():
+        raise DataError(f"{path}: expected 0 outside and whole numbers inside, found NaN or infinity")
     return array

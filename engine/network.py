@@ -134,9 +134,13 @@ class ServedNetwork(nn.Module):
     Input: CT, int16 (z, y, x), Hounsfield units, of any size of at least 8 voxels (8 x stride in plane) a side.
     Output: LABEL_MAP, uint8 (z, y, x), and CONFIDENCE, float32 (structures,): the mean top probability over each
     structure's border voxels at the network's resolution; 0 where the structure is absent.
+
+    Args:
+        network: AnatomyNet, or another that maps its input to its output.
+        config: of it.
     """
 
-    def __init__(self, network: AnatomyNet, config: ModelConfig) -> None:
+    def __init__(self, network: nn.Module, config: ModelConfig) -> None:
         super().__init__()
         self.network = network
         self.config = config

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     import openvino
     import torch
 
-    from anatomynet.engine.network import AnatomyNet
-
 METADATA_KEY = "anatomynet"  # of the ModelConfig, in an ONNX file's metadata_props
 INPUT_NAME = "CT"
 OUTPUT_NAMES = ("LABEL_MAP", "CONFIDENCE")
@@ -197,7 +195,7 @@ class OnnxRuntime:
 class TorchRuntime:
     """A network in PyTorch; holds the logits of the CT's whole grid, 4 bytes a class and voxel."""
 
-    def __init__(self, network: AnatomyNet, config: ModelConfig, device: torch.device | str = "cpu") -> None:
+    def __init__(self, network: torch.nn.Module, config: ModelConfig, device: torch.device | str = "cpu") -> None:
         import torch
 
         from anatomynet.engine.network import ServedNetwork

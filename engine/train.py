@@ -1,11 +1,16 @@
-"""One visible training loop, and its command: cases -> checkpoint. First step of the straight path."""
+"""One visible training loop, and its command: cases -> checkpoint. First step of the straight path.
+
+Where the recipe of Zhu et al. lies: `learn` takes one volume a step (section 3.1), whole where `whole_share` is 1;
+`_new_optimiser` and `rate_at` are the two stages (3.1); engine/losses.py is the hybrid loss and its masks (2.3, 2.4);
+engine/data.py the augmentation (3.1); engine/network.py the network (2.2). configs/oar9.toml sets all of it.
+"""
 
 import csv
 import dataclasses
 import json
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
@@ -20,10 +25,11 @@ from tqdm import tqdm
 
 from anatomynet.engine.checkpoint import save_checkpoint
 from anatomynet.engine.command import reports_errors
-from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
+from anatomynet.engine.config import ModelConfig, TrainConfig, load_config, model_config_from_json
 from anatomynet.engine.curves import write_curves
-from anatomynet.engine.data import Augmentation, Case, Sample, cut_to_body
+from anatomynet.engine.data import Augmentation, Case, Sample, cut_to_body, cut_to_head_and_neck
 from anatomynet.engine.errors import ModelError, OutputError
+from anatomynet.engine.events import event_log, forget_events
 from anatomynet.engine.geometry import Point, VolumeGeometry
 from anatomynet.engine.losses import hybrid_loss
 from anatomynet.engine.metrics import dice
@@ -38,21 +44,35 @@ LOADERS = 1  # threads that make samples: they cost a tenth of a step
 AHEAD = 3  # samples kept ready
 LARGEST_GRADIENT = 12.0
 PHANTOM_SHAPE = (112, 128, 128)  # (z, y, x), as a planning CT reduced 4 x 4 in plane
-MOMENTUM = 0.9  # of the paper's second stage
+MOMENTUM = 0.9  # of the paper's second stage (section 3.1)
 MAY_CHANGE = ("steps", "steps_per_epoch")  # when a run is resumed
 FINAL_RATE = 0.01  # share of the learning rate that is left at the end
 
 
 class Training:
-    """Everything that a training run changes, and that a resumed run must find again."""
+    """Everything that a training run changes, and that a resumed run must find again.
 
-    def __init__(self, model: ModelConfig, train: TrainConfig, device: torch.device) -> None:
+    Args:
+        model: what is learnt.
+        train: how.
+        device: where.
+        new_network: makes the network of so many classes: another one may learn by the same recipe, to be compared.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        train: TrainConfig,
+        device: torch.device,
+        *,
+        new_network: Callable[[int], nn.Module] = AnatomyNet,
+    ) -> None:
         torch.manual_seed(train.seed)
         self.model = model
         self.train = train
         self.device = device
-        self.network = _channels_last(AnatomyNet(model.classes).to(device))
-        self.average = _channels_last(AnatomyNet(model.classes).to(device)).eval()
+        self.network = _channels_last(new_network(model.classes).to(device))
+        self.average = _channels_last(new_network(model.classes).to(device)).eval()
         self.average.load_state_dict(self.network.state_dict())
         self.step = 0
         self.optimiser = self._new_optimiser()
@@ -136,7 +156,8 @@ class Training:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
         except (OSError, SafetensorError) as error:
             raise ModelError(f"nothing to resume: {path} is not a state that anatomynet-train saved") from error
-        if metadata.get("model") != self.model.to_json():
+        # How many patients taught what is no configuration, and states older than that count lack it.
+        if "model" not in metadata or not _same_but_patients(model_config_from_json(metadata["model"]), self.model):
             raise ModelError(f"{path} was trained for another configuration than {self.model.name}: start a new output")
         _check_recipe(metadata.get("train"), self.train, path)
         for prefix, network in (("network", self.network), ("average", self.average)):
@@ -162,6 +183,10 @@ class Training:
                     mean.copy_(now)
 
 
+def _same_but_patients(one: ModelConfig, other: ModelConfig) -> bool:
+    return dataclasses.replace(one, patients=()) == dataclasses.replace(other, patients=())
+
+
 def _check_recipe(saved: str | None, train: TrainConfig, path: Path) -> None:
     """Refuses a recipe with which no run from the start could have come here; older states do not tell theirs."""
     before = json.loads(saved) if saved else {}
@@ -173,7 +198,7 @@ def _check_recipe(saved: str | None, train: TrainConfig, path: Path) -> None:
 
 
 def second_stage_start(train: TrainConfig) -> int:
-    """The step from which SGD takes over; one past the last where there is one stage."""
+    """The step from which SGD takes over (section 3.1); one past the last where there is one stage."""
     return train.steps + 1 if train.optimiser == "adamw" else round(train.steps * (1 - train.second_share))
 
 
@@ -230,11 +255,18 @@ def phantom_case(model: ModelConfig, *, spacing: Point, seed: int) -> Case:
     """A synthetic case at a spacing (x, y, z) mm, cut to the body, every structure annotated."""
     geometry = VolumeGeometry(PHANTOM_SHAPE, spacing)
     volume, truth = make_phantom(geometry, seed=seed, structures=model.structures)
-    return cut_to_body(Case(f"phantom_{seed}", volume, truth.labels, (True,) * len(model.structures)))
+    annotated = (True,) * len(model.structures)
+    return cut_to_body(Case(f"phantom_{seed}", volume, truth.labels, annotated, synthetic=True))
+
+
+def patient_counts(cases: Sequence[Case]) -> tuple[int, ...]:
+    """For each structure, how many patients have its contours; phantoms are none."""
+    counts = np.sum([case.annotated for case in cases if not case.synthetic], axis=0, dtype=int)
+    return tuple(counts.tolist()) if counts.shape else (0,) * len(cases[0].annotated)
 
 
 def validate(
-    network: AnatomyNet, model: ModelConfig, cases: list[Case], device: torch.device | str
+    network: nn.Module, model: ModelConfig, cases: list[Case], device: torch.device | str
 ) -> dict[str, list[float]]:
     """DSC of each structure over the cases that have it, drawn by the same `segment` that serves."""
     runtime = TorchRuntime(network, model, device)
@@ -248,14 +280,18 @@ def validate(
 
 
 def fit(training: Training, cases: list[Case], held_out: list[Case], output: Path) -> None:
-    """Trains to the last step; saves state, log and best checkpoint beside `output` after every epoch.
+    """Trains to the last step; saves state, logs and best checkpoint beside `output` after every epoch.
 
     Ctrl-C saves the state after the step under way, then raises KeyboardInterrupt.
     """
     train = training.train
     state, log = output.with_suffix(".state.safetensors"), output.with_suffix(".csv")
     losses: list[float] = []
-    with _Interruptible() as interruption, tqdm(total=train.steps, initial=training.step, unit="step") as bar:
+    with (
+        _Interruptible() as interruption,
+        event_log(output, first=training.step) as write_events,
+        tqdm(total=train.steps, initial=training.step, unit="step") as bar,
+    ):
         for sample in samples(cases, training.model, train, first=training.step):
             losses.append(training.learn(sample))
             bar.update()
@@ -265,8 +301,10 @@ def fit(training: Training, cases: list[Case], held_out: list[Case], output: Pat
                 means = {name: float(np.mean(values)) if values else math.nan for name, values in scores.items()}
                 mean = float(np.nanmean(list(means.values())))
                 bar.write(f"step {training.step}: " + "  ".join(f"{k} {v:.3f}" for k, v in means.items()))
-                _append_row(log, {"step": training.step, "loss": float(np.mean(losses)), "mean": mean, **means})
+                row = {"step": training.step, "loss": float(np.mean(losses)), "mean": mean, **means}
+                _append_row(log, row)
                 write_curves(log)
+                write_events(row)
                 losses.clear()
                 if mean > training.best:
                     training.best = mean
@@ -303,7 +341,15 @@ def _append_row(path: Path, row: dict[str, float]) -> None:
         writer.writerow({key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()})
 
 
-def _channels_last(network: AnatomyNet) -> AnatomyNet:
+def _forget_rows(path: Path, *, beyond: int) -> None:
+    """Leaves out of a log what was written after the state that a run goes on from: it comes again."""
+    if path.is_file():
+        header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [row for row in rows if int(row.split(",")[0]) <= beyond]
+        write_whole(path, "".join((header, *kept)).encode(), overwrite=True)
+
+
+def _channels_last(network: nn.Module) -> nn.Module:
     """The layout in which 3-D convolutions are fastest."""
     # torch's stubs know memory_format only for 4-D tensors.
     return network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload, no-any-return]
@@ -327,7 +373,8 @@ def main(
 ) -> None:
     """Train AnatomyNet on a folder of annotated CTs.
 
-    Beside the checkpoint lie the log, its curves, the state to resume from, and .cases.csv: what became of every case.
+    Beside the checkpoint lie the log, its curves, the same for TensorBoard, the state to resume from, and .cases.csv:
+    what became of every case.
     """
     model, train = load_config(config)
     if steps:
@@ -342,12 +389,14 @@ def main(
     write_survey(output.with_suffix(".cases.csv"), surveys)
     for survey in surveys:
         click.echo("\n".join(summary_lines(survey, model)))
-    cases, held_out = [cut_to_body(case) for case in surveys[0].cases], surveys[1].cases
-    training = Training(model, train, device)
+    cases, held_out = [cut_to_body(cut_to_head_and_neck(case)) for case in surveys[0].cases], surveys[1].cases
+    training = Training(dataclasses.replace(model, patients=patient_counts(cases)), train, device)
     if resume:
         training.restore(output.with_suffix(".state.safetensors"))
+        _forget_rows(output.with_suffix(".csv"), beyond=training.step)
     else:
         output.with_suffix(".csv").unlink(missing_ok=True)  # another run's log
+        forget_events(output)
     fit(training, cases, held_out, output)
     click.echo(f"{output}: best mean validation DSC {training.best:.3f}, {training.step} steps on {device.type}")
 

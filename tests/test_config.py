@@ -37,7 +37,13 @@ def test_shipped_configurations_load(name: str, classes: int, stride: int) -> No
 
 def test_the_papers_nine_organs_learn_by_the_papers_recipe() -> None:
     model, train = load_config("oar9")
+    assert (train.focal_weight, train.focal_gamma) == (0.5, 2.0)
     assert (train.missing, train.optimiser) == ("mask", "rmsprop-sgd")
+    assert (train.whole_share, train.phantom_share, train.balanced_share) == (
+        1.0,
+        0.0,
+        0.0,
+    )  # each whole, each as often
     assert (train.learning_rate, train.second_rate) == (2e-3, 1e-3)
     assert train.steps / train.steps_per_epoch == 200
     weights = dict(zip(("background", *model.structures), train.class_weights, strict=True))
@@ -64,6 +70,18 @@ def test_json_round_trip() -> None:
     assert "\n" not in model.to_json()
 
 
+def test_who_was_never_taught_by_a_patient_is_known() -> None:
+    counted = dataclasses.replace(SMALL, patients=(3, 0, 12))
+    assert counted.unvalidated == ("Parotid_L",)
+    assert model_config_from_json(counted.to_json()) == counted
+
+
+def test_without_a_count_every_structure_was_taught_by_patients() -> None:
+    assert SMALL.unvalidated == ()
+    assert "patients" not in SMALL.to_json()  # as it was written before there was a count
+    assert model_config_from_json(SMALL.to_json()).patients == ()
+
+
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
@@ -84,6 +102,9 @@ def test_json_round_trip() -> None:
         ("smallest_spacing = [1, 1, 4]", "0 < smallest <= largest"),
         ("largest_spacing = [2, 2, nan]", "0 < smallest <= largest"),
         ("name = 4", "name of .*expected str"),
+        ("patients = [1, 2]", "patients of small: expected 3 numbers"),
+        ("patients = [1, 2, -1]", "patients of small: expected 3 numbers"),
+        ("patients = 3", "patients of "),
     ],
 )
 def test_bad_model_values_are_named(toml: Path, line: str, complaint: str) -> None:

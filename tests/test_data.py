@@ -16,11 +16,14 @@ from torch.nn import functional as F
 
 from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
 from anatomynet.engine.data import (
+    HEAD_AND_NECK_MARGIN_MM,
+    LONGEST_HEAD_AND_NECK_MM,
     Augmentation,
     Case,
     Sample,
     at_network_resolution,
     cut_to_body,
+    cut_to_head_and_neck,
     find_cases,
     read_case,
 )
@@ -123,6 +126,15 @@ def test_hounsfield_units_that_are_no_numbers_are_refused(folder: Path, value: f
 def test_a_mask_of_another_shape_is_refused(folder: Path) -> None:
     write_nrrd(folder / "structures" / "Parotid_L.nrrd", np.zeros((6, 7, 9), np.uint8))
     with pytest.raises(DataError, match=r"Parotid_L\.nrrd: expected the CT's shape \(6, 7, 8\).*found \(6, 7, 9\)"):
+        read_case(folder, STRUCTURES)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_mask_that_is_no_numbers_is_refused(folder: Path, value: float) -> None:
+    mask = mask_of((1, 2, 3)).astype(np.float32)
+    mask[0, 0, 0] = value
+    write_nrrd(folder / "structures" / "Parotid_L.nrrd", mask)
+    with pytest.raises(DataError, match=r"Parotid_L\.nrrd: .*found NaN or infinity"):
         read_case(folder, STRUCTURES)
 
 
@@ -237,6 +249,43 @@ def test_a_real_patient_keeps_every_label_in_the_body_box() -> None:
     cut = cut_to_body(case)
     assert np.array_equal(np.bincount(cut.labels.ravel())[1:], np.bincount(case.labels.ravel())[1:])
     assert cut.labels.size < 0.6 * case.labels.size
+
+
+def long_case(slices: int, *, contours: slice, spacing: float = 5.0) -> Case:
+    """A scan of so many slices, each of its own Hounsfield units, with a brain stem on some of them."""
+    geometry = VolumeGeometry((slices, 8, 8), (1.5, 1.5, spacing), (0.0, 0.0, -1000.0))
+    hu = np.broadcast_to(np.arange(slices, dtype=np.int16)[:, None, None], geometry.shape).copy()
+    labels = np.zeros(geometry.shape, np.uint8)
+    labels[contours, 3:5, 3:5] = STEM
+    return Case("long", CTVolume(hu, geometry), labels, (True, False, False))
+
+
+def test_a_whole_body_is_cut_to_the_slices_around_the_contours() -> None:
+    cut = cut_to_head_and_neck(long_case(300, contours=slice(200, 212)))
+    margin = round(HEAD_AND_NECK_MARGIN_MM / 5)
+    assert cut.volume.hu[:, 0, 0].tolist() == list(range(200 - margin, 212 + margin))
+    assert cut.volume.geometry.origin == (0.0, 0.0, -1000.0 + (200 - margin) * 5)
+    assert cut.labels.shape == cut.volume.hu.shape
+    assert np.flatnonzero(cut.labels.any(axis=(1, 2))).tolist() == list(range(margin, margin + 12))
+
+
+def test_the_vertex_is_the_end() -> None:
+    cut = cut_to_head_and_neck(long_case(300, contours=slice(285, 295)))
+    assert cut.volume.hu[-1, 0, 0] == 299
+
+
+def test_a_scan_of_head_and_neck_stays_as_it_is() -> None:
+    slices = round(LONGEST_HEAD_AND_NECK_MM / 5)
+    case = long_case(slices, contours=slice(slices - 3, slices))
+    assert cut_to_head_and_neck(case) is case
+    without = long_case(300, contours=slice(0, 0))
+    assert cut_to_head_and_neck(without) is without
+
+
+@pytest.mark.skipif(not OPENKBP.is_dir(), reason=f"no OpenKBP data at {OPENKBP}")
+def test_a_real_patient_is_no_whole_body() -> None:
+    case = read_case(OPENKBP / "validation" / "pt_236", load_config("openkbp7")[0].structures)
+    assert cut_to_head_and_neck(case) is case
 
 
 def head() -> Case:

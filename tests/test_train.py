@@ -1,7 +1,9 @@
 """Training learns, can be interrupted at any step, and says in one line why it cannot start."""
 
 import csv
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +19,9 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from numpy.typing import NDArray
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from anatomynet.engine.checkpoint import load_checkpoint
@@ -30,6 +34,7 @@ from anatomynet.engine.train import (
     Training,
     chosen_by_structure,
     main,
+    patient_counts,
     phantom_case,
     rate_at,
     rate_share,
@@ -41,6 +46,11 @@ SHAPE = (8, 16, 24)
 STRUCTURES = ("Chiasm", "OpticNerve_L", "OpticNerve_R")  # whose usual size no table knows: this head is small
 STEPS, STEPS_PER_EPOCH = 20, 5
 LEARNT = 0.75  # share of the first epoch's loss that may be left in the last one
+HEADER = {
+    "space": "left-posterior-superior",
+    "space directions": np.diag([1.5, 1.5, 2.5]),
+    "space origin": [0.0, 0.0, 0.0],
+}
 WAIT_S = 240  # for a process on a busy machine
 CONFIG = f"""
 [model]
@@ -79,11 +89,6 @@ def write_case(
     folder: Path, shift: int, structures: tuple[str, ...] = ("Chiasm", "OpticNerve_L", "OpticNerve_R")
 ) -> None:
     """A small head: three boxes, each of its own Hounsfield units, moved along y by `shift`."""
-    header = {
-        "space": "left-posterior-superior",
-        "space directions": np.diag([1.5, 1.5, 2.5]),
-        "space origin": [0.0, 0.0, 0.0],
-    }
     hu = np.full(SHAPE, -50, np.int16)
     boxes = {
         "Chiasm": (250, np.s_[2:7, 1 + shift : 6 + shift, 9:15]),
@@ -96,13 +101,13 @@ def write_case(
         if name in structures:
             mask = np.zeros(SHAPE, np.uint8)
             mask[box] = 1
-            nrrd.write(str(folder / "structures" / f"{name}.nrrd"), mask, header, index_order="C")
-    nrrd.write(str(folder / "img.nrrd"), hu, header, index_order="C")
+            nrrd.write(str(folder / "structures" / f"{name}.nrrd"), mask, HEADER, index_order="C")
+    nrrd.write(str(folder / "img.nrrd"), hu, HEADER, index_order="C")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two cases to train on, one of them without a right parotid, and one to validate."""
+    """Two cases to train on, one of them without a right optic nerve, and one to validate."""
     folder = tmp_path_factory.mktemp("data")
     write_case(folder / "train" / "a", 0)
     write_case(folder / "train" / "b", 3, ("Chiasm", "OpticNerve_L"))
@@ -162,6 +167,7 @@ def test_log_checkpoint_and_state_are_written_and_nothing_else(trained: Path) ->
         *(["tiny.png"] if find_spec("matplotlib") else []),
         "tiny.safetensors",
         "tiny.state.safetensors",
+        *(["tiny.tensorboard"] if find_spec("tensorboardX") else []),
     ]
     rows = rows_of(trained.with_suffix(".csv"))
     assert [row["step"] for row in rows] == list(range(STEPS_PER_EPOCH, STEPS + 1, STEPS_PER_EPOCH))
@@ -172,7 +178,8 @@ def test_log_checkpoint_and_state_are_written_and_nothing_else(trained: Path) ->
 
 def test_the_checkpoint_can_be_served(data: Path, trained: Path) -> None:
     network, config = load_checkpoint(trained)
-    assert replace(config, checkpoint_sha256="") == load_config(data / "tiny.toml")[0]
+    learnt = replace(load_config(data / "tiny.toml")[0], patients=(2, 2, 1))  # b has no right optic nerve
+    assert replace(config, checkpoint_sha256="") == learnt
     labels, confidence = TorchRuntime(network, config).infer(np.zeros((16, 16, 16), np.int16))
     assert labels.shape == (16, 16, 16)
     assert confidence.shape == (3,)
@@ -258,10 +265,20 @@ def test_resuming_by_another_recipe_is_refused(
 
 
 def test_resuming_for_more_steps_is_possible(data: Path, trained: Path, tmp_path: Path) -> None:
-    for path in trained.parent.iterdir():
+    for path in filter(Path.is_file, trained.parent.iterdir()):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     assert train(data, tmp_path / trained.name, "--resume", "--steps", str(STEPS + 1)).exit_code == 0
     assert rows_of(tmp_path / "tiny.csv")[-1]["step"] == STEPS + 1
+
+
+def test_a_row_that_was_logged_before_its_state_comes_once(data: Path, trained: Path, tmp_path: Path) -> None:
+    """A run that is killed between the two logs its last epoch again."""
+    for path in trained.parent.glob("tiny.*safetensors"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    log = trained.with_suffix(".csv").read_text()
+    (tmp_path / "tiny.csv").write_text(log + log.splitlines()[-1].replace(str(STEPS), str(STEPS + 1), 1) + "\n")
+    assert train(data, tmp_path / trained.name, "--resume", "--steps", str(STEPS + 1)).exit_code == 0
+    assert [row["step"] for row in rows_of(tmp_path / "tiny.csv")] == [5, 10, 15, 20, 21]
 
 
 def test_resuming_without_a_state_is_refused(data: Path, tmp_path: Path) -> None:
@@ -278,6 +295,44 @@ def test_resuming_from_a_damaged_state_is_refused(data: Path, trained: Path, tmp
 def test_resuming_from_a_checkpoint_is_refused(data: Path, trained: Path, tmp_path: Path) -> None:
     (tmp_path / "t.state.safetensors").write_bytes(trained.read_bytes())
     assert "start a new output" in refusal(train(data, tmp_path / "t.safetensors", "--resume"))
+
+
+def test_resuming_from_a_pickle_is_refused_unread(data: Path, tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return Path.touch, (tmp_path / "exploded",)
+
+    torch.save({"bomb": Bomb()}, tmp_path / "t.state.safetensors")
+    assert "nothing to resume" in refusal(train(data, tmp_path / "t.safetensors", "--resume"))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_state_without_a_count_of_patients_can_be_resumed(data: Path, trained: Path, tmp_path: Path) -> None:
+    """As runs wrote it that began before there was one."""
+    with safe_open(trained.with_suffix(".state.safetensors"), "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    table = json.loads(metadata["model"])
+    assert table.pop("patients") == [2, 2, 1]
+    save_file(tensors, tmp_path / "tiny.state.safetensors", metadata | {"model": json.dumps(table, sort_keys=True)})
+    result = train(data, tmp_path / "tiny.safetensors", "--resume", "--steps", str(STEPS + 1))
+    assert result.exit_code == 0, result.output
+    assert load_checkpoint(tmp_path / "tiny.safetensors")[1].patients == (2, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "array", "complaint"),
+    [
+        ("img.nrrd", np.full(SHAPE, np.nan, np.float32), "bad: .*img.nrrd: expected finite Hounsfield units"),
+        ("structures/Chiasm.nrrd", np.ones((8, 16, 25), np.uint8), "bad: .*expected the CT's shape"),
+    ],
+)
+def test_a_case_that_cannot_be_right_is_one_line(
+    tmp_path: Path, file: str, array: NDArray[np.generic], complaint: str
+) -> None:
+    (tmp_path / "tiny.toml").write_text(CONFIG)
+    write_case(tmp_path / "train" / "bad", 0)
+    nrrd.write(str(tmp_path / "train" / "bad" / file), array, HEADER, index_order="C")
+    assert re.search(complaint, refusal(train(tmp_path, tmp_path / "t.safetensors")))
 
 
 def test_an_empty_folder_is_refused(data: Path, tmp_path: Path) -> None:
@@ -414,6 +469,13 @@ def test_a_phantom_is_a_case_with_every_structure() -> None:
     assert case.annotated == (True,) * len(model.structures)
     assert case.volume.geometry.spacing == (4.0, 4.0, 3.0)
     assert set(np.unique(case.labels)) == set(range(len(model.structures) + 1))
+
+
+def test_phantoms_are_no_patients() -> None:
+    patient, other, third = uniform_cases()
+    phantom = replace(third, annotated=(True, True), synthetic=True)
+    assert patient_counts([replace(patient, annotated=(True, False)), other, phantom]) == (2, 1)
+    assert patient_counts([phantom]) == (0, 0)
 
 
 def test_structures_that_few_cases_have_are_drawn_as_often_as_their_weight() -> None:
