@@ -18,6 +18,7 @@ from typing import BinaryIO, NoReturn
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.errors import BytesLengthException, InvalidDicomError
@@ -103,6 +104,7 @@ DAMAGED = (
     AttributeError,
     NotImplementedError,
     RecursionError,
+    MemoryError,  # a length that no file has
 )
 
 
@@ -325,6 +327,7 @@ def _parse_header(path: Path, file: BinaryIO, size: int) -> CTHeader | None:
     file.seek(0)
     try:
         dataset = pydicom.dcmread(file, defer_size=LONGEST_HEADER_VALUE, specific_tags=list(TAGS.values()), force=True)
+        list(dataset.file_meta)  # converts its values: what is damaged there shows here
     except DAMAGED:
         return None
     header = CTHeader(path, dataset, size)
@@ -349,9 +352,16 @@ def uid_tail(uid: str) -> str:
 
 
 def patient_and_study(header: CTHeader) -> Dataset:
-    """The attributes that an RTSTRUCT copies, as the file has them."""
+    """The attributes that an RTSTRUCT copies, as the file has them.
+
+    Raises:
+        StudyError: one whose type is not that attribute's.
+    """
     copied = Dataset()
     for keyword in PATIENT_AND_STUDY_KEYWORDS:
         if keyword in header.dataset:
-            copied[keyword] = header.dataset.get_item(keyword, keep_deferred=True)
+            element = header.dataset.get_item(keyword, keep_deferred=True)
+            if element.VR not in (None, "UN", dictionary_VR(TAGS[keyword])):
+                raise StudyError(f"{header.name} is damaged: {keyword} is of a wrong type; export the series again")
+            copied[keyword] = element
     return copied

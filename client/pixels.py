@@ -1,5 +1,7 @@
 """Stored pixels -> Hounsfield units, one slice at a time, straight into the volume."""
 
+import re
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom.encaps import get_frame
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
@@ -18,19 +21,24 @@ from anatomynet.engine.volume import HounsfieldArray
 # Pixels that carry no measurement become air.
 AIR_HU = -1000
 INT16_RANGE = (-32768, 32767)
-# What the extra `codecs` installs. The licences are permissive: pylibjpeg-libjpeg, the usual answer for lossless JPEG,
-# is GPL.
+# A value that may stand in a message (PS3.5 6.2, CS): in a damaged file anything may stand in its place.
+CODE_STRING = re.compile(r"[A-Z0-9 _]{1,16}")
+TRANSFER_SYNTAX = re.compile(r"[0-9.]{1,64}")
+# Family of transfer syntaxes -> pydicom's name of the one decoder for it, and what installs that. The licences are
+# permissive: pylibjpeg-libjpeg, the usual answer for lossless JPEG, is GPL. Never a second decoder after the first
+# failed: gdcm ends the process on a stream of another size than its header says.
 CODECS = {
-    "JPEG 2000": "pylibjpeg-openjpeg",
-    "High-Throughput JPEG 2000": "pylibjpeg-openjpeg",
-    "JPEG-LS": "pyjpegls",
-    "JPEG": "python-gdcm",
+    "JPEG 2000": ("pylibjpeg", "pylibjpeg-openjpeg"),
+    "High-Throughput JPEG 2000": ("pylibjpeg", "pylibjpeg-openjpeg"),
+    "JPEG-LS": ("pyjpegls", "pyjpegls"),
+    "JPEG": ("gdcm", "python-gdcm"),
+    "RLE": ("pydicom", ""),
 }
 
 
 @dataclass(frozen=True)
 class EncodedFrame:
-    """Where a decoder finds one frame of an enhanced CT.
+    """Where a decoder finds a slice's pixels, which may be one frame of an enhanced CT.
 
     Attributes:
         start: bytes from the file's start to its pixel data.
@@ -54,7 +62,7 @@ class StoredPixels:
         bits_stored: of the 16 allocated; the others carry nothing.
         slope, intercept: HU = slope x stored + intercept.
         padding: lowest and highest of the 16-bit words that mean "no measurement"; None where there are none.
-        frame: where a decoder must read it, if it is a frame and not a file.
+        frame: where a decoder must read it; None where the whole file is deflated.
     """
 
     offset: int | None
@@ -77,7 +85,7 @@ def stored_pixels(header: CTHeader) -> StoredPixels:
     signed = header.word("PixelRepresentation") == 1
     return StoredPixels(
         offset=_raw_pixel_offset(header),
-        frame=_encoded_frame(header) if header.frame else None,
+        frame=_encoded_frame(header),
         transfer_syntax_uid=header.transfer_syntax_uid,
         signed=signed,
         bits_stored=header.word("BitsStored"),
@@ -102,8 +110,9 @@ def _check_image(header: CTHeader) -> None:
     ]
     for keyword, found, expected in found_and_expected:
         if found not in expected:
+            shown = found if CODE_STRING.fullmatch(str(found)) else "unreadable"
             raise StudyError(
-                f"{header.name}: {keyword} is {found}, expected {expected[0]}; it is no CT slice in Hounsfield units"
+                f"{header.name}: {keyword} is {shown}, expected {expected[0]}; it is no CT slice in Hounsfield units"
             )
     if header.number("RescaleSlope") <= 0:
         raise StudyError(f"{header.name}: RescaleSlope is not above zero; export the series again")
@@ -124,11 +133,13 @@ def _raw_pixel_offset(header: CTHeader) -> int | None:
     return int(element.value_tell) + size * max(0, header.frame - 1)
 
 
-def _encoded_frame(header: CTHeader) -> EncodedFrame:
+def _encoded_frame(header: CTHeader) -> EncodedFrame | None:
     if header.transfer_syntax_uid == DeflatedExplicitVRLittleEndian:
-        raise StudyError(f"{header.path.name} is an enhanced CT deflated as a whole; export it uncompressed")
+        if header.frame:
+            raise StudyError(f"{header.path.name} is an enhanced CT deflated as a whole; export it uncompressed")
+        return None
     element: Any = header.dataset.get_item(TAGS["PixelData"], keep_deferred=True)
-    return EncodedFrame(int(element.value_tell), header.frame - 1, header.frame_count)
+    return EncodedFrame(int(element.value_tell), max(0, header.frame - 1), header.frame_count)
 
 
 def _padding(header: CTHeader, *, signed: bool) -> tuple[int, int] | None:
@@ -192,12 +203,28 @@ def _decoded_frame(
         "pixel_representation": int(pixels.signed),
         "pixel_keyword": "PixelData",
     }
+    uid = UID(pixels.transfer_syntax_uid)
     with path.open("rb") as file:
+        if uid.is_encapsulated:
+            options["decoding_plugin"] = plugin = _codec(uid)[0]
+            file.seek(frame.start)
+            if plugin == "gdcm" and jpeg_size(get_frame(file, frame.index, number_of_frames=frame.count)) != shape:
+                raise ValueError("the JPEG stream is of another size than its header says")
         file.seek(frame.start)
-        found: NDArray[np.generic] = get_decoder(UID(pixels.transfer_syntax_uid)).as_array(
-            file, index=frame.index, **options
-        )[0]
+        found: NDArray[np.generic] = get_decoder(uid).as_array(file, index=frame.index, **options)[0]
     return found
+
+
+def jpeg_size(stream: bytes) -> tuple[int, int] | None:
+    """Rows and columns of a JPEG, as its own frame header has them (ISO 10918-1 B.2.2); None without one."""
+    place = 2  # after the start of image
+    while place + 9 <= len(stream) and stream[place] == 0xFF:
+        marker = stream[place + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # those are no frame headers
+            rows, columns = struct.unpack_from(">HH", stream, place + 5)
+            return rows, columns
+        place += 2 + int.from_bytes(stream[place + 2 : place + 4], "big")
+    return None
 
 
 def _convert_to_hu(words: HounsfieldArray, pixels: StoredPixels) -> None:
@@ -230,12 +257,18 @@ def check_codecs(stored: Iterable[StoredPixels]) -> None:
         StudyError: no decoder.
     """
     for uid in {pixels.transfer_syntax_uid for pixels in stored if pixels.offset is None}:
+        plugin, package = _codec(UID(uid))
         try:
-            available = get_decoder(UID(uid)).is_available
-        except NotImplementedError:
+            decoder = get_decoder(UID(uid))
+            available = plugin in decoder.available_plugins if UID(uid).is_encapsulated else decoder.is_available
+        except (NotImplementedError, ValueError):
             available = False
         if not available:
-            name = UID(uid).name
-            package = next((p for family, p in CODECS.items() if name.startswith(family)), None)
+            name = UID(uid).name if TRANSFER_SYNTAX.fullmatch(uid) else "nothing that is known"
             advice = f"pip install 'anatomynet[codecs]' ({package})" if package else "export the series uncompressed"
             raise StudyError(f"the slices are compressed as {name}, for which no decoder is installed: {advice}")
+
+
+def _codec(uid: UID) -> tuple[str, str]:
+    """The decoder of a transfer syntax and what installs it; empty where there is none."""
+    return next((codec for family, codec in CODECS.items() if uid.name.startswith(family)), ("", ""))

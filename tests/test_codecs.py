@@ -65,3 +65,19 @@ def test_without_the_extra_one_line_names_it(tmp_path: Path, syntax: UID) -> Non
     assert run.stderr.startswith(f"error: the slices are compressed as {syntax.name}, for which no decoder")
     assert "pip install 'anatomynet[codecs]'" in run.stderr
     assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("syntax", [JPEG2000Lossless, JPEGLSLossless, JPEGLosslessSV1], ids=lambda uid: uid.name)
+def test_a_stream_of_another_size_than_its_header_says_is_refused(tmp_path: Path, syntax: UID) -> None:
+    """In a process of its own: gdcm's answer to it is to abort. RLE streams know no size."""
+    if not get_decoder(syntax).is_available:
+        pytest.skip(f"no decoder for {syntax.name}: pip install 'anatomynet[codecs]'")
+    for path in write_study(tmp_path / "study", random_volume(SHAPE)):
+        compress(path, syntax)
+        dataset = pydicom.dcmread(path)
+        dataset.Rows = 40
+        dataset.save_as(path)
+    code = "import sys; from anatomynet.client.cli import main; main(['segment', sys.argv[1]])"
+    run = subprocess.run([sys.executable, "-c", code, tmp_path / "study"], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "CT0001.dcm" in run.stderr.splitlines()[-1]

@@ -343,6 +343,11 @@ REFUSALS: dict[str, tuple[Callable[[Path, list[Path]], None], type[AnatomyNetErr
     "not DICOM": (overwrite_with_zeros, StudyError, r"CT0003.dcm is damaged: its header cannot be read"),
     "CT and not": (third_is_mr_by_its_image_alone, StudyError, r"CT0003.dcm is damaged: it says both"),
     "colour": (each(PhotometricInterpretation="RGB"), StudyError, r"PhotometricInterpretation is RGB"),
+    "a photometric interpretation that is no word": (
+        each(PhotometricInterpretation="MONO\nMeier^Secret"),
+        StudyError,
+        r"PhotometricInterpretation is unreadable, expected MONOCHROME2",
+    ),
     "8 bits": (each(BitsAllocated=8), StudyError, r"BitsAllocated is 8, expected 16"),
     "values in the upper bits": (each(BitsStored=12), StudyError, r"HighBit is 15, expected 11"),
     "frames": (each(NumberOfFrames=2), StudyError, r"NumberOfFrames is 2, expected 1"),
@@ -382,6 +387,24 @@ def test_a_slice_cut_anywhere_is_refused(tmp_path: Path) -> None:
         paths[2].write_bytes(whole[:size])
         with pytest.raises(StudyError, match=r"CT0003.dcm"):
             read_ct_series(folder)
+
+
+def test_a_file_meta_header_of_unknown_types_is_refused(study: Study) -> None:
+    folder, paths = study
+    data = paths[2].read_bytes()
+    place = data.index(b"\x02\x00\x02\x00UI") + 4  # MediaStorageSOPClassUID
+    paths[2].write_bytes(data[:place] + b"ZZ" + data[place + 2 :])
+    with pytest.raises(StudyError, match=r"CT0003.dcm is damaged"):
+        read_ct_series(folder)
+
+
+def test_a_patient_attribute_of_a_wrong_type_is_refused(study: Study) -> None:
+    folder, paths = study
+    data = paths[0].read_bytes()
+    place = data.index(b"\x08\x00\x50\x00SH") + 4  # AccessionNumber
+    paths[0].write_bytes(data[:place] + b"CH" + data[place + 2 :])
+    with pytest.raises(StudyError, match=r"CT0001.dcm is damaged: AccessionNumber is of a wrong type"):
+        read_ct_series(folder)
 
 
 def test_a_slice_that_was_cut_since_is_refused(study: Study) -> None:
