@@ -90,6 +90,8 @@ CT_CLASSES = FRAME_CLASSES | {CTImageStorage}
 LONGEST_HEADER_VALUE = 65536
 PREAMBLE_LENGTH = 128
 UID_TAIL_LENGTH = 8
+# A UID that may stand in a message: in a damaged file anything may stand in its place.
+PLAIN_UID = re.compile(r"[0-9.]{1,64}")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 # What pydicom raises, depending on where a file is damaged.
 DAMAGED = (
@@ -275,7 +277,8 @@ def read_headers(study_dir: Path) -> tuple[list[CTHeader], Counter[str]]:
         elif CT_CLASSES & {*header.sop_class_uids}:
             headers.append(header)
         else:
-            others[UID(header.sop_class_uids[0]).name] += 1
+            uid = header.sop_class_uids[0]
+            others[UID(uid).name if PLAIN_UID.fullmatch(uid) else "unreadable class"] += 1
     return headers, others
 
 

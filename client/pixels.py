@@ -14,7 +14,7 @@ from pydicom.encaps import get_frame
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from anatomynet.client.headers import DAMAGED, TAGS, CTHeader
+from anatomynet.client.headers import DAMAGED, PLAIN_UID, TAGS, CTHeader
 from anatomynet.engine.errors import StudyError
 from anatomynet.engine.volume import HounsfieldArray
 
@@ -23,7 +23,6 @@ AIR_HU = -1000
 INT16_RANGE = (-32768, 32767)
 # A value that may stand in a message (PS3.5 6.2, CS): in a damaged file anything may stand in its place.
 CODE_STRING = re.compile(r"[A-Z0-9 _]{1,16}")
-TRANSFER_SYNTAX = re.compile(r"[0-9.]{1,64}")
 # Family of transfer syntaxes -> pydicom's name of the one decoder for it, and what installs that. The licences are
 # permissive: pylibjpeg-libjpeg, the usual answer for lossless JPEG, is GPL. Never a second decoder after the first
 # failed: gdcm ends the process on a stream of another size than its header says.
@@ -264,7 +263,7 @@ def check_codecs(stored: Iterable[StoredPixels]) -> None:
         except (NotImplementedError, ValueError):
             available = False
         if not available:
-            name = UID(uid).name if TRANSFER_SYNTAX.fullmatch(uid) else "nothing that is known"
+            name = UID(uid).name if PLAIN_UID.fullmatch(uid) else "nothing that is known"
             advice = f"pip install 'anatomynet[codecs]' ({package})" if package else "export the series uncompressed"
             raise StudyError(f"the slices are compressed as {name}, for which no decoder is installed: {advice}")
 

@@ -46,6 +46,7 @@ from pydicom.uid import (
 )
 
 from anatomynet.client.contours import trace_contours
+from anatomynet.client.headers import DAMAGED
 from anatomynet.client.rtstruct import write_rtstruct
 from anatomynet.client.study import read_ct_series, volume_from_series
 from anatomynet.client.study_files import opened_study
@@ -170,7 +171,7 @@ def edit_element(rng: random.Random, data: bytes) -> bytes:
             holder[Tag(keyword)] = DataElement(Tag(keyword), vr, value, already_converted=isinstance(value, str))
         buffer = BytesIO()
         dataset.save_as(buffer)
-    except (ValueError, TypeError, AttributeError, KeyError, OSError, OverflowError):  # pydicom cannot write it
+    except (OSError, OverflowError, *DAMAGED):  # pydicom cannot read or write it
         return flip_in_header(rng, data)
     return buffer.getvalue()
 

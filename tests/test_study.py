@@ -336,6 +336,11 @@ REFUSALS: dict[str, tuple[Callable[[Path, list[Path]], None], type[AnatomyNetErr
     "projection": (each(ImageType=["DERIVED", "SECONDARY", "AXIAL", "MIP"]), StudyError, r"is a reformat .*MIP"),
     "MR": (each(SOPClassUID=MRImageStorage), StudyError, r"found 6 x MR Image Storage"),
     "enhanced CT": (each(SOPClassUID=EnhancedCTImageStorage), StudyError, r"CT0001.dcm: 0 frames are described by 0"),
+    "a class that is no UID": (
+        each(SOPClassUID="1.2\n" + PATIENT["PatientID"]),
+        StudyError,
+        "found 6 x unreadable class",
+    ),
     "cut in the pixels": (cut(-10), StudyError, r"CT0003.dcm is damaged: expected 160 bytes of pixels, found 150"),
     "cut before the pixels": (cut(-175), StudyError, r"CT0003.dcm is damaged: it ends before its pixels"),
     "cut in the header": (cut(300), StudyError, r"CT0003.dcm is damaged"),
