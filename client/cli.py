@@ -73,6 +73,7 @@ def split_names(_context: click.Context, _parameter: click.Parameter, text: str 
     callback=split_names,
     help="Which to draw, by name, with commas between; all that the model knows without.",
 )
+@click.option("--allow-unvalidated", is_flag=True, help="Draw those too that no patient taught the network.")
 @click.option("--structure-table", type=click.Path(path_type=Path), help="Your names, colours and types: a TOML file.")
 @click.option(
     "--tolerance-mm",
@@ -247,6 +248,9 @@ def info(server: "ServerOptions", *, check: bool) -> None:
         model = runtime.model
         click.echo(describe_runtime(runtime))
         click.echo(f"structures: {', '.join(s.tg263_name for s in structures_by_name(model.structures))}")
+        if model.unvalidated:
+            untaught = structures_by_name(model.unvalidated)
+            click.echo(f"of which no patient taught: {', '.join(s.tg263_name for s in untaught)}")
         click.echo(f"trained for spacing (x, y, z): {model.smallest_spacing} to {model.largest_spacing} mm")
         click.echo(f"checkpoint sha256: {model.checkpoint_sha256}")
         if isinstance(runtime, TritonRuntime):

@@ -7,7 +7,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from anatomynet.client.structure_table import (
 )
 from anatomynet.client.study import CTSeries, read_ct_series, volume_from_series
 from anatomynet.client.study_files import opened_study
+from anatomynet.client.unvalidated import unvalidated_findings, without_unvalidated
 from anatomynet.engine.findings import Finding, find_warnings
 from anatomynet.engine.output import refuse_existing
 from anatomynet.engine.regions import Region, regions_from_label_map
@@ -41,6 +42,7 @@ class SegmentOptions:
         server: where the network runs.
         series: SeriesInstanceUID, or its end, where a study has several.
         structures: names of those to draw; all that the model knows where there is none.
+        allow_unvalidated: draw those too that no patient taught the network.
         structure_table: a department's names, colours and types, a TOML file.
         tolerance_mm: how far a thinned contour may run beside the full one; None is as far as leaves every voxel in
             its structure, 0 keeps every point.
@@ -55,6 +57,7 @@ class SegmentOptions:
     server: ServerOptions = field(default_factory=ServerOptions)
     series: str | None = None
     structures: tuple[str, ...] = ()
+    allow_unvalidated: bool = False
     structure_table: Path | None = None
     tolerance_mm: float | None = None
     output: Path | None = None
@@ -77,12 +80,14 @@ class Task:
         runtime: where the network runs.
         table: how each structure is written.
         wanted: the structures to draw.
+        notes: what is left out, for whoever reads the result.
     """
 
     options: SegmentOptions
     runtime: Runtime
     table: StructureTable
     wanted: tuple[Structure, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,10 +168,14 @@ def task_for(options: SegmentOptions, runtime: Runtime, table: StructureTable) -
     """What is to be drawn with a model.
 
     Raises:
-        ModelError: a structure that the model does not know.
+        ModelError: a structure that the model does not know; none that patients taught.
     """
     names = runtime.model.structures
-    return Task(options, runtime, table, chosen_structures(options.structures or names, names, table))
+    wanted = chosen_structures(options.structures or names, names, table)
+    notes: tuple[str, ...] = ()
+    if not options.allow_unvalidated:
+        wanted, notes = without_unvalidated(wanted, runtime.model)
+    return Task(options, runtime, table, wanted, notes)
 
 
 def draw_series(
@@ -184,9 +193,10 @@ def draw_series(
         announce(f"{volume.geometry.shape[0]} slices; {describe_runtime(task.runtime)}")
     with clock.stage("infer"):
         label_map = only_structures(segment(volume, task.runtime), task.wanted)
+        label_map = replace(label_map, notes=(*label_map.notes, *task.notes))
     with clock.stage("check"):
         regions = regions_from_label_map(label_map)
-        findings = find_warnings(volume, regions)
+        findings = (*unvalidated_findings(task.wanted, task.runtime.model), *find_warnings(volume, regions))
     return Drawing(series, volume, label_map, regions, findings)
 
 

@@ -24,6 +24,7 @@ from anatomynet.client.study import CTSeries, CTSlice
 from anatomynet.engine.errors import GeometryError, OutputError
 from anatomynet.engine.findings import Finding
 from anatomynet.engine.output import write_whole
+from anatomynet.engine.structures import Structure
 
 # A point in 0.001 mm: "-1234.567" is 9 of the 16 bytes that a DS may have.
 DECIMALS = 3
@@ -69,15 +70,20 @@ def write_rtstruct(
     styles = load_structure_table() if table is None else table
     for number, found in enumerate(contours, start=1):
         _add_roi(dataset, series, found, number=number, style=styles[found.structure.name])
-        own = (finding.text for finding in findings if finding.name in (None, found.structure.tg263_name))
-        if remarks := "; ".join((*own, *notes)):
-            dataset.StructureSetROISequence[-1].ROIDescription = remarks[:LONGEST_DESCRIPTION]
+        if remarks := remarks_on(found.structure, findings, notes):
+            dataset.StructureSetROISequence[-1].ROIDescription = remarks
     buffer = BytesIO()
     # pydicom's warnings quote values: a patient's name among them.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dataset.save_as(buffer, enforce_file_format=True)
     write_whole(path, buffer.getvalue(), overwrite=overwrite)
+
+
+def remarks_on(structure: Structure, findings: Sequence[Finding], notes: Sequence[str]) -> str:
+    """What is to be said of one structure, as a description that DICOM holds; "" where nothing is."""
+    own = (finding.text for finding in findings if finding.name in (None, structure.tg263_name))
+    return "; ".join((*own, *notes))[:LONGEST_DESCRIPTION]
 
 
 def _check_grid(found: StructureContours, series: CTSeries) -> None:

@@ -1,6 +1,7 @@
 """LabelMap -> a DICOM Segmentation (PS3.3 A.51), one binary segment a structure, beside the RTSTRUCT."""
 
 import warnings
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
@@ -14,9 +15,11 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 
 from anatomynet import __version__
+from anatomynet.client.rtstruct import remarks_on
 from anatomynet.client.structure_table import RoiStyle, StructureTable, load_structure_table
 from anatomynet.client.study import CTSeries
 from anatomynet.engine.errors import GeometryError, OutputError
+from anatomynet.engine.findings import Finding
 from anatomynet.engine.output import write_whole
 from anatomynet.engine.structures import Structure
 from anatomynet.engine.volume import LabelMap
@@ -54,6 +57,7 @@ def write_seg(
     series: CTSeries,
     label_map: LabelMap,
     *,
+    findings: Sequence[Finding] = (),
     table: StructureTable | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -65,6 +69,7 @@ def write_seg(
         path: of the file.
         series: the CT that was segmented; patient, study and frame of reference are copied from it.
         label_map: on that CT's own grid.
+        findings: what to look at; kept in the description of the segment that each is about, or of every segment.
         table: names and colours; the catalogue's without.
         overwrite: replace a file that is there.
 
@@ -83,6 +88,10 @@ def write_seg(
     numbers[present + 1] = np.arange(1, present.size + 1)
     styles = load_structure_table() if table is None else table
     structures = [label_map.structures[p] for p in present]
+    segments = [_segment(highdicom, n, s, styles[s.name]) for n, s in enumerate(structures, start=1)]
+    for segment, structure in zip(segments, structures, strict=True):
+        if remarks := remarks_on(structure, findings, label_map.notes):
+            segment.SegmentDescription = remarks
     buffer = BytesIO()
     # pydicom's and highdicom's warnings quote values: a patient's name among them.
     with warnings.catch_warnings():
@@ -90,7 +99,7 @@ def write_seg(
         segmentation = highdicom.seg.Segmentation(
             **_source(highdicom, series, numbers[label_map.labels]),
             segmentation_type="BINARY",
-            segment_descriptions=[_segment(highdicom, n, s, styles[s.name]) for n, s in enumerate(structures, start=1)],
+            segment_descriptions=segments,
             series_instance_uid=generate_uid(),
             series_number=2,
             sop_instance_uid=generate_uid(),
