@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	--constraint constraints.txt --constraint requirements.lock
 
-.PHONY: demo test check clean
+.PHONY: demo test check lock sbom audit clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/anatomynet-client phantom demo/study --overwrite
@@ -21,16 +22,31 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p anatomynet.engine -p anatomynet.export -p anatomynet.client
-	$(BIN)/mypy tests benchmarks
+	$(BIN)/mypy tests benchmarks deploy/lock.py
+
+# After a change of a dependency: install it, then write down what it brought.
+lock:
+	$(BIN)/python deploy/lock.py > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+# Every package of the environment with its licence, as CycloneDX JSON.
+sbom: $(VENV)/dev.stamp
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o sbom.json \
+	    $(BIN)/python
+
+# Known vulnerabilities of what is locked; asks a public database, so not a part of `make test`.
+audit: $(VENV)/dev.stamp
+	$(PIP) pip-audit
+	$(BIN)/pip-audit --requirement requirements.lock --no-deps --disable-pip
 
 clean:
 	rm -rf $(VENV) build dist demo src/*.egg-info
 
-$(VENV)/demo.stamp: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/demo.stamp: pyproject.toml constraints.txt requirements.lock | $(BIN)/python
 	$(PIP) --editable '.[local]'
 	touch $@
 
-$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/dev.stamp: pyproject.toml constraints.txt requirements.lock | $(BIN)/python
 	$(PIP) --editable '.[dev]'
 	touch $@
 

@@ -26,6 +26,7 @@ class RunningServer:
     process: "subprocess.Popen[bytes]"
     grpc_port: int
     http_port: int
+    metrics_port: int
     log: Path
 
     @property
@@ -36,6 +37,10 @@ class RunningServer:
     @property
     def http_url(self) -> str:
         return f"http://127.0.0.1:{self.http_port}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://127.0.0.1:{self.metrics_port}/metrics"
 
     def stop(self) -> int:
         """Its exit status after SIGTERM."""
@@ -51,14 +56,17 @@ def has_server() -> bool:
 
 
 @contextmanager
-def running_server(repository: Path, *options: str, folder: Path, status: int = 0) -> Iterator[RunningServer]:
+def running_server(
+    repository: Path, *options: str, folder: Path, status: int = 0, program: Path = LAUNCHER
+) -> Iterator[RunningServer]:
     """Serves a repository on free ports; READY inside the block.
 
     Args:
         folder: for its log and its cache.
         status: with which it must leave after the block.
+        program: what starts it; another than the launcher finds the repository in ANATOMYNET_REPOSITORY.
     """
-    server = _launched(repository, options, folder)
+    server = _launched(repository, options, folder, program)
     try:
         _wait_until_ready(server)
         yield server
@@ -67,11 +75,11 @@ def running_server(repository: Path, *options: str, folder: Path, status: int = 
     assert left_with == status, f"tritonserver left with {left_with}:\n{server.log.read_text()}"
 
 
-def _launched(repository: Path, options: Sequence[str], folder: Path) -> RunningServer:
+def _launched(repository: Path, options: Sequence[str], folder: Path, program: Path) -> RunningServer:
     http_port, grpc_port, metrics_port = free_ports(3)
     command = [
-        str(LAUNCHER),
-        f"--model-repository={repository}",
+        str(program),
+        *([f"--model-repository={repository}"] if program == LAUNCHER else []),
         f"--http-port={http_port}",
         f"--grpc-port={grpc_port}",
         f"--metrics-port={metrics_port}",
@@ -83,9 +91,14 @@ def _launched(repository: Path, options: Sequence[str], folder: Path) -> Running
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "XDG_CACHE_HOME": str(folder)},
+            env={
+                **os.environ,
+                "PATH": os.pathsep.join((str(LAUNCHER.parent), os.environ.get("PATH", os.defpath))),
+                "XDG_CACHE_HOME": str(folder),
+                "ANATOMYNET_REPOSITORY": str(repository),
+            },
         )
-    return RunningServer(process, grpc_port, http_port, log)
+    return RunningServer(process, grpc_port, http_port, metrics_port, log)
 
 
 def _wait_until_ready(server: RunningServer) -> None:

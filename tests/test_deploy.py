@@ -1,0 +1,463 @@
+"""deploy/: manifests against their schemas, the container's start on the real server, alarms on its real metrics."""
+
+import base64
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from anatomynet.client.triton import TritonRuntime
+from anatomynet.engine.errors import ServerError
+from anatomynet.export.triton_models import LARGEST_QUEUE, QUEUE_TIMEOUT_S
+from tests.random_network import smooth_hu
+from tests.triton_servers import RunningServer, has_server, running_server
+
+yaml = pytest.importorskip("yaml")
+kubernetes_validate = pytest.importorskip("kubernetes_validate")
+grpc = pytest.importorskip("tritonclient.grpc")
+InferenceServerException = pytest.importorskip("tritonclient.utils").InferenceServerException
+
+ROOT = Path(__file__).resolve().parent.parent
+DEPLOY = ROOT / "deploy"
+SERVE = DEPLOY / "container" / "serve"
+CONTAINERFILE = (DEPLOY / "container" / "Containerfile").read_text()
+MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+KUBERNETES = "1.37"
+# The last of the releases that fixed what SECURITY.md lists.
+OLDEST_TRITON = (26, 7)
+# What KServe v1beta1 knows of a predictor beside a pod's own fields (its API reference, V1beta1PredictorSpec).
+KSERVE_OWN = {
+    "annotations": "object",
+    "autoScaling": "object",
+    "batcher": "object",
+    "canaryTrafficPercent": "integer",
+    "containerConcurrency": "integer",
+    "deploymentStrategy": "object",
+    "labels": "object",
+    "logger": "object",
+    "maxReplicas": "integer",
+    "minReplicas": "integer",
+    "model": "object",
+    "scaleMetric": "string",
+    "scaleMetricType": "string",
+    "scaleTarget": "integer",
+    "timeout": "integer",
+    "workerSpec": "object",
+}
+KEY = "anatomynet-admin-key"
+SECRET = "known-to-this-test"
+LOCAL = tuple(f"--{name}-address=127.0.0.1" for name in ("http", "grpc", "metrics"))
+SLOW_SHAPE = (32, 192, 192)
+CLIENTS = LARGEST_QUEUE + 8
+needs_server = pytest.mark.skipif(not has_server(), reason="no tritonserver here: pip install 'anatomynet[serve]'")
+needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool here: Debian's prometheus")
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return [document for document in yaml.safe_load_all(path.read_text()) if document]
+
+
+def only(kind: str) -> dict[str, Any]:
+    (found,) = [d for path in MANIFESTS for d in documents(path) if d["kind"] == kind]
+    return found
+
+
+def pod_specs() -> dict[str, dict[str, Any]]:
+    return {
+        "Deployment": only("Deployment")["spec"]["template"]["spec"],
+        "InferenceService": documents(DEPLOY / "kserve.yaml")[0]["spec"]["predictor"],
+    }
+
+
+# --- Kubernetes and KServe
+
+
+@pytest.mark.parametrize("path", [p for p in MANIFESTS if p.stem != "kustomization"], ids=lambda p: p.stem)
+def test_manifest_follows_kubernetes_own_schema(path: Path) -> None:
+    for document in documents(path):
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+
+
+def test_the_schema_finds_a_field_that_is_none() -> None:
+    broken = only("Deployment")
+    broken["spec"]["template"]["spec"]["containers"][0]["livenessProb"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(broken, KUBERNETES, strict=True)
+
+
+def test_kustomization_lists_every_manifest() -> None:
+    listed = documents(DEPLOY / "kubernetes" / "kustomization.yaml")[0]["resources"]
+    assert sorted(listed) == [path.name for path in MANIFESTS if path.stem != "kustomization"]
+
+
+def test_with_a_gpu_it_follows_the_schema_too() -> None:
+    kustomization = documents(DEPLOY / "kubernetes" / "gpu" / "kustomization.yaml")[0]
+    ((operation,),) = [yaml.safe_load(patch["patch"]) for patch in kustomization["patches"]]
+    deployment: Any = only("Deployment")
+    place: Any = deployment
+    *steps, last = [step.replace("~1", "/") for step in operation["path"].split("/")[1:]]
+    for step in steps:
+        place = place[int(step)] if isinstance(place, list) else place[step]
+    place[last] = operation["value"]
+    kubernetes_validate.validate(deployment, KUBERNETES, strict=True)
+    limits = deployment["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits["nvidia.com/gpu"] == 1
+
+
+def test_inference_service_is_a_pod_and_fields_that_kserve_knows() -> None:
+    """KServe's own schema repeats that of a pod, a megabyte of it; here each half is held against its owner."""
+    (service,) = documents(DEPLOY / "kserve.yaml")
+    assert (service["apiVersion"], service["kind"]) == ("serving.kserve.io/v1beta1", "InferenceService")
+    assert set(service) == {"apiVersion", "kind", "metadata", "spec"}
+    assert set(service["spec"]) == {"predictor"}
+    predictor = service["spec"]["predictor"]
+    kinds = {"object": dict, "integer": int, "string": str}
+    for name in KSERVE_OWN.keys() & predictor.keys():
+        assert isinstance(predictor[name], kinds[KSERVE_OWN[name]]), name
+    pod = {name: value for name, value in predictor.items() if name not in KSERVE_OWN}
+    metadata = service["metadata"]
+    kubernetes_validate.validate(
+        {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod}, KUBERNETES, strict=True
+    )
+    assert pod["containers"][0]["name"] == "kserve-container"  # the name by which KServe finds it
+
+
+@pytest.mark.parametrize("owner", ["Deployment", "InferenceService"])
+def test_pod_can_do_nothing_but_serve(owner: str) -> None:
+    pod = pod_specs()[owner]
+    (container,) = pod["containers"]
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    volumes = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"]}
+    places = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+    assert places["/dev/shm"]["medium"] == "Memory"
+    assert set(places) == {"/dev/shm", "/tmp"}
+
+
+@pytest.mark.parametrize("owner", ["Deployment", "InferenceService"])
+def test_pod_is_judged_by_a_real_inference_and_not_for_being_busy(owner: str) -> None:
+    (container,) = pod_specs()[owner]["containers"]
+    for probe in ("startupProbe", "readinessProbe"):
+        assert container[probe]["httpGet"]["path"] == "/v2/models/anatomynet/ready"
+    liveness = container["livenessProbe"]
+    assert liveness["timeoutSeconds"] > QUEUE_TIMEOUT_S
+    shell, option, script = liveness["exec"]["command"]
+    for status, alive in ((0, True), (1, True), (2, False)):
+        told = re.sub(r"^anatomynet-client [^;]+", f"(exit {status})", script)
+        assert told != script
+        assert (subprocess.run([shell, option, told], check=False).returncode == 0) == alive
+
+
+def test_clients_find_every_pod() -> None:
+    service, deployment = only("Service"), only("Deployment")
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]
+    ports = {port["name"]: port["containerPort"] for port in pod_specs()["Deployment"]["containers"][0]["ports"]}
+    assert {port["targetPort"]: port["port"] for port in service["spec"]["ports"]} == ports
+
+
+def test_autoscaler_reads_what_prometheus_records() -> None:
+    (metric,) = only("HorizontalPodAutoscaler")["spec"]["metrics"]
+    (rule,) = documents(DEPLOY / "prometheus" / "adapter.yaml")[0]["rules"]["custom"]
+    assert rule["name"]["as"] == metric["pods"]["metric"]["name"]
+    recorded = {rule["record"] for rule in alarm_rules() if "record" in rule}
+    assert set(re.findall(r'__name__="([^"]+)"', rule["seriesQuery"])) <= recorded
+
+
+# --- the container
+
+
+def test_the_image_is_pinned_past_the_fixes() -> None:
+    (tag,) = re.findall(r"^ARG TRITON=\S+/tritonserver:(\d+\.\d+)-py3$", CONTAINERFILE, re.MULTILINE)
+    assert tuple(map(int, tag.split("."))) >= OLDEST_TRITON
+    assert "26.07" in (ROOT / "SECURITY.md").read_text()
+
+
+def test_the_container_runs_as_nobody_and_copies_what_is_there() -> None:
+    lines = CONTAINERFILE.replace("\\\n", " ").splitlines()
+    steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith(("#", " "))]
+    last = max(i for i, step in enumerate(steps) if step[0] == "FROM")
+    (user,) = [rest for name, rest in steps[last:] if name == "USER"]
+    assert user == "1000:1000"
+    assert not any(name == "RUN" for name, _ in steps[last:])
+    allowed = (DEPLOY / "container" / "Containerfile.dockerignore").read_text().splitlines()
+    for name, rest in steps:
+        if name == "COPY" and "--from" not in rest:
+            *sources, _ = [word for word in shlex.split(rest) if not word.startswith("--")]
+            for source in sources:
+                assert source == "triton_repo/" or (ROOT / source).exists(), source
+                assert f"!{source.rstrip('/')}" in allowed
+
+
+@pytest.fixture(scope="module")
+def served(random_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """What the container's entry point starts, from a repository that nobody may write."""
+    if not has_server():
+        pytest.skip("no tritonserver here: pip install 'anatomynet[serve]'")
+    folder = tmp_path_factory.mktemp("served")
+    repository = shutil.copytree(random_repository, folder / "models", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (repository, *repository.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    os.environ["ANATOMYNET_ADMIN_KEY"] = SECRET
+    try:
+        with running_server(repository, *LOCAL, folder=folder, program=SERVE) as server:
+            yield server
+    finally:
+        del os.environ["ANATOMYNET_ADMIN_KEY"]
+        for path in (repository, *repository.rglob("*")):
+            path.chmod(0o755)
+
+
+# What each closed API answers over HTTP: path, body.
+CLOSED = {
+    "model-repository": ("/v2/repository/index", b"{}"),
+    "load": ("/v2/repository/models/anatomynet/load", b"{}"),
+    "unload": ("/v2/repository/models/anatomynet/unload", b"{}"),
+    "shared-memory": ("/v2/systemsharedmemory/status", None),
+    "cuda-shared-memory": ("/v2/cudasharedmemory/status", None),
+    "trace": ("/v2/trace/setting", None),
+    "logging": ("/v2/logging", None),
+}
+OPEN = ("/v2", "/v2/health/ready", "/v2/models/anatomynet", "/v2/models/anatomynet/config")
+
+
+def http_status(server: RunningServer, path: str, body: bytes | None = None, key: str = "") -> int:
+    request = urllib.request.Request(server.http_url + path, body, {KEY: key} if key else {})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.parametrize("api", CLOSED)
+def test_closed_to_who_has_no_key(served: RunningServer, api: str) -> None:
+    path, body = CLOSED[api]
+    assert http_status(served, path, body) == 403
+    assert http_status(served, path, body, "guessed") == 403
+
+
+@pytest.mark.parametrize("api", ["model-repository", "shared-memory", "trace", "logging"])
+def test_open_to_who_has_the_key(served: RunningServer, api: str) -> None:
+    assert http_status(served, *CLOSED[api], SECRET) == 200
+
+
+@pytest.mark.parametrize("path", OPEN)
+def test_open_to_clients(served: RunningServer, path: str) -> None:
+    assert http_status(served, path) == 200
+
+
+def test_closed_over_grpc_too(served: RunningServer) -> None:
+    with grpc.InferenceServerClient(served.url) as client:
+        for ask in (
+            client.get_model_repository_index,
+            client.get_system_shared_memory_status,
+            client.get_trace_settings,
+            client.get_log_settings,
+        ):
+            with pytest.raises(InferenceServerException, match="restricted"):
+                ask()
+            ask(headers={f"triton-grpc-protocol-{KEY}": SECRET})
+
+
+def test_no_model_is_loaded_with_the_key_either(served: RunningServer) -> None:
+    """Model control mode none: what was exported and proven is what is served, until the container is another."""
+    config = {"backend": "python", "max_batch_size": 0}
+    code = base64.b64encode(b"raise SystemExit").decode()
+    body = json.dumps({"parameters": {"config": json.dumps(config), "file:1/model.py": code}}).encode()
+    for model, action in (("anatomynet", "unload"), ("planted", "load")):
+        assert http_status(served, f"/v2/repository/models/{model}/{action}", body, SECRET) >= 400
+    assert http_status(served, "/v2/models/anatomynet/ready") == 200
+
+
+def test_volumes_are_drawn_through_it(served: RunningServer) -> None:
+    hu = smooth_hu((9, 47, 131))
+    with TritonRuntime(served.url) as runtime:
+        assert runtime.infer(hu)[0].shape == hu.shape
+        assert runtime.description.endswith("gRPC")
+        assert not runtime.is_shared_memory_open()
+
+
+def test_the_log_says_nothing_of_who_is_drawn(served: RunningServer) -> None:
+    """Names cannot reach the server; what a client might call a request stays out of the log as well."""
+    marked = "DOE^JANE"
+    ct = grpc.InferInput("CT", (4, 64, 64), "INT16")  # refused as too small: an error is where a log would talk
+    ct.set_data_from_numpy(np.full((4, 64, 64), 1234, np.int16))
+    with grpc.InferenceServerClient(served.url) as client, pytest.raises(InferenceServerException):
+        client.infer("anatomynet", [ct], request_id=marked)
+    log = served.log.read_text()
+    assert re.search(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ I ", log, re.MULTILINE)
+    assert marked not in log
+    assert "1234" not in log.replace(str(served.http_port), "").replace(str(served.grpc_port), "")
+
+
+# --- Prometheus
+
+
+def alarm_rules() -> list[dict[str, Any]]:
+    groups = documents(DEPLOY / "prometheus" / "rules.yaml")[0]["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def dashboard_expressions() -> list[str]:
+    dashboard = json.loads((DEPLOY / "prometheus" / "dashboard.json").read_text())
+    return [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+
+
+def scraped(server: RunningServer) -> dict[str, float]:
+    """Series and value, as Prometheus would find them."""
+    with urllib.request.urlopen(server.metrics_url, timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    pairs = [line.rsplit(" ", 1) for line in lines if line and not line.startswith("#")]
+    return {series: float(value) for series, value in pairs}
+
+
+@pytest.fixture(scope="module")
+def scrapes(random_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    """A real server's metrics: at rest, after some volumes, with its queue full, and with its model dead."""
+    if not has_server():
+        pytest.skip("no tritonserver here: pip install 'anatomynet[serve]'")
+    folder = tmp_path_factory.mktemp("metrics")
+    repository = shutil.copytree(random_repository, folder / "models", ignore=shutil.ignore_patterns("__pycache__"))
+    options = ("--metrics-config=summary_latencies=true", "--exit-timeout-secs=1")
+    with running_server(repository, *options, folder=folder, status=1) as server:
+        found = {"at rest": scraped(server)}
+        with TritonRuntime(server.url, shared_memory="off") as runtime:
+            for _ in range(3):
+                runtime.infer(smooth_hu((8, 32, 32)))
+            found["after volumes"] = scraped(server)
+            found["full"] = scrape_when_full(server)
+            children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+            (stub,) = [int(pid) for pid in children if b"backend_stub" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            os.kill(stub, signal.SIGKILL)
+            for _ in range(2):
+                with pytest.raises(ServerError):
+                    runtime.infer(smooth_hu((8, 32, 32)))
+        found["dead"] = scraped(server)
+    return found
+
+
+def scrape_when_full(server: RunningServer) -> dict[str, float]:
+    """Metrics after a queue was full and is empty again, but for what they said of its length."""
+    ct = grpc.InferInput("CT", SLOW_SHAPE, "INT16")
+    ct.set_data_from_numpy(smooth_hu(SLOW_SHAPE))
+    stop = threading.Event()
+
+    def ask_and_ask() -> None:
+        with grpc.InferenceServerClient(server.url) as client:
+            while not stop.is_set():
+                try:
+                    client.infer("anatomynet", [ct])
+                except InferenceServerException:
+                    stop.wait(0.05)
+
+    clients = [threading.Thread(target=ask_and_ask) for _ in range(CLIENTS)]
+    for client in clients:
+        client.start()
+    try:
+        pending, deadline = 0.0, time.monotonic() + 30
+        while pending < LARGEST_QUEUE and time.monotonic() < deadline:
+            pending = scraped(server)['nv_inference_pending_request_count{model="anatomynet",version="1"}']
+    finally:
+        stop.set()
+        for client in clients:
+            client.join()
+    return scraped(server) | {'nv_inference_pending_request_count{model="anatomynet",version="1"}': pending}
+
+
+def metrics_of(expression: str) -> set[str]:
+    return set(re.findall(r"\bnv_\w+", expression))
+
+
+@needs_server
+def test_every_metric_exists_on_the_real_server(scrapes: dict[str, dict[str, float]]) -> None:
+    exist = {series.split("{")[0] for series in scrapes["after volumes"]}
+    expressions = [rule["expr"] for rule in alarm_rules()] + dashboard_expressions()
+    used = set().union(*map(metrics_of, expressions))
+    assert len(used) > 10
+    assert used <= exist
+    recorded = {rule["record"] for rule in alarm_rules() if "record" in rule}
+    assert {name for e in expressions for name in re.findall(r"anatomynet:\w+:\w+", e)} <= recorded
+
+
+@needs_promtool
+def test_rules_and_dashboard_parse(tmp_path: Path) -> None:
+    panels = [{"record": f"panel:{i}", "expr": e} for i, e in enumerate(dashboard_expressions())]
+    (tmp_path / "panels.yaml").write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": panels}]}))
+    files = [DEPLOY / "prometheus" / "rules.yaml", tmp_path / "panels.yaml"]
+    subprocess.run(["promtool", "check", "rules", *files], check=True, capture_output=True)
+
+
+@needs_promtool
+def test_scrape_configuration_is_one(tmp_path: Path) -> None:
+    """But for how pods are found: Debian's promtool is built without Kubernetes."""
+    configuration = documents(DEPLOY / "prometheus" / "scrape.yaml")[0]
+    (job,) = configuration["scrape_configs"]
+    (found_by,) = job.pop("kubernetes_sd_configs")
+    assert found_by == {"role": "pod", "namespaces": {"names": [only("Namespace")["metadata"]["name"]]}}
+    assert f'job="{job["job_name"]}"' in next(rule["expr"] for rule in alarm_rules() if "up{" in rule["expr"])
+    (tmp_path / "scrape.yaml").write_text(yaml.safe_dump(configuration))
+    subprocess.run(["promtool", "check", "config", tmp_path / "scrape.yaml"], check=True, capture_output=True)
+
+
+def fired(tmp_path: Path, before: dict[str, float], after: dict[str, float], *, up: int = 1) -> set[str]:
+    """The alarms of a server whose metrics go from one scrape to the other each minute, for half an hour."""
+    labels = 'instance="server:8002",job="anatomynet"'
+    series = [{"series": f"up{{{labels}}}", "values": f"{up}x30"}]
+    for name, value in after.items():
+        named = name.replace("}", f",{labels}}}") if "{" in name else f"{name}{{{labels}}}"
+        start = before.get(name, 0.0)
+        grows = 0 if "pending" in name or "summary" in name or not name.startswith("nv_inf") else value - start
+        first = value if "pending" in name else start
+        series.append({"series": named, "values": f"{first:g}+{grows:g}x30" if np.isfinite(value) else "0x30"})
+    names = [rule["alert"] for rule in alarm_rules() if "alert" in rule]
+    raised = set()
+    for name in names:
+        quiet = {"eval_time": "25m", "alertname": name, "exp_alerts": []}
+        test = {
+            "rule_files": [str(DEPLOY / "prometheus" / "rules.yaml")],
+            "evaluation_interval": "1m",
+            "tests": [{"interval": "1m", "input_series": series, "alert_rule_test": [quiet]}],
+        }
+        (tmp_path / "test.yaml").write_text(yaml.safe_dump(test))
+        run = subprocess.run(
+            ["promtool", "test", "rules", tmp_path / "test.yaml"], capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0 or "got:[" in run.stdout + run.stderr.replace(" ", ""), run.stdout + run.stderr
+        if run.returncode:
+            raised.add(name)
+    return raised
+
+
+@needs_server
+@needs_promtool
+def test_alarms_on_what_the_real_server_showed(scrapes: dict[str, dict[str, float]], tmp_path: Path) -> None:
+    rest, volumes, full, dead = (scrapes[name] for name in ("at rest", "after volumes", "full", "dead"))
+    assert fired(tmp_path, rest, rest) == set()
+    assert fired(tmp_path, rest, volumes) == set()
+    assert fired(tmp_path, volumes, full) == {"AnatomyNetQueueNearlyFull", "AnatomyNetQueueTooLong"}
+    assert fired(tmp_path, full, dead) == {"AnatomyNetModelFails"}
+    assert fired(tmp_path, rest, rest, up=0) == {"AnatomyNetDown"}
+    waiting = rest | {'nv_inference_pending_request_count{model="anatomynet",version="1"}': 2.0}
+    assert fired(tmp_path, waiting, waiting) == {"AnatomyNetStalled"}
+    rejected = rest | {'nv_inference_request_failure{model="anatomynet",reason="REJECTED",version="1"}': 1.0}
+    assert fired(tmp_path, rest, rejected) == {"AnatomyNetGivesUpOnVolumes"}

@@ -1,0 +1,132 @@
+"""What SECURITY.md promises of the sources and of what they are made of; of a server: test_deploy.py."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+packaging_requirements = pytest.importorskip("packaging.requirements")
+canonicalize_name = pytest.importorskip("packaging.utils").canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted(path for folder in ("engine", "export", "client") for path in (ROOT / folder).rglob("*.py"))
+# Modules that make objects, and so run code, of what they read.
+UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+UNSAFE_BUILTINS = {"eval", "exec", "compile", "__import__"}
+UNSAFE_CALLS = {"os.system", "os.popen", "tempfile.mktemp", "yaml.load", "yaml.unsafe_load", "torch.hub.load"}
+# A plan for a GPU, whose package is not on every index.
+NOT_LOCKED = {"tensorrt"}
+
+
+def unsafe(source: str) -> list[str]:
+    """What in a module could run code that came as data, by line."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [f"{node.lineno}: {a.name}" for a in node.names if a.name.split(".")[0] in UNSAFE_MODULES]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in UNSAFE_MODULES:
+            found.append(f"{node.lineno}: {node.module}")
+        elif isinstance(node, ast.Call) and is_unsafe_call(node):
+            found.append(f"{node.lineno}: {ast.unparse(node.func)}")
+    return found
+
+
+def is_unsafe_call(call: ast.Call) -> bool:
+    name = ast.unparse(call.func)
+    given = {k.arg: ast.unparse(k.value) for k in call.keywords}
+    return (
+        name in UNSAFE_BUILTINS | UNSAFE_CALLS
+        or (name == "torch.load" and given.get("weights_only") != "True")
+        or given.get("allow_pickle", "False") != "False"
+        or given.get("shell", "False") != "False"
+        or given.get("trust_remote_code", "False") != "False"
+    )
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_no_code_comes_as_data(path: Path) -> None:
+    assert unsafe(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from joblib import load",
+        "eval(text)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "np.load(path, allow_pickle=True)",
+        "subprocess.run(text, shell=True)",
+        "os.system(text)",
+        "yaml.load(text)",
+    ],
+)
+def test_it_would_be_found(line: str) -> None:
+    assert len(unsafe(f"def f(text, path):\n    {line}\n")) == 1
+
+
+@pytest.mark.parametrize("line", ["model.eval()", "torch.load(path, weights_only=True)", "np.load(path)"])
+def test_what_is_harmless_passes(line: str) -> None:
+    assert unsafe(line) == []
+
+
+# --- what it is made of
+
+
+def pinned(path: Path) -> dict[str, str]:
+    lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
+    pairs = [re.fullmatch(r"([\w.-]+)==([\w.]+)", line) for line in lines if line]
+    assert all(pairs), f"{path.name}: expected NAME==VERSION on each line"
+    return {canonicalize_name(pair[1]): pair[2] for pair in pairs if pair}
+
+
+@pytest.fixture(scope="module")
+def locked() -> dict[str, str]:
+    return pinned(ROOT / "requirements.lock")
+
+
+def test_lock_and_constraints_agree(locked: dict[str, str]) -> None:
+    chosen = pinned(ROOT / "constraints.txt")
+    assert {name: locked.get(name) for name in chosen} == chosen
+
+
+def test_lock_holds_what_the_project_asks_for(locked: dict[str, str]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    texts = [*project["dependencies"], *(t for extra in project["optional-dependencies"].values() for t in extra)]
+    for requirement in map(packaging_requirements.Requirement, texts):
+        name = canonicalize_name(requirement.name)
+        if name not in NOT_LOCKED | {"anatomynet"}:
+            assert name in locked, f"{name} is not locked: make lock"
+            assert requirement.specifier.contains(locked[name]), f"{name} {locked[name]}: make lock"
+
+
+def test_lock_holds_what_these_bring_along(locked: dict[str, str]) -> None:
+    """A package that a change brought here, and that nobody locked, is found."""
+    run = subprocess.run([sys.executable, ROOT / "deploy" / "lock.py"], capture_output=True, text=True, check=False)
+    if run.returncode:
+        pytest.skip(run.stderr.strip())
+    here = {line.split("==")[0] for line in run.stdout.splitlines() if "==" in line}
+    assert sorted(here - set(locked)) == [], "run: make lock"
+
+
+def test_bill_of_materials_names_all_that_is_locked(locked: dict[str, str], tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name("cyclonedx-py")
+    if not program.exists():
+        pytest.skip("no cyclonedx-py here: pip install cyclonedx-bom")
+    recipe = (ROOT / "Makefile").read_text().partition("\nsbom:")[2].split("\n\n")[0]
+    options = recipe.partition("cyclonedx-py environment")[2].replace("\\\n", " ").split()
+    options[options.index("-o") + 1] = str(tmp_path / "sbom.json")
+    assert options[-1] == "$(BIN)/python"
+    subprocess.run([program, "environment", *options[:-1], sys.executable], check=True, capture_output=True, cwd=ROOT)
+    bill = json.loads((tmp_path / "sbom.json").read_text())
+    assert bill["bomFormat"] == "CycloneDX"
+    assert bill["metadata"]["component"]["name"] == "anatomynet"
+    components = {canonicalize_name(component["name"]) for component in bill["components"]}
+    assert set(locked) <= components
+    assert any(component.get("licenses") for component in bill["components"])
