@@ -51,7 +51,7 @@ def deliver(paths: Sequence[Path], destination: Destination, *, ae_title: str, t
     where = f"{destination.name} ({destination.ae_title} at {destination.host}:{destination.port})"
     association = ae.associate(destination.host, destination.port, ae_title=destination.ae_title)
     if not association.is_established:
-        raise DeliveryError(f"{where} {_no_association(association)}")
+        raise DeliveryError(f"{where} {_no_association(association)}", transient=not association.rejected_contexts)
     try:
         accepted = {context.abstract_syntax for context in association.accepted_contexts}
         for path, uid in classes.items():
@@ -76,6 +76,8 @@ def _send(association: Association, path: Path, where: str) -> None:
 
 
 def _no_association(association: Association) -> str:
+    if association.rejected_contexts:
+        return "takes no RTSTRUCT, or none of what is sent; let it, then --retry"
     if association.is_rejected:
         return "does not let this node in; expected it to know the node's AE title and address"
     return "is not there; expected a DICOM node"

@@ -15,6 +15,7 @@ from socketserver import BaseServer
 from typing import Any
 
 import pydicom
+from pydicom.dataset import Dataset
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import (
     JPEG2000,
@@ -83,6 +84,7 @@ def listening(config: NodeConfig, arrivals: Arrivals) -> Iterator[tuple[str, int
         (evt.EVT_REQUESTED, receiver.check_caller),
         (evt.EVT_REJECTED, receiver.rejected),
         (evt.EVT_PDU_RECV, receiver.measure),
+        (evt.EVT_PDU_SENT, lambda event: _acknowledge_at_once(event.assoc)),
         (evt.EVT_C_STORE, receiver.store),
         (evt.EVT_RELEASED, receiver.released),
         (evt.EVT_ABORTED, receiver.aborted),
@@ -165,11 +167,12 @@ class _Receiver:
         data = [item.presentation_data_value or b"\1" for item in event.pdu.presentation_data_value_items]
         ends = any(each[0] & 0b11 == 0b10 for each in data)  # a message's last piece of data (PS3.8 E.2)
         size = self._measured.pop(assoc, 0) + sum(map(len, data))
+        if ends:
+            return
         if size > self._largest:
             log("refused", reason="instance above largest_instance_mb", calling=assoc.requestor.ae_title)
             assoc.abort(block=False)
-        elif not ends:
-            self._measured[assoc] = size
+        self._measured[assoc] = size
 
     def store(self, event: Event) -> int:
         """C-STORE: the status to answer with."""
@@ -181,7 +184,7 @@ class _Receiver:
             return refusal.status
         tail = uid_tail(instance.series_instance_uid)
         try:
-            self._check_disk(len(instance.data))
+            self._check_size(len(instance.data))
             done = self._arrivals.receive(instance, source=event.assoc.requestor.ae_title, sender=event.assoc)
         except (NodeError, OutputError, OSError) as error:
             log("refused", series=tail, reason=error)
@@ -207,7 +210,9 @@ class _Receiver:
         if counts or how == "broken":
             log(how, calling=association.requestor.ae_title, **counts)
 
-    def _check_disk(self, size: int) -> None:
+    def _check_size(self, size: int) -> None:
+        if size > self._largest:
+            raise NodeError(f"an instance of {size / 1e6:.1f} MB; expected at most largest_instance_mb")
         free = self._arrivals.free_bytes() - size
         if free < self._config.smallest_free_gb * 1e9:
             raise NodeError(f"{free / 1e9:.1f} GB free on the spool's disk; expected {self._config.smallest_free_gb:g}")
@@ -237,16 +242,27 @@ def instance_from_bytes(data: bytes, affected_uid: str) -> Instance:
         affected_uid: SOPInstanceUID that the request names.
 
     Raises:
-        _RefusedError: it is damaged, cut short, of another UID than its request, or without what a slice must have.
+        _RefusedError: it is damaged, cut short, of another UID than its request, or lacks what a slice must have.
     """
     try:
         dataset = pydicom.dcmread(BytesIO(data))
         uids = [str(dataset.SeriesInstanceUID), str(dataset.SOPInstanceUID)]
-        has_pixels = "PixelData" in dataset
+        missing = _missing_bytes(dataset)
     except DAMAGED as error:
-        raise _RefusedError(NOT_UNDERSTOOD, "an instance that is damaged or lacks its UIDs") from error
+        raise _RefusedError(NOT_UNDERSTOOD, "an instance that is damaged, or lacks what a slice must have") from error
+    if missing:
+        raise _RefusedError(NOT_UNDERSTOOD, f"{uid_tail(uids[1])} lacks {missing} bytes of its pixels")
     if any(not 0 < len(uid) <= LONGEST_UID or not set(uid) <= UID_CHARACTERS for uid in uids):
         raise _RefusedError(NOT_UNDERSTOOD, "a UID that is none")
-    if uids[1] != affected_uid or not has_pixels:
-        raise _RefusedError(NOT_OF_ITS_CLASS, f"{uid_tail(uids[1])} is not what its request says, or has no pixels")
+    if uids[1] != affected_uid:
+        raise _RefusedError(NOT_OF_ITS_CLASS, f"{uid_tail(uids[1])} is not the instance that its request names")
     return Instance(uids[0], uids[1], data)
+
+
+def _missing_bytes(dataset: Dataset) -> int:
+    """How much uncompressed pixels fall short of their rows and columns; pydicom does not mind."""
+    found = len(dataset.PixelData)
+    if dataset.file_meta.TransferSyntaxUID.is_compressed:
+        return 0
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    return max(0, frames * int(dataset.Rows) * int(dataset.Columns) * int(dataset.BitsAllocated) // 8 - found)
