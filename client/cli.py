@@ -260,6 +260,34 @@ def info(server: "ServerOptions", *, check: bool) -> None:
         click.echo(f"probe: {' x '.join(map(str, probe.shape))} voxels in {probe.seconds:.2f} s, {probe.verdict}")
 
 
+@main.command()
+@click.option("--config", type=click.Path(path_type=Path), required=True, help="The node's settings: a TOML file.")
+@click.option("--status", is_flag=True, help="Show what is in the spool, whether or not the node runs.")
+@click.option(
+    "--retry",
+    is_flag=False,
+    flag_value="",
+    metavar="[UID]",
+    help="Put back what is parked: all of it, or the series whose UID ends so.",
+)
+@reports_errors
+def listen(config: Path, status: bool, retry: str | None) -> None:
+    """Be a DICOM node: receive CT by C-STORE, draw on each series, send the contours on. SIGTERM ends it."""
+    from anatomynet.client.node import retry_parked, run_node, status_lines
+    from anatomynet.client.node_config import load_node_config
+    from anatomynet.client.node_spool import Spool
+
+    settings = load_node_config(config)
+    if status and retry is not None:
+        raise click.UsageError("--status and --retry are two commands: give one")
+    if status or retry is not None:
+        spool = Spool(settings.spool)
+        for line in status_lines(spool) if status else retry_parked(spool, retry or ""):
+            click.echo(line)
+    else:
+        run_node(settings)
+
+
 def study_folder(study: Path) -> Path:
     """Where to read a study, which may be a zip file: what was unpacked lasts as long as the command."""
     from anatomynet.client.study_files import opened_study
