@@ -63,7 +63,7 @@ def answering(status: int, *, storage: str = RTStructureSetStorage) -> Iterator[
 @pytest.mark.parametrize("syntax", ["+xe", "+xi"])  # explicit, implicit: the one that it offers is used
 def test_dcmtk_gets_it_as_it_is(rtstruct: Path, tmp_path: Path, syntax: str) -> None:
     (port,) = free_ports(1)
-    command = [dcmtk("storescp"), "-v", syntax, "-od", tmp_path, "-aet", TITLE, str(port)]
+    command = [dcmtk("storescp"), "-v", syntax, "-od", str(tmp_path), "-aet", TITLE, str(port)]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
