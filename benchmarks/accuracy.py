@@ -1,12 +1,15 @@
 """How well does a checkpoint agree with the physicians on a folder of cases?
 
-    python -m benchmarks.accuracy ../shared/data/openkbp/validation [--checkpoint FILE] [--plot]
+    python -m benchmarks.accuracy ../shared/data/openkbp/validation [--checkpoint FILE] [--mirror] [--plot]
+    python -m benchmarks.accuracy ../shared/data/openkbp/validation --checkpoint FILE.onnx   # OpenVINO, ONNX Runtime
+    python -m benchmarks.accuracy ../shared/data/openkbp/validation --url localhost:8001     # Triton
 
 Every case of the folder (the PDDCA layout) is drawn by the same `segment` that serves, on its own grid. A structure
 that is not annotated does not count; one that is annotated and not drawn counts as a miss, with the worst scores.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,13 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from anatomynet.client.connection import ServerOptions, connected
 from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.command import reports_errors
 from anatomynet.engine.data import Case, find_cases, read_case
+from anatomynet.engine.errors import ModelError
 from anatomynet.engine.metrics import Agreement, compare_label_maps
+from anatomynet.engine.mirror import MirroredNetwork
 from anatomynet.engine.resolution import draw_reduced
 from anatomynet.engine.runtime import Runtime, TorchRuntime, load_runtime
 from anatomynet.engine.segment import segment
@@ -33,10 +39,19 @@ MEASURES = {
     "mean_surface_distance_mm": ("mean mm", 2),
     "added_path_length_mm": ("added path mm", 0),
 }
+PLOTTED = ("dice", "surface_dice", "hd95_mm", "added_path_length_mm")
+SMALLEST_MM = 1.0  # of the plots in mm: below it they are linear
 RESAMPLINGS = 2000
 INTERVAL = (2.5, 97.5)  # percentiles: 95 %
-# Mean DSC over the nine organs of PDDCA's test set, as published.
-PUBLISHED = {"MICCAI 2015 best": 0.76, "AnatomyNet": 0.7925, "FocusNet": 0.803, "UaNet": 0.8123}
+# Published means: DSC over the nine organs of the MICCAI 2015 challenge's test set (PDDCA), which each paper compares
+# itself on; HD95 over 28 organs of UaNet's own test set, on which its authors trained AnatomyNet too.
+PUBLISHED: tuple[dict[str, Any], ...] = (
+    {"network": "best of MICCAI 2015", "dice": 0.76, "source": "Raudaschl et al., Med Phys 2017;44:2020-2036"},
+    {"network": "AnatomyNet", "dice": 0.7925, "hd95_mm": 21.96, "source": "Zhu et al., Med Phys 2019;46:576-589"},
+    {"network": "FocusNet", "dice": 0.803, "source": "Gao et al., MICCAI 2019"},
+    {"network": "UaNet", "dice": 0.8123, "hd95_mm": 6.21, "source": "Tang et al., Nat Mach Intell 2019;1:480-491"},
+)
+CAUTION = "Not to be set against the figures above: the patients, the physicians, the organs and the voxel size differ."
 
 Values = NDArray[np.float64]
 
@@ -44,29 +59,29 @@ Values = NDArray[np.float64]
 @click.command()
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help=".safetensors or .onnx; the shipped checkpoint.")
+@click.option("--url", help="Triton server, HOST:PORT of its gRPC, instead of a checkpoint.")
+@click.option("--mirror", is_flag=True, help="Average over the CT and its mirror image; .safetensors only.")
 @click.option("--name", default="accuracy", show_default=True, help="Of the files in benchmarks/results.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only so many cases.")
 @click.option("--seed", default=1808, show_default=True, help="Of the bootstrap.")
 @click.option("--plot", is_flag=True, help="A box plot beside the JSON.")
 @reports_errors
-def main(data: Path, checkpoint: Path | None, name: str, limit: int | None, seed: int, plot: bool) -> None:
+def main(
+    data: Path,
+    checkpoint: Path | None,
+    url: str | None,
+    mirror: bool,
+    name: str,
+    limit: int | None,
+    seed: int,
+    plot: bool,
+) -> None:
     """Measure a checkpoint on the cases in the folder DATA."""
-    runtime = runtime_from_checkpoint(checkpoint)
-    structures = runtime.model.structures
-    agreements = []
-    with click.progressbar(find_cases(data)[:limit], label="drawing", show_pos=True) as folders:
-        for folder in folders:
-            agreements.append(agreements_of(read_case(folder, structures), runtime))
-    result = {
-        **machine(),
-        "runtime": runtime.description,
-        "checkpoint_sha256": runtime.model.checkpoint_sha256,
-        "data": f"{data.resolve().parent.name}/{data.name}",
-        "cases": len(agreements),
-        "bootstrap": {"resamplings": RESAMPLINGS, "seed": seed, "interval_percentiles": INTERVAL},
-        "structures": summary(agreements, structures, np.random.default_rng(seed)),
-        "published_mean_dice_on_pddca": PUBLISHED,
-    }
+    folders = find_cases(data)[:limit]
+    with opened_runtime(checkpoint, url=url, mirror=mirror) as runtime:
+        result = measured(folders, runtime, seed=seed)
+    result["data"] = f"{data.resolve().parent.name}/{data.name}"
+    result["mirror"] = mirror
     write_result(name, result)
     for line in table(result):
         click.echo(line)
@@ -74,11 +89,53 @@ def main(data: Path, checkpoint: Path | None, name: str, limit: int | None, seed
         write_box_plot(RESULTS / f"{name}.png", result)
 
 
-def runtime_from_checkpoint(checkpoint: Path | None) -> Runtime:
-    """A .safetensors file through PyTorch, a .onnx file through the fastest runtime here; None is the shipped one."""
+@contextmanager
+def opened_runtime(checkpoint: Path | None, *, url: str | None, mirror: bool) -> Iterator[Runtime]:
+    """The runtime to be measured: a server, or a file through `runtime_from_checkpoint`.
+
+    Raises:
+        ModelError: a checkpoint and a server at once; a file that cannot be used.
+        ServerError: no server there.
+    """
+    if url and (checkpoint or mirror):
+        raise ModelError("--url measures what the server has: expected it without --checkpoint and --mirror")
+    if url:
+        with connected(ServerOptions(url=url)) as runtime:
+            yield runtime
+    else:
+        yield runtime_from_checkpoint(checkpoint, mirror=mirror)
+
+
+def runtime_from_checkpoint(checkpoint: Path | None, *, mirror: bool = False) -> Runtime:
+    """A .safetensors file through PyTorch, a .onnx file through the fastest runtime here; None is the shipped one.
+
+    Raises:
+        ModelError: a file that cannot be used; an ONNX file that is to be mirrored: its graph ends in labels.
+    """
     if checkpoint is not None and checkpoint.suffix == ".onnx":
+        if mirror:
+            raise ModelError(f"--mirror averages probabilities, which {checkpoint} keeps to itself: give .safetensors")
         return load_runtime(checkpoint)
-    return TorchRuntime(*load_checkpoint(checkpoint))
+    network, model = load_checkpoint(checkpoint)
+    return TorchRuntime(MirroredNetwork(network, model) if mirror else network, model)
+
+
+def measured(folders: Sequence[Path], runtime: Runtime, *, seed: int) -> dict[str, Any]:
+    """The agreement with the physicians on each case folder, as what is written."""
+    structures = runtime.model.structures
+    agreements = []
+    with click.progressbar(folders, label="drawing", show_pos=True) as bar:
+        for folder in bar:
+            agreements.append(agreements_of(read_case(folder, structures), runtime))
+    return {
+        **machine(),
+        "runtime": runtime.description,
+        "checkpoint_sha256": runtime.model.checkpoint_sha256,
+        "cases": len(agreements),
+        "bootstrap": {"resamplings": RESAMPLINGS, "seed": seed, "interval_percentiles": INTERVAL},
+        "structures": summary(agreements, structures, np.random.default_rng(seed)),
+        "published": PUBLISHED,
+    }
 
 
 def agreements_of(case: Case, runtime: Runtime) -> dict[str, Agreement]:
@@ -95,7 +152,7 @@ def agreements_of(case: Case, runtime: Runtime) -> dict[str, Agreement]:
 def summary(
     agreements: list[dict[str, Agreement]], structures: Iterable[str], random: np.random.Generator
 ) -> list[dict[str, Any]]:
-    """For each structure, and for the mean of them: cases, misses, means with intervals, and every value."""
+    """For each structure, and for the mean of them: cases, misses, means with intervals, medians, and every value."""
     names = list(structures)
     draws = random.multinomial(len(agreements), np.full(len(agreements), 1 / len(agreements)), RESAMPLINGS)
     rows: list[dict[str, Any]] = [
@@ -115,7 +172,9 @@ def summary(
         for column, row in enumerate(rows):
             row[key] = _with_interval(means[:, column])
             if column < len(names):
-                row[key]["values"] = [round(float(v), 4) for v in values[:, column] if np.isfinite(v)]
+                known = values[np.isfinite(values[:, column]), column]
+                row[key]["median"] = round(float(np.median(known)), 4) if known.size else None
+                row[key]["values"] = [round(float(v), 4) for v in known]
     return rows
 
 
@@ -143,9 +202,11 @@ def table(result: dict[str, Any]) -> Iterable[str]:
     for row in result["structures"]:
         cells = "".join(f"{_cell(row[key], digits):>30}" for key, (_, digits) in MEASURES.items())
         yield f"{row['structure']:<16}{row['cases']:>6}{row['missed']:>7}{cells}"
-    published = ", ".join(f"{name} {value}" for name, value in result["published_mean_dice_on_pddca"].items())
-    yield f"Published mean DSC over the nine organs of PDDCA: {published}."
-    yield "Not to be set against the figures above: the patients, the physicians, the organs and the voxel size differ."
+    yield "Published means: DSC over PDDCA's nine organs; HD95 over 28 organs, both by Tang et al. on their own data"
+    for paper in result["published"]:
+        hd95 = f"{paper['hd95_mm']:.1f} mm" if "hd95_mm" in paper else ""
+        yield f"  {paper['network']:<22}{paper['dice']:<8}{hd95:<10}{paper['source']}"
+    yield CAUTION
 
 
 def _cell(measure: dict[str, Any], digits: int) -> str:
@@ -156,23 +217,28 @@ def _cell(measure: dict[str, Any], digits: int) -> str:
 
 
 def write_box_plot(path: Path, result: dict[str, Any]) -> None:
-    """A box a structure: DSC and surface DSC of the cases."""
+    """A box a structure, a field a measure."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = [row for row in result["structures"] if row["cases"] and row["structure"] != "mean"]
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for axis, key in zip(axes, ("dice", "surface_dice"), strict=True):
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 8), layout="constrained")
+    for axis, key in zip(axes.flat, PLOTTED, strict=True):
         labels = [f"{row['structure']} ({row['cases']})" for row in rows]
         axis.boxplot([row[key]["values"] for row in rows], tick_labels=labels)
         axis.set_title(MEASURES[key][0])
-        axis.set_ylim(0, 1)
+        if key.endswith("dice"):
+            axis.set_ylim(0, 1)
+        else:
+            axis.set_yscale("symlog", linthresh=SMALLEST_MM)  # a miss is far away from all else
+            axis.set_ylim(bottom=0)
         axis.tick_params(axis="x", rotation=45)
         axis.grid(axis="y", alpha=0.3)
     figure.suptitle(f"{result['data']}: {result['cases']} cases, checkpoint {result['checkpoint_sha256'][:12]}")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

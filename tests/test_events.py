@@ -12,7 +12,7 @@ from anatomynet.engine.events import event_log, forget_events
 ROWS = [{"step": step, "loss": 1.0 / step, "mean": 0.1 * step, "Larynx": float("nan")} for step in (1, 2, 3)]
 
 
-def points(output: Path) -> dict[str, list[tuple[int, float]]]:
+def points(output: Path) -> dict[str, list[tuple[int, Any]]]:
     """What TensorBoard finds: tag -> (step, value)."""
     pytest.importorskip("tensorboardX", reason="event files are written where tensorboardX is installed")
     accumulator = pytest.importorskip(

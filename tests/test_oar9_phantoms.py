@@ -20,6 +20,7 @@ from benchmarks.oar9_phantoms import FIRST_UNSEEN_SEED, trained, with_structures
 SPACING = (6.0, 6.0, 6.0)
 MODEL = ModelConfig("small", ("Mandible", "Parotid_L", "Parotid_R"), 1, SPACING, SPACING, (-250.0, 550.0))
 JAW = np.s_[1:19, 0:20, 3:33]  # where these structures lie in 36 x 36 x 36 voxels
+JAW_SHAPE = (18, 20, 30)
 CASES, UNSEEN = 16, 4
 LEARNT = 0.6  # DSC of each structure: 0.74 to 0.84 in five runs of other seeds
 NOT_LEARNT = 0.3  # 0.00 in both runs in which nothing was masked
@@ -29,7 +30,7 @@ TRAIN = TrainConfig(
     learning_rate=5e-3,
     warmup_steps=10,
     precision="bfloat16",
-    crop=(18, 20, 30),
+    crop=JAW_SHAPE,
     whole_share=1.0,
     phantom_share=0.0,
     frozen_norm_share=0.3,
@@ -41,7 +42,7 @@ TRAIN = TrainConfig(
 def jaw(seed: int) -> Case:
     volume, truth = make_phantom(VolumeGeometry((36, 36, 36), SPACING), seed=seed, structures=MODEL.structures)
     hu, labels = (np.ascontiguousarray(array[JAW]) for array in (volume.hu, truth.labels))
-    return Case(str(seed), CTVolume(hu, VolumeGeometry(hu.shape, SPACING)), labels, (True,) * 3, synthetic=True)
+    return Case(str(seed), CTVolume(hu, VolumeGeometry(JAW_SHAPE, SPACING)), labels, (True,) * 3, synthetic=True)
 
 
 @pytest.fixture(scope="module")
