@@ -71,8 +71,8 @@ class NodeConfig:
         spool: folder of everything received and drawn.
         peers: who may send.
         destinations: each gets every RTSTRUCT and SEG.
-        url: HOST:PORT of a Triton server's gRPC, dns:///SERVICE:PORT of several; without it a server on this machine,
-            else the embedded engine.
+        urls: HOST:PORT of Triton servers' gRPC, asked in turn; without any, a server on this machine, else the
+            embedded engine.
         output_types: some of rtstruct, seg and nifti.
         structures: names of those to draw; all that the model knows where there is none.
         structure_table: a department's names, colours and types.
@@ -95,7 +95,7 @@ class NodeConfig:
     peers: tuple[Peer, ...]
     destinations: tuple[Destination, ...] = ()
     bind: str = ""
-    url: str | None = None
+    urls: tuple[str, ...] = ()
     output_types: tuple[str, ...] = ("rtstruct",)
     structures: tuple[str, ...] = ()
     structure_table: Path | None = None
@@ -229,7 +229,7 @@ NODE_KEYS = {
     "peer": _tables(PEER_KEYS, "one or more tables [[peer]] with ae_title and address", required=True),
     "destination": _tables(DESTINATION_KEYS, "tables [[destination]] with name, ae_title, host and port"),
     "bind": _Key(lambda v: v == "" or _is_text(v), "an address of this machine"),
-    "url": _Key(_is_text, "a server, HOST:PORT"),
+    "urls": _Key(_texts, 'a list of servers, ["HOST:PORT"]'),
     "output_types": _Key(
         lambda v: _texts(v) and bool(v) and set(v) <= set(OUTPUT_TYPES), f"a list of some of {', '.join(OUTPUT_TYPES)}"
     ),
