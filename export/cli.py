@@ -1,6 +1,6 @@
-"""`anatomynet-export`: a checkpoint becomes ONNX and TensorRT files, each proven, in a Triton model repository.
+"""`anatomynet-export`: a checkpoint becomes what serves it, each form proven, in a Triton model repository.
 
-    checkpoint -> ONNX (export.onnx) -> parity with the checkpoint (export.parity) -> repository (export.repository)
+    checkpoint -> ONNX, plans (export.forms) -> parity with the checkpoint (export.parity) -> export.repository
 
 Nothing reaches the repository before everything is proven; a run that fails leaves it as it was.
 """
@@ -8,7 +8,6 @@ Nothing reaches the repository before everything is proven; a run that fails lea
 import importlib.util
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,168 +17,115 @@ from anatomynet.engine.command import reports_errors
 from anatomynet.engine.errors import ExportError
 
 if TYPE_CHECKING:
-    import onnx
+    from anatomynet.export.forms import Source
 
-    from anatomynet.engine.config import ModelConfig
-    from anatomynet.engine.volume import HounsfieldArray
-    from anatomynet.export.parity import Reference
-
-PHANTOM_SEED = 0
 NEEDED = ("torch", "safetensors", "onnx", "onnxscript", "onnxruntime")
-
-
-@dataclass(frozen=True, eq=False)
-class Source:
-    """What is exported: the network as ONNX, its configuration, and what the checkpoint itself draws."""
-
-    graph: "onnx.ModelProto"
-    config: "ModelConfig"
-    reference: "Reference"
+BACKENDS = ("python", "onnxruntime", "tensorrt")
 
 
 @click.command()
 @click.version_option(package_name="anatomynet")
 @click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
-@click.option("--fp16", is_flag=True, help="FP16 as well, for GPUs: ONNX, and a TensorRT plan where one can be built.")
+@click.option("--fp16", is_flag=True, help="FP16, for GPUs; beside FP32 where the backend can choose.")
+@click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default=BACKENDS[0],
+    show_default=True,
+    help="Triton's, that will serve it: python runs anywhere; onnxruntime and tensorrt are those of a Triton "
+    "container; tensorrt builds a plan for this machine's GPU.",
+)
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
     default=Path("triton_repo"),
     show_default=True,
-    help="Triton model repository; its model 'anatomynet' is replaced.",
+    help="Triton model repository; its model 'anatomynet' is replaced. Plans and timings go to OUTPUT.plans beside it.",
 )
 @click.option("--onnx", "onnx_file", type=click.Path(path_type=Path), help="Write this one file, and no repository.")
+@click.option(
+    "--rtx",
+    metavar="SM,...",
+    help="Build a TensorRT-RTX plan for these GPUs (sm86,sm89,sm120), and no repository. Needs no GPU.",
+)
 @click.option(
     "--parity-input",
     type=click.Path(path_type=Path),
     help="CT for the proof: a case folder with img.nrrd. Without it a synthetic patient, 178 x 512 x 512.",
 )
 @reports_errors
-def main(checkpoint: Path | None, fp16: bool, output: Path, onnx_file: Path | None, parity_input: Path | None) -> None:
+def main(
+    checkpoint: Path | None,
+    fp16: bool,
+    backend: str,
+    output: Path,
+    onnx_file: Path | None,
+    rtx: str | None,
+    parity_input: Path | None,
+) -> None:
     """Export CHECKPOINT, by default the shipped one, for serving.
 
     Each file is run once written, and must draw what the checkpoint draws; otherwise nothing is changed.
     """
-    check_installed()
-    source = read_source(checkpoint, parity_input)
+    if backend == "tensorrt" and not fp16:
+        raise click.UsageError("a TensorRT plan is FP16: give --fp16 too")
+    if onnx_file and rtx:
+        raise click.UsageError("--onnx and --rtx each write one thing: give one of them")
+    architectures = [name.strip().lower() for name in rtx.split(",")] if rtx else []
+    check_installed(backend, architectures)
+    from anatomynet.export import forms
+
+    source = forms.read_source(checkpoint, parity_input)
     with tempfile.TemporaryDirectory(prefix="anatomynet-export-") as folder:
         if onnx_file:
-            copy_in_place(write_proven_onnx(source, Path(folder), fp16=fp16), onnx_file)
+            copy_in_place(forms.onnx_file(source, Path(folder), fp16=fp16), onnx_file)
             click.echo(onnx_file)
+        elif architectures:
+            click.echo(
+                move_in_place(forms.rtx_form(source, Path(folder), architectures=architectures), plans_of(output))
+            )
         else:
-            fill_repository(source, output, Path(folder), fp16=fp16)
+            fill_repository(source, output, Path(folder), backend=backend, fp16=fp16)
 
 
-def read_source(checkpoint: Path | None, parity_input: Path | None) -> Source:
-    """Reads the checkpoint, runs it on the CT of the proof, and exports its network.
-
-    Raises:
-        ModelError: a checkpoint that cannot be read.
-        DataError: a `parity_input` that cannot be read.
-        ParityError: a structure that the checkpoint does not find there.
-    """
-    from anatomynet.engine.checkpoint import load_checkpoint
-    from anatomynet.export.onnx import network_model
-    from anatomynet.export.parity import draw_reference
-
-    network, config = load_checkpoint(checkpoint)
-    click.echo(f"checkpoint {config.name}, sha256 {config.checkpoint_sha256}: {', '.join(config.structures)}")
-    hu = parity_volume(config, parity_input)
-    click.echo(f"proof on {parity_input or 'a synthetic patient'}, {' x '.join(map(str, hu.shape))} voxels")
-    reference = draw_reference(network, config, hu)
-    return Source(network_model(network), config, reference)
-
-
-def parity_volume(config: "ModelConfig", case: Path | None) -> "HounsfieldArray":
-    """int16 (z, y, x): what the network is shown of a case, or the whole of a synthetic patient.
-
-    Raises:
-        DataError: a case that cannot be read.
-        GeometryError: a CT on which the network cannot run.
-    """
-    if case is None:
-        from anatomynet.engine.phantom import make_phantom
-
-        volume, _ = make_phantom(seed=PHANTOM_SEED, structures=config.structures)
-        return volume.hu
-    from anatomynet.engine.data import read_case
-    from anatomynet.engine.preprocess import prepare
-
-    return prepare(read_case(case, config.structures).volume, config).hu
-
-
-def fill_repository(source: Source, output: Path, folder: Path, *, fp16: bool) -> None:
+def fill_repository(source: "Source", output: Path, folder: Path, *, backend: str, fp16: bool) -> None:
     """Exports to `folder`, proves it, and hands all of it to the repository `output` at once.
 
     Raises:
         ExportError: a graph that does not run, or a repository that cannot be written.
         ParityError: an export that does not draw what the checkpoint draws.
     """
-    from anatomynet.export.repository import MODEL_NAME, write_repository
+    from anatomynet.export import forms
+    from anatomynet.export.repository import write_repository
 
-    onnx_files = [write_proven_onnx(source, folder, fp16=False)]
-    plan_files = []
-    if fp16:
-        onnx_files.append(write_proven_onnx(source, folder, fp16=True))
-        plan_files = write_plan(source, folder)
-    write_repository(output, config=source.config, onnx_files=onnx_files, plan_files=plan_files)
-    names = ", ".join(file.name for file in (*onnx_files, *plan_files))
-    click.echo(f"{output / MODEL_NAME}: {names}")
+    if backend == "tensorrt":
+        models = forms.tensorrt_form(source, folder, timing_cache_folder=plans_of(output))
+    elif backend == "onnxruntime":
+        models = forms.onnxruntime_form(source, folder, fp16=fp16)
+    else:
+        models = forms.python_form(source, folder, fp16=fp16)
+    write_repository(output, models)
+    for model in models:
+        click.echo(f"{output / model.name}: {', '.join(model.files) or 'calls ' + ', '.join(model.needs)}")
     click.echo(f"serve it: tritonserver --model-repository {output}")
 
 
-def write_proven_onnx(source: Source, folder: Path, *, fp16: bool) -> Path:
-    """Writes one ONNX file and proves it with the fastest runtime that is here.
-
-    Raises:
-        ExportError: a graph that does not run.
-        ParityError: it does not draw what the checkpoint draws.
-    """
-    from anatomynet.engine.runtime import load_runtime
-    from anatomynet.export.onnx import served_model, write_onnx
-    from anatomynet.export.parity import check_parity
-
-    precision = "fp16" if fp16 else "fp32"
-    path = folder / f"{source.config.name}-{precision}.onnx"
-    write_onnx(served_model(source.graph, source.config, fp16=fp16), path)
-    click.echo(f"{path.name}, {path.stat().st_size / 1e6:.1f} MB")
-    for report in check_parity(source.reference, load_runtime(path), fp16=fp16):
-        click.echo(f"  {report}")
-    return path
-
-
-def write_plan(source: Source, folder: Path) -> list[Path]:
-    """The TensorRT plan for this machine's GPU; none, and one line that says why, where it cannot be built.
-
-    Raises:
-        ExportError: TensorRT is here, and refuses the graph.
-    """
-    from anatomynet.export.onnx import plan_model
-    from anatomynet.export.plan import build_plan, has_gpu
-
-    if not has_gpu() or importlib.util.find_spec("tensorrt") is None:
-        click.echo(
-            "no TensorRT plan: it takes an NVIDIA GPU and pip install 'anatomynet[tensorrt]'; "
-            "the FP16 ONNX file runs on a GPU without"
-        )
-        return []
-    trt = importlib.import_module("tensorrt")
-    path = folder / f"{source.config.name}-fp16.plan"
-    path.write_bytes(
-        build_plan(trt, plan_model(source.graph, source.config, fp16=True).SerializeToString(), source.config)
-    )
-    click.echo(
-        f"{path.name}, {path.stat().st_size / 1e6:.1f} MB, by TensorRT {trt.__version__}; "
-        "its precision is proven, its contours are not: the Python backend runs the ONNX files, not the plan"
-    )
-    return [path]
-
-
-def check_installed() -> None:
-    """Raises ExportError where what exports is not installed."""
+def check_installed(backend: str, architectures: list[str]) -> None:
+    """Raises ExportError where what exports is not installed, or not here."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f"export needs {', '.join(missing)}: pip install 'anatomynet[export]'")
+    from anatomynet.export import forms
+
+    if architectures:
+        forms.require_rtx(architectures)
+    elif backend == "tensorrt":
+        forms.require_tensorrt()
+
+
+def plans_of(output: Path) -> Path:
+    """Beside the repository, where a server takes every folder for a model."""
+    return output.with_name(f"{output.name}.plans")
 
 
 def copy_in_place(file: Path, place: Path) -> None:
@@ -196,3 +142,23 @@ def copy_in_place(file: Path, place: Path) -> None:
         raise ExportError(f"could not write {place}: {error.strerror}") from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def move_in_place(folder: Path, home: Path) -> Path:
+    """Copies a folder beside its place in `home`, then renames: never half a folder; an older one goes.
+
+    Raises:
+        ExportError: a place that cannot be written.
+    """
+    place, beside = home / folder.name, home / f".{folder.name}.part"
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        home.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(folder, beside)
+        shutil.rmtree(place, ignore_errors=True)
+        beside.replace(place)
+    except OSError as error:
+        raise ExportError(f"could not write {place}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return place

@@ -2,6 +2,7 @@
 
 The server on PATH is taken first, then a Triton container's own, then the one inside the nvidia-pytriton wheel.
 Arguments pass through untouched, and since this process becomes the server (execve), so do signals and exit status.
+First of all the repository is checked: see anatomynet.export.manifest.
 """
 
 import ctypes.util
@@ -19,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from anatomynet.engine.errors import AnatomyNetError, ServerError
+from anatomynet.export.manifest import check_repository
 
 CONTAINER_SERVER = Path("/opt/tritonserver/bin/tritonserver")
 # Set for the server: a launcher that finds it was started by a launcher, through a script on PATH that hid it.
@@ -87,12 +89,20 @@ def _leads_to_launcher(candidate: Path) -> bool:
 
 
 def _options_of_newer_servers(server: Path, arguments: Sequence[str]) -> list[str]:
-    """What whole volumes need of servers that limit them: 2.59 HTTP bodies, 2.68 the clients' shared memory."""
+    """What whole volumes need of servers that limit them: 2.59 HTTP bodies, 2.68 the clients' shared memory.
+
+    A server's own --help tells its version best: an older one ends at an option that it does not know.
+    """
     if "--help" in arguments:
         return []
     try:
         known = subprocess.run(
-            [server, "--help"], capture_output=True, text=True, timeout=HELP_TIMEOUT_S, check=False
+            [server, "--help"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,  # where 2.51, for one, writes it
+            text=True,
+            timeout=HELP_TIMEOUT_S,
+            check=False,
         ).stdout
     except (OSError, subprocess.TimeoutExpired):  # it will say itself what is wrong with it
         return []
@@ -193,12 +203,26 @@ def _linked_folder(directory: Path, files: Mapping[str, Path]) -> Path:
 
 
 def _check_repositories(arguments: Sequence[str]) -> None:
-    repositories = [value for option in REPOSITORY_OPTIONS for value in _values(arguments, option)]
-    for repository in repositories:
-        folder = Path(repository)
-        if "://" not in repository and not any(folder.glob("*/config.pbtxt")):
-            found = "an empty one" if folder.is_dir() else "no such folder"
-            raise ServerError(f"no model in {repository}: {found}; write one with `anatomynet-export --fp16`")
+    """Whether what is to be served is whole, ours, and can run here.
+
+    Raises:
+        ModelError: what is wrong with it, and what to do.
+    """
+    for repository in (value for option in REPOSITORY_OPTIONS for value in _values(arguments, option)):
+        if "://" in repository:
+            sys.stderr.write(f"tritonserver: {repository} is not on this machine, and was not checked\n")
+        else:
+            _drop_bytecode(Path(repository))
+            check_repository(Path(repository))
+
+
+def _drop_bytecode(repository: Path) -> None:
+    """What a server before compiled of model.py: code that no manifest vouches for, and soon compiled again.
+
+    Where it cannot be removed, the check refuses it.
+    """
+    for folder in repository.glob("*/*/__pycache__"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _values(arguments: Sequence[str], option: str) -> list[str]:

@@ -242,6 +242,17 @@ finish ({kind}[1, {config.classes}, pz, py, px] logits)
 }}""")
 
 
+def crop_model() -> onnx.ModelProto:
+    """LABELS, UINT8 on the padded grid, and CT -> LABEL_MAP, of the CT's own size: what comes after a plan."""
+    return onnx.parser.parse_model(f"""{HEADER}
+crop (uint8[pz, fy, fx] LABELS, int16[z, y, x] CT) => (uint8[z, y, x] LABEL_MAP) {{
+    origin = Constant <value_ints = [0, 0, 0]> ()
+    axes = Constant <value_ints = [0, 1, 2]> ()
+    size = Shape (CT)
+    LABEL_MAP = Slice (LABELS, origin, size, axes)
+}}""")
+
+
 def interpolation_nodes(stride: int) -> str:
     """ONNX text: boxed, FLOAT [classes, z, y, x] -> fine, [classes, z, stride x y, stride x x], linear in plane."""
     if stride == 1:

@@ -1,4 +1,4 @@
-"""ONNX -> TensorRT plan, FP16, for one GPU architecture. An optional step of `anatomynet-export`.
+"""ONNX -> TensorRT plan, FP16, for one GPU architecture. A step of `anatomynet-export --backend tensorrt` and `--rtx`.
 
 The graph goes in as `plan_model` of export.onnx makes it: TensorRT knows no INT16, and refuses padding together with
 interpolation, so it begins behind `prepare`, and does not crop. Whichever `trt` is given builds it:
@@ -7,27 +7,35 @@ interpolation, so it begins behind `prepare`, and does not crop. Whichever `trt`
     tensorrt_rtx_bindings    for RTX workstations, also on a machine without a GPU
 """
 
-import ctypes
+import json
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import ExportError
+from anatomynet.engine.limits import IN_PLANE_VOXELS, largest_slices
+from anatomynet.engine.output import write_whole
+from anatomynet.engine.preprocess import SMALLEST_NETWORK_SIDE
 
-# TensorRT indexes a tensor of a convolution with 32 bits.
-LARGEST_TENSOR = 2**31 - 1
-# At the network's full resolution: the up-sampled features and the CT.
-CHANNELS_AT_FULL_RESOLUTION = 15
-IN_PLANE_VOXELS = 512
-SMALLEST_SIDE = 8
+OLDEST_TENSORRT = (10, 12)
 TYPICAL_SLICES = 178
+# Where a plan tells who built it, a byte for each of four numbers; `trtexec --getPlanVersionOnly` reads the same.
+VERSION_BYTES = slice(24, 28)
+FP32_FORMAT = re.compile(r"\b(FP32|Float)\b", re.IGNORECASE)
 
 Shape = tuple[int, int, int, int, int]
 
 
 def build_plan(
-    trt: ModuleType, onnx_model: bytes, config: ModelConfig, *, compute_capabilities: Sequence[str] = ()
+    trt: ModuleType,
+    onnx_model: bytes,
+    config: ModelConfig,
+    *,
+    compute_capabilities: Sequence[str] = (),
+    timing_cache: Path | None = None,
 ) -> bytes:
     """Builds a plan whose convolutions are in FP16 and whose sums over the volume are in FP32.
 
@@ -35,9 +43,12 @@ def build_plan(
         trt: the module `tensorrt` (10.12 or later) or `tensorrt_rtx_bindings`.
         onnx_model: `plan_model(...).SerializeToString()` of FP16.
         compute_capabilities: "SM89" and the like, to build without the GPU; tensorrt_rtx_bindings only.
+        timing_cache: file of what was timed on this GPU before; made, and brought up to date. TensorRT-RTX times
+            nothing, and has no use for it.
 
     Raises:
-        ExportError: a graph that TensorRT refuses, a layer in another precision, or no GPU.
+        ExportError: a graph that TensorRT refuses, a layer in another precision, an unknown GPU, or none.
+        OutputError: a timing cache that cannot be written.
     """
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
@@ -49,9 +60,15 @@ def build_plan(
         problems = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
         raise ExportError(f"TensorRT {trt.__version__} does not take the graph: {problems}")
     check_precision(trt, network)
-    plan = builder.build_serialized_network(network, _builder_config(trt, builder, config, compute_capabilities))
+    builder_config = _builder_config(trt, builder, config)
+    _set_compute_capabilities(trt, builder_config, compute_capabilities)
+    if timing_cache:
+        _read_timing_cache(builder_config, timing_cache)
+    plan = builder.build_serialized_network(network, builder_config)
     if plan is None:
         raise ExportError(f"TensorRT {trt.__version__} built no plan; its own messages are above")
+    if timing_cache:
+        write_whole(timing_cache, bytes(builder_config.get_timing_cache().serialize()), overwrite=True)
     return bytes(plan)
 
 
@@ -74,34 +91,93 @@ def check_precision(trt: ModuleType, network: Any) -> None:
                 raise ExportError(f"layer {layer.name} computes in {found}, expected {expected}: export with --fp16")
 
 
+def check_engine_precision(layer_information: str) -> int:
+    """Demands that no convolution of a built engine reads FP32: builders have silently fallen back to it.
+
+    Args:
+        layer_information: JSON of TensorRT's engine inspector, built with detailed profiling verbosity.
+
+    Returns:
+        Convolutions that the engine names as such; what it fused under other names is not counted.
+
+    Raises:
+        ExportError: a convolution in FP32.
+    """
+    layers = [layer for layer in json.loads(layer_information)["Layers"] if isinstance(layer, dict)]
+    convolutions = [layer for layer in layers if _is_convolution(layer)]
+    for layer in convolutions:
+        for tensor in layer.get("Inputs", []):
+            if FP32_FORMAT.search(tensor.get("Format/Datatype", "")):
+                raise ExportError(f"layer {layer['Name']} of the built engine reads FP32: expected FP16")
+    return len(convolutions)
+
+
+def plan_version(plan: bytes) -> str:
+    """Who built a plan, as "10.13.0.35": TensorRT reads only its own version's.
+
+    Raises:
+        ExportError: too short for a plan.
+    """
+    numbers = plan[VERSION_BYTES]
+    if len(numbers) < 4:
+        raise ExportError(f"a plan of {len(plan)} bytes: expected one that TensorRT built")
+    return ".".join(map(str, numbers))
+
+
+def check_tensorrt_version(version: str) -> None:
+    """Raises ExportError where TensorRT is older than what was written for."""
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TENSORRT:
+        raise ExportError(
+            f"TensorRT {version}: expected {'.'.join(map(str, OLDEST_TENSORRT))} or later; "
+            "pip install 'anatomynet[tensorrt]'"
+        )
+
+
+def check_architectures(trt: ModuleType, names: Sequence[str]) -> None:
+    """Raises ExportError where TensorRT-RTX does not know one of the architectures, "SM89" and the like."""
+    known = [name for name in dir(trt.ComputeCapability) if name.startswith("SM")]
+    unknown = [name for name in names if name.upper() not in known]
+    if unknown:
+        raise ExportError(
+            f"TensorRT-RTX {trt.__version__} builds for no GPU '{unknown[0]}': expected one or more of "
+            f"{', '.join(known).lower()}"
+        )
+
+
 def largest_shape(config: ModelConfig) -> Shape:
     """The largest network_input a plan takes: 512 x 512 in the CT's plane, and as many slices as 32 bits can index."""
-    stride = config.in_plane_stride
-    side = IN_PLANE_VOXELS // stride
-    elements_a_slice = max(CHANNELS_AT_FULL_RESOLUTION * side**2, config.classes * IN_PLANE_VOXELS**2)
-    return (1, 1, LARGEST_TENSOR // elements_a_slice // 2 * 2, side, side)
-
-
-def has_gpu() -> bool:
-    """Whether an NVIDIA driver answers here, with at least one GPU."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int(0)
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
-
-
-def _builder_config(trt: ModuleType, builder: Any, config: ModelConfig, compute_capabilities: Sequence[str]) -> Any:
-    builder_config = builder.create_builder_config()
     side = IN_PLANE_VOXELS // config.in_plane_stride
-    smallest: Shape = (1, 1, SMALLEST_SIDE, SMALLEST_SIDE, SMALLEST_SIDE)
+    return (1, 1, largest_slices(config), side, side)
+
+
+def _is_convolution(layer: dict[str, Any]) -> bool:
+    return any("conv" in str(layer.get(key, "")).lower() for key in ("LayerType", "ParameterType"))
+
+
+def _builder_config(trt: ModuleType, builder: Any, config: ModelConfig) -> Any:
+    builder_config = builder.create_builder_config()
+    # So that the engine can be asked which precision its layers got.
+    builder_config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    side, least = IN_PLANE_VOXELS // config.in_plane_stride, SMALLEST_NETWORK_SIDE
+    smallest: Shape = (1, 1, least, least, least)
     typical: Shape = (1, 1, TYPICAL_SLICES, side, side)
     profile = builder.create_optimization_profile()
     profile.set_shape("network_input", smallest, typical, largest_shape(config))
     builder_config.add_optimization_profile(profile)
-    if compute_capabilities:
-        builder_config.num_compute_capabilities = len(compute_capabilities)
-        for index, name in enumerate(compute_capabilities):
-            builder_config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
     return builder_config
+
+
+def _set_compute_capabilities(trt: ModuleType, builder_config: Any, names: Sequence[str]) -> None:
+    if not names:
+        return
+    check_architectures(trt, names)
+    builder_config.num_compute_capabilities = len(names)
+    for index, name in enumerate(names):
+        builder_config.set_compute_capability(getattr(trt.ComputeCapability, name.upper()), index)
+
+
+def _read_timing_cache(builder_config: Any, path: Path) -> None:
+    known = path.read_bytes() if path.is_file() else b""
+    if not builder_config.set_timing_cache(builder_config.create_timing_cache(known), False):
+        # Of another version or GPU, or damaged: what was timed is timed again.
+        builder_config.set_timing_cache(builder_config.create_timing_cache(b""), False)

@@ -40,9 +40,10 @@ def random_repository(
 ) -> Path:
     """A Triton model repository with that model."""
     from anatomynet.export.repository import write_repository
+    from anatomynet.export.triton_models import python_model
 
     folder = tmp_path_factory.mktemp("triton") / "triton_repo"
-    write_repository(folder, config=random_model_config, onnx_files=random_onnx_files)
+    write_repository(folder, [python_model(random_model_config, random_onnx_files)])
     return folder
 
 

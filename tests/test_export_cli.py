@@ -58,7 +58,6 @@ def test_fills_a_repository_and_says_so(checkpoint: Path, case: Path, tmp_path: 
     _, config = load_checkpoint(checkpoint)
     assert config.checkpoint_sha256 in run.stdout
     assert len(re.findall(r"[0-9,]+ of [0-9,]+ labels changed", run.stdout)) == 3  # FP32, FP16, and FP16 rounded
-    assert "TensorRT" in run.stdout
     assert f"tritonserver --model-repository {output}" in run.stdout
     version = output / "anatomynet" / "1"
     assert {path.name for path in version.glob("*.onnx")} == {"openkbp7-fp32.onnx", "openkbp7-fp16.onnx"}
@@ -115,8 +114,57 @@ def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
     assert run.stderr == "error: export needs onnxscript: pip install 'anatomynet[export]'\n"
 
 
-def test_wrong_usage_is_status_2() -> None:
-    assert CliRunner().invoke(main, ["--no-such-option"]).exit_code == 2
+@pytest.mark.parametrize(
+    "arguments", [["--no-such-option"], ["--backend", "tensorrt"], ["--onnx", "a.onnx", "--rtx", "sm89"]]
+)
+def test_wrong_usage_is_status_2(arguments: list[str]) -> None:
+    assert CliRunner().invoke(main, arguments).exit_code == 2
+
+
+def test_onnxruntime_repository(checkpoint: Path, case: Path, tmp_path: Path) -> None:
+    output = tmp_path / "repo"
+    run = CliRunner().invoke(
+        main, [str(checkpoint), "--backend", "onnxruntime", "--output", str(output), "--parity-input", str(case)]
+    )
+    assert run.exit_code == 0, run.output
+    assert "ONNX Runtime" in run.output
+    assert {path.name for path in (output / "anatomynet" / "1").iterdir()} == {"model.onnx"}
+
+
+def test_rtx_plan_without_a_gpu(checkpoint: Path, case: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings", reason="needs pip install 'anatomynet[tensorrt-rtx]'")
+    output = tmp_path / "repo"
+    arguments = [str(checkpoint), "--rtx", "sm86,sm89", "--output", str(output), "--parity-input", str(case)]
+    run = CliRunner().invoke(main, arguments)
+    assert run.exit_code == 0, run.output
+    (folder,) = (tmp_path / "repo.plans").iterdir()
+    assert folder.name.endswith("-sm86-sm89")
+    assert {path.name for path in folder.iterdir()} == {
+        "prepare.onnx",
+        f"{folder.name}.plan",
+        "finish.onnx",
+        "manifest.json",
+    }
+    assert not output.exists()
+
+
+def test_unknown_gpu_is_told_before_anything_is_computed(checkpoint: Path) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings", reason="needs pip install 'anatomynet[tensorrt-rtx]'")
+    run = CliRunner().invoke(main, [str(checkpoint), "--rtx", "sm90"])
+    assert run.exit_code == 1
+    assert run.stderr.startswith("error: TensorRT-RTX")
+    assert "proof on" not in run.stdout
+
+
+def test_tensorrt_without_a_gpu_is_told_before_anything_is_computed(checkpoint: Path) -> None:
+    from anatomynet.export.gpu import visible_gpus
+
+    if visible_gpus():
+        pytest.skip("needs a machine without a GPU")
+    run = CliRunner().invoke(main, [str(checkpoint), "--fp16", "--backend", "tensorrt"])
+    assert run.exit_code == 1
+    assert "NVIDIA GPU" in run.stderr
+    assert "proof on" not in run.stdout
 
 
 def test_help_imports_no_torch() -> None:

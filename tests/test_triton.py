@@ -24,7 +24,7 @@ from anatomynet.client.triton import REGION_PREFIX, SHARED_MEMORY_FOLDER, Triton
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import ServerError
 from anatomynet.engine.runtime import Runtime, load_runtime
-from anatomynet.export.repository import LARGEST_QUEUE
+from anatomynet.export.triton_models import LARGEST_QUEUE
 from tests.random_network import smooth_hu
 from tests.triton_servers import RunningServer, ServerStarter, free_ports
 

@@ -15,6 +15,7 @@ from anatomynet.engine.config import model_config_from_json
 from anatomynet.engine.errors import AnatomyNetError, ModelError
 from anatomynet.engine.runtime import CUDA_PROVIDER, OnnxRuntime, Runtime, load_runtime
 from anatomynet.engine.volume import HounsfieldArray
+from anatomynet.export.manifest import check_files
 
 
 class TritonPythonModel:
@@ -26,9 +27,11 @@ class TritonPythonModel:
         Raises:
             TritonModelException: files that do not fit this machine, or config.pbtxt; the model is not READY then.
         """
-        folder = Path(args["model_repository"]) / args["model_version"]
+        home = Path(args["model_repository"])
+        folder = home / args["model_version"]
         parameters = json.loads(args["model_config"])["parameters"]
         try:
+            check_files(home)
             self.runtime = fastest_runtime(folder)
             if self.runtime.model != model_config_from_json(parameters["model_config"]["string_value"]):
                 raise ModelError("config.pbtxt and the ONNX file beside it are of two models: run anatomynet-export")

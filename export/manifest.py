@@ -1,0 +1,155 @@
+"""The manifest of a model's folder: the sha256 of every file, held against the files before a server starts.
+
+`anatomynet-export` writes it; the launcher checks the whole repository by it, and model.py its own folder, where a
+server was started without the launcher. It finds what was damaged, lost, added or changed, and what cannot run here;
+and no code but this package's own model.py is let through.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from anatomynet import __version__
+from anatomynet.engine.errors import ModelError
+from anatomynet.export.gpu import tensorrt_version, visible_gpus
+from anatomynet.export.triton_models import MODEL_SOURCE, shipped_model_source
+
+MANIFEST_NAME = "manifest.json"
+# A backend's name can stand for a library in the model's own folder, so no other kind of file is served.
+SERVED_SUFFIXES = (".onnx", ".plan")
+CONFIG_NAME = "config.pbtxt"
+KEYS = {"anatomynet_version", "needs", "plan", "sha256"}
+EXPORT_AGAIN = "write it anew with `anatomynet-export`"
+REBUILD = "build it on this machine, with `anatomynet-export --fp16 --backend tensorrt`"
+OTHER_BACKEND = "serve it on the machine it was built for, or export with `--backend python`"
+
+
+def write_manifest(folder: Path, *, needs: Sequence[str] = (), plan: Mapping[str, str] | None = None) -> None:
+    """Hashes all that lies in a model's folder, and writes it down there.
+
+    Args:
+        needs: models of the same repository that this one calls.
+        plan: what alone can run its plan: tensorrt_version and compute_capability.
+    """
+    manifest = {"anatomynet_version": __version__, "needs": list(needs), "plan": plan, "sha256": _hashes(folder)}
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def check_repository(repository: Path) -> None:
+    """Whether every model in a repository is whole, ours, and can run here, and none is missing that another calls.
+
+    Raises:
+        ModelError: no model at all, one that anatomynet-export did not write, or that cannot run on this machine.
+    """
+    folders = sorted(path for path in repository.iterdir() if path.is_dir()) if repository.is_dir() else []
+    if not folders:
+        found = "an empty one" if repository.is_dir() else "no such folder"
+        raise ModelError(f"no model in {repository}: {found}; write one with `anatomynet-export --fp16`")
+    for folder in folders:
+        check_files(folder)
+        _check_nothing_added(folder)
+        _check_code(folder)
+        for needed in read_manifest(folder)["needs"]:
+            if not (repository / needed).is_dir():
+                raise ModelError(f"no model {needed} in {repository}, which {folder.name} calls: {EXPORT_AGAIN}")
+        _check_plan(folder)
+
+
+def check_files(folder: Path) -> None:
+    """Whether every file of a model's manifest is there, as it was written.
+
+    Raises:
+        ModelError: no manifest, or a file that is missing or changed.
+    """
+    for name, expected in read_manifest(folder)["sha256"].items():
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder / name} is missing, {MANIFEST_NAME} lists it: {EXPORT_AGAIN}")
+        if _sha256(folder / name) != expected:
+            raise ModelError(
+                f"{folder / name} is damaged or was changed: its sha256 is not that of {MANIFEST_NAME}; {EXPORT_AGAIN}"
+            )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a model's folder.
+
+    Raises:
+        ModelError: there is none, or it is none.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{folder} has no {MANIFEST_NAME}: expected a model that this package's anatomynet-export wrote, and "
+            f"nothing else in the repository; {EXPORT_AGAIN}, or move the folder elsewhere"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read ({type(error).__name__}): {EXPORT_AGAIN}") from error
+    if not isinstance(manifest, dict) or not KEYS.issubset(manifest):
+        raise ModelError(f"{path} is no manifest: expected {', '.join(sorted(KEYS))}; {EXPORT_AGAIN}")
+    return manifest
+
+
+def _check_nothing_added(folder: Path) -> None:
+    listed = set(read_manifest(folder)["sha256"]) | {MANIFEST_NAME}
+    added = sorted(name for name in _files(folder) if name not in listed or not _may_be_served(name))
+    if added:
+        raise ModelError(
+            f"{folder / added[0]} is not what anatomynet-export wrote: expected only config.pbtxt, {MODEL_SOURCE}, "
+            f"ONNX files and plans that {MANIFEST_NAME} lists; remove it"
+        )
+
+
+def _check_code(folder: Path) -> None:
+    ours = {_sha256(source) for source in shipped_model_source().parent.glob("*.py")}
+    for name in _files(folder):
+        if PurePosixPath(name).name == MODEL_SOURCE and _sha256(folder / name) not in ours:
+            raise ModelError(
+                f"{folder / name} is not that of the installed anatomynet {__version__} (it was written by "
+                f"{read_manifest(folder)['anatomynet_version']}), and no other code is run: {EXPORT_AGAIN}"
+            )
+
+
+def _check_plan(folder: Path) -> None:
+    plan = read_manifest(folder)["plan"]
+    if plan is None:
+        return
+    gpus = {gpu.compute_capability: gpu.name for gpu in visible_gpus()}
+    if not gpus:
+        raise ModelError(f"{folder} holds a TensorRT plan, and no NVIDIA GPU is here: {OTHER_BACKEND}")
+    for capability, name in gpus.items():
+        if capability != plan["compute_capability"]:
+            raise ModelError(
+                f"{folder} holds a TensorRT plan for compute capability {plan['compute_capability']}, found "
+                f"{capability} ({name}): {REBUILD}"
+            )
+    here, built_by = tensorrt_version(), plan["tensorrt_version"]
+    if here is not None and list(map(str, here)) != built_by.split(".")[:3]:
+        raise ModelError(
+            f"{folder} holds a plan of TensorRT {built_by}, found {'.'.join(map(str, here))}, which cannot read it: "
+            f"{REBUILD}"
+        )
+
+
+def _may_be_served(name: str) -> bool:
+    file = PurePosixPath(name)
+    return name in (CONFIG_NAME, MANIFEST_NAME) or file.name == MODEL_SOURCE or file.suffix in SERVED_SUFFIXES
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {name: _sha256(folder / name) for name in _files(folder)}
+
+
+def _files(folder: Path) -> list[str]:
+    # As a server sees it: through links to folders, of which Kubernetes makes many.
+    found = (Path(home) / name for home, _, names in os.walk(folder, followlinks=True) for name in names)
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,136 @@
+"""export/manifest.py: what of a repository is refused before a server starts."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from anatomynet.engine.config import load_config
+from anatomynet.engine.errors import ModelError
+from anatomynet.export import manifest
+from anatomynet.export.gpu import Gpu
+from anatomynet.export.manifest import check_files, check_repository
+from anatomynet.export.repository import write_repository
+from anatomynet.export.triton_models import PlanFile, python_model, tensorrt_models
+
+H100, RTX = Gpu("an H100", "9.0"), Gpu("an RTX 4090", "8.9")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "network.onnx"
+    path.write_bytes(b"the network")
+    return path
+
+
+@pytest.fixture
+def repository(tmp_path: Path, file: Path) -> Path:
+    write_repository(tmp_path / "repo", [python_model(load_config("openkbp7")[0], [file])])
+    return tmp_path / "repo"
+
+
+@pytest.fixture
+def plan_repository(tmp_path: Path, file: Path) -> Path:
+    plan = PlanFile(file, "10.13.0.35", "9.0", (1022, 512, 512))
+    config = load_config("openkbp7")[0]
+    write_repository(tmp_path / "plans", tensorrt_models(config, prepare=file, plan=plan, finish=file))
+    return tmp_path / "plans"
+
+
+def relisted(model: Path) -> None:
+    """What someone who knows of the manifest would do."""
+    old = json.loads((model / "manifest.json").read_text())
+    (model / "manifest.json").unlink()
+    manifest.write_manifest(model, needs=old["needs"])
+
+
+def foreign_code(model: Path) -> None:
+    (model / "1" / "model.py").write_text("print('anything')\n")
+    relisted(model)
+
+
+def foreign_library(model: Path) -> None:
+    (model / "1" / "libtriton_python.so").write_bytes(b"code")
+    relisted(model)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "damaged": (lambda model: (model / "1" / "network.onnx").write_bytes(b"the netwprk"), r"network\.onnx is damaged"),
+    "missing": (lambda model: (model / "1" / "network.onnx").unlink(), r"network\.onnx is missing"),
+    "config": (lambda model: (model / "config.pbtxt").write_text(""), r"config\.pbtxt is damaged or was changed"),
+    "added": (lambda model: (model / "1" / "more.onnx").write_bytes(b""), r"more\.onnx is not what anatomynet-export"),
+    "no manifest": (lambda model: (model / "manifest.json").unlink(), r"no manifest\.json"),
+    "half a manifest": (lambda model: (model / "manifest.json").write_text("{"), r"cannot be read"),
+    "no such manifest": (lambda model: (model / "manifest.json").write_text("[]"), r"is no manifest"),
+    "foreign code": (foreign_code, r"model\.py is not that of the installed anatomynet"),
+    "foreign library": (foreign_library, r"libtriton_python\.so is not what"),
+    "foreign model": (lambda model: (model.parent / "other" / "1").mkdir(parents=True), r"other has no manifest"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_refused_in_one_line(repository: Path, damage: Callable[[Path], object], message: str) -> None:
+    check_repository(repository)
+    damage(repository / "anatomynet")
+    with pytest.raises(ModelError, match=message) as caught:
+        check_repository(repository)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_launcher_refuses_before_a_server_starts(repository: Path) -> None:
+    (repository / "anatomynet" / "1" / "network.onnx").write_bytes(b"the netwprk")
+    launcher = Path(sys.executable).with_name("tritonserver")
+    run = subprocess.run([launcher, f"--model-repository={repository}"], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr.count("\n"), run.stdout) == (1, 1, "")
+    assert "damaged" in run.stderr
+    assert "anatomynet-export" in run.stderr
+
+
+def test_models_own_check_finds_damage(repository: Path) -> None:
+    check_files(repository / "anatomynet")
+    (repository / "anatomynet" / "1" / "network.onnx").write_bytes(b"the netwprk")
+    with pytest.raises(ModelError, match="damaged"):
+        check_files(repository / "anatomynet")
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, gpus: tuple[Gpu, ...], version: tuple[int, int, int] | None) -> None:
+    monkeypatch.setattr(manifest, "visible_gpus", lambda: gpus)
+    monkeypatch.setattr(manifest, "tensorrt_version", lambda: version)
+
+
+@pytest.mark.parametrize("version", [(10, 13, 0), None], ids=["same", "not to be found"])
+def test_a_plan_for_this_machine(
+    plan_repository: Path, monkeypatch: pytest.MonkeyPatch, version: tuple[int, int, int] | None
+) -> None:
+    machine(monkeypatch, (H100, H100), version)
+    check_repository(plan_repository)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "version", "message"),
+    [
+        ((), None, "no NVIDIA GPU is here"),
+        ((H100, RTX), (10, 13, 0), r"compute capability 9\.0, found 8\.9 \(an RTX 4090\)"),
+        ((H100,), (10, 14, 1), r"plan of TensorRT 10\.13\.0\.35, found 10\.14\.1"),
+    ],
+)
+def test_a_plan_for_another_machine(
+    plan_repository: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: tuple[Gpu, ...],
+    version: tuple[int, int, int] | None,
+    message: str,
+) -> None:
+    machine(monkeypatch, gpus, version)
+    with pytest.raises(ModelError, match=message):
+        check_repository(plan_repository)
+
+
+def test_a_step_that_is_missing(plan_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, (H100,), None)
+    (plan_repository / "anatomynet_finish").rename(plan_repository.parent / "elsewhere")
+    with pytest.raises(ModelError, match=r"no model anatomynet_finish .* which anatomynet calls"):
+        check_repository(plan_repository)
