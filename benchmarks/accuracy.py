@@ -9,7 +9,7 @@ that is not annotated does not count; one that is annotated and not drawn counts
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from anatomynet.client.connection import ServerOptions, connected
+from anatomynet.client.triton import TritonRuntime
 from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.command import reports_errors
 from anatomynet.engine.data import Case, find_cases, read_case
@@ -100,7 +100,7 @@ def opened_runtime(checkpoint: Path | None, *, url: str | None, mirror: bool) ->
     if url and (checkpoint or mirror):
         raise ModelError("--url measures what the server has: expected it without --checkpoint and --mirror")
     if url:
-        with connected(ServerOptions(url=url)) as runtime:
+        with closing(TritonRuntime(url)) as runtime:
             yield runtime
     else:
         yield runtime_from_checkpoint(checkpoint, mirror=mirror)

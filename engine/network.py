@@ -66,8 +66,9 @@ class ResidualBlock(nn.Module):
         """Float (n, channels_in, z, y, x) -> (n, channels_out, z, y, x)."""
         y = F.leaky_relu(_normalised(self.conv1, self.norm1, x))
         y = self.recalibrate(_normalised(self.conv2, self.norm2, y))
-        shortcut = _normalised(*_conv_and_norm(self.shortcut), x) if isinstance(self.shortcut, nn.Sequential) else x
-        return F.leaky_relu(y + shortcut)
+        if isinstance(self.shortcut, nn.Sequential):
+            return F.leaky_relu(y + _normalised(*_conv_and_norm(self.shortcut), x))
+        return F.leaky_relu(y + self.shortcut(x))
 
 
 class AnatomyNet(nn.Module):

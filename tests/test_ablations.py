@@ -1,0 +1,117 @@
+"""Each variant is AnatomyNet but for one thing, learns, and lands in one table with mean and spread."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
+from anatomynet.engine.data import Case
+from anatomynet.engine.errors import DataError
+from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.network import AnatomyNet
+from anatomynet.engine.volume import CTVolume
+from benchmarks import ablations, common
+from benchmarks.ablations import (
+    PAPER,
+    VARIANTS,
+    TwoDownSamplings,
+    Variant,
+    mean_and_spread,
+    scores_of,
+    table_line,
+    variants_named,
+    without_residuals,
+    without_squeeze_excitation,
+)
+
+MODEL = ModelConfig("test", ("Parotid_L", "Parotid_R"), 1, (1.0, 1.0, 2.0), (2.0, 2.0, 3.0), (-250.0, 550.0))
+TRAIN = TrainConfig(steps=2, crop=(8, 12, 12), whole_share=0.0, phantom_share=0.0, warmup_steps=0, **PAPER)
+
+
+def parameters(network: torch.nn.Module) -> int:
+    return sum(weights.numel() for weights in network.parameters())
+
+
+def case() -> Case:
+    geometry = VolumeGeometry((10, 18, 22), (1.5, 1.5, 2.5))
+    labels = np.zeros(geometry.shape, np.uint8)
+    labels[3:7, 5:10, 13:18], labels[3:7, 5:10, 3:8] = 1, 2
+    hu = (200 * labels.astype(np.int16)) - 50
+    return Case("case", CTVolume(hu.astype(np.int16), geometry), labels, (True, False))
+
+
+def test_the_papers_loss_is_where_every_variant_begins() -> None:
+    assert PAPER == {"focal_weight": 0.5, "focal_gamma": 2.0, "missing": "mask", "class_weights": ()}
+    assert VARIANTS[0] == Variant("as published")
+    assert len({variant.name for variant in VARIANTS}) == len(VARIANTS)
+
+
+def test_what_is_left_out_has_no_weights() -> None:
+    published = parameters(AnatomyNet(10))
+    assert parameters(TwoDownSamplings(10)) == published
+    assert parameters(without_squeeze_excitation(10)) < published
+    assert parameters(without_residuals(10)) < parameters(AnatomyNet(10))
+    assert not any("shortcut" in name for name, _ in without_residuals(10).named_parameters())
+    assert not any("squeeze" in name for name, _ in without_squeeze_excitation(10).named_parameters())
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 8), (10, 12, 14), (9, 11, 13)])
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_every_variant_answers_at_the_size_it_was_asked(variant: Variant, shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(1, 1, *shape)
+    network = variant.new_network(3).eval()
+    published = AnatomyNet(3).eval()
+    published.load_state_dict(network.state_dict(), strict=False)
+    with torch.inference_mode():
+        assert network(x).shape == (1, 3, *shape)
+        same = torch.equal(network(x), published(x))
+    assert same == (variant.new_network is AnatomyNet)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_every_variant_learns(variant: Variant) -> None:
+    scores = scores_of(variant, [case()], [case()], model=MODEL, train=TRAIN, device=torch.device("cpu"))
+    assert scores.keys() == {"Parotid_L"}  # the other is not annotated where it is validated
+    assert 0 <= scores["Parotid_L"] <= 1
+
+
+def test_mean_and_spread_by_hand() -> None:
+    runs = [{"dice": {"Larynx": 0.4, "Chiasm": 0.6}}, {"dice": {"Larynx": 0.6, "Chiasm": 0.8}}]
+    row = mean_and_spread(runs)
+    assert row == {"dice": 0.6, "spread": 0.1414, "structures": {"Larynx": 0.5, "Chiasm": 0.7}}
+    assert mean_and_spread(runs[:1])["spread"] is None
+    line = table_line({"variant": "x", **row}, replace(MODEL, structures=("Larynx", "Chiasm")))
+    assert line.split() == ["x", "0.600", "±", "0.141", "Larynx", "0.500", "Chiasm", "0.700"]
+
+
+def test_an_unknown_variant_is_refused() -> None:
+    assert variants_named(["no masks"])[0].blind
+    with pytest.raises(DataError, match="no variant 'no mask': expected one of as published"):
+        variants_named(["no mask"])
+
+
+def test_one_table_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(ablations, "cases_of", lambda *_: ([case()], [case()]))
+    monkeypatch.setattr(ablations, "load_config", lambda _: (MODEL, TRAIN))
+    names = ["as published", "Dice alone"]
+    arguments = ["--phantoms", "2", "--seeds", "2", *(part for name in names for part in ("--variant", name))]
+    outcome = CliRunner().invoke(ablations.main, arguments)
+    assert outcome.exit_code == 0, outcome.output
+    written = json.loads((tmp_path / "ablations.json").read_text())
+    assert [row["variant"] for row in written["variants"]] == names
+    assert [[run["seed"] for run in row["runs"]] for row in written["variants"]] == [[1808, 1809]] * 2
+
+
+def test_phantoms_or_a_folder() -> None:
+    for arguments in ([], ["--phantoms", "2", "--data", "x"]):
+        outcome = CliRunner().invoke(ablations.main, arguments)
+        assert outcome.exit_code == 1
+        assert "expected --data FOLDER or --phantoms N" in outcome.stderr
+    assert load_config("openkbp7")[1].missing == "marginal"  # which the ablations replace by the paper's masks
