@@ -1,0 +1,63 @@
+"""What the benchmarks of a server share: a repository of the shipped checkpoint, memory, a volume, percentiles."""
+
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from anatomynet.engine.config import shipped_weights
+from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.phantom import make_phantom
+from anatomynet.engine.runtime import load_runtime
+from anatomynet.engine.volume import HounsfieldArray
+from anatomynet.export.repository import write_repository
+from anatomynet.export.triton_models import python_model
+
+FIELD_MM = (500.0, 500.0, 356.0)  # x, y, z: what a phantom's scan shows, whatever its voxels
+KIB_PER_GB = 1e6
+SMALL, WHOLE = (64, 256, 256), (178, 512, 512)
+
+
+def write_shipped_repository(folder: Path) -> Path:
+    """A model repository with the shipped checkpoint, for the Python backend."""
+    onnx_file = shipped_weights(".onnx")
+    write_repository(folder, [python_model(load_runtime(onnx_file).model, [onnx_file])])
+    return folder
+
+
+def phantom_hu(shape: tuple[int, int, int]) -> HounsfieldArray:
+    """int16 (z, y, x): a synthetic patient in so many voxels."""
+    spacing = (FIELD_MM[0] / shape[2], FIELD_MM[1] / shape[1], FIELD_MM[2] / shape[0])
+    volume, _ = make_phantom(VolumeGeometry(shape, spacing))
+    return volume.hu
+
+
+def resident_gb(pid: int) -> float:
+    """Resident memory of a process and its children (Triton's Python backend is one), in GB; shared pages twice."""
+    process = Path(f"/proc/{pid}")
+    status = (process / "status").read_text()
+    own = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS:"))
+    return own / KIB_PER_GB + sum(map(resident_gb, child_pids(pid)))
+
+
+def child_pids(pid: int) -> list[int]:
+    """The processes that a process has started and that still run."""
+    return [int(child) for path in Path(f"/proc/{pid}").glob("task/*/children") for child in path.read_text().split()]
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, 95th percentile and largest."""
+    cuts = statistics.quantiles(seconds, n=20, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 19
+    return {"p50": cuts[9], "p95": cuts[18], "max": max(seconds)}
+
+
+@contextmanager
+def only_cores(cores: set[int]) -> Iterator[None]:
+    """What starts inside the block computes on these cores alone."""
+    usual = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, usual)
