@@ -33,4 +33,5 @@ class MirroredNetwork(nn.Module):
         """Float (n, 1, z, y, x), of even sides -> logits (n, classes, z, y, x): logarithms of mean probabilities."""
         seen = self.network(x).softmax(dim=1)
         mirrored = self.network(x.flip(-1)).softmax(dim=1).flip(-1)[:, self.get_buffer("mirror")]
-        return ((seen + mirrored) / 2).clamp(min=SMALLEST_SHARE).log()
+        logits: Tensor = ((seen + mirrored) / 2).clamp(min=SMALLEST_SHARE).log()
+        return logits

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
-from anatomynet.engine.data import Case
+from anatomynet.engine.data import Case, read_case
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.runtime import TorchRuntime
 from anatomynet.engine.train import (
@@ -45,7 +45,7 @@ from anatomynet.engine.volume import CTVolume
 SHAPE = (8, 16, 24)
 STRUCTURES = ("Chiasm", "OpticNerve_L", "OpticNerve_R")  # whose usual size no table knows: this head is small
 STEPS, STEPS_PER_EPOCH = 20, 5
-LEARNT = 0.75  # share of the first epoch's loss that may be left in the last one
+LEARNT = 0.5  # share of the first step's loss that may be left after the last: 0.06 to 0.21 of it were, by six seeds
 HEADER = {
     "space": "left-posterior-superior",
     "space directions": np.diag([1.5, 1.5, 2.5]),
@@ -154,10 +154,14 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_the_loss_falls(trained: Path) -> None:
-    losses = [row["loss"] for row in rows_of(trained.with_suffix(".csv"))]
-    assert len(losses) == STEPS // STEPS_PER_EPOCH
-    assert losses[-1] < LEARNT * losses[0]
+def test_the_loss_falls(data: Path) -> None:
+    """On one sample, seen again and again: crops of a few cases differ more than so few steps teach."""
+    model, recipe = load_config(data / "tiny.toml")
+    case = read_case(data / "train" / "a", model.structures)
+    training = Training(model, recipe, torch.device("cpu"))
+    sample = next(samples([case], model, recipe, first=0))
+    losses = [training.learn(sample) for _ in range(STEPS)]
+    assert losses[-1] < LEARNT * losses[0], losses
 
 
 def test_log_checkpoint_and_state_are_written_and_nothing_else(trained: Path) -> None:
