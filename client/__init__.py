@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from anatomynet.client.cohort import StudyOutcome as StudyOutcome
+    from anatomynet.client.cohort import segment_studies as segment_studies
     from anatomynet.client.connection import ServerOptions as ServerOptions
     from anatomynet.client.pipeline import Drawing as Drawing
     from anatomynet.client.pipeline import SegmentedStudy as SegmentedStudy
@@ -21,10 +23,20 @@ _HOMES = {
     "SegmentOptions": "pipeline",
     "SegmentedStudy": "pipeline",
     "ServerOptions": "connection",
+    "StudyOutcome": "cohort",
+    "segment_studies": "cohort",
     "segment_study": "pipeline",
 }
 
-__all__ = ["Drawing", "SegmentOptions", "SegmentedStudy", "ServerOptions", "segment_study"]
+__all__ = [
+    "Drawing",
+    "SegmentOptions",
+    "SegmentedStudy",
+    "ServerOptions",
+    "StudyOutcome",
+    "segment_studies",
+    "segment_study",
+]
 
 
 def __getattr__(name: str) -> Any:

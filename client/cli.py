@@ -3,7 +3,7 @@
 Heavy modules are imported by the command that needs them: `--help` answers at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,8 @@ from anatomynet.engine.structures import structures_by_name
 
 if TYPE_CHECKING:
     from anatomynet.client.connection import ServerOptions
-    from anatomynet.client.pipeline import SegmentedStudy
+    from anatomynet.client.pipeline import SegmentedStudy, SegmentOptions
+    from anatomynet.client.study_search import FoundStudy
     from anatomynet.engine.regions import Region
 
 URL_HELP = "Triton server, HOST:PORT of its gRPC. Without it: localhost, if a model answers there, else this machine."
@@ -54,9 +55,21 @@ def split_names(_context: click.Context, _parameter: click.Parameter, text: str 
 
 
 @main.command()
-@click.argument("study", type=click.Path(path_type=Path))
+@click.argument("studies", metavar="STUDY...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--output", type=click.Path(path_type=Path), help="File of the first type, others beside it; STUDY.rtstruct.dcm."
+)
+@click.option(
+    "--output-folder",
+    type=click.Path(path_type=Path),
+    help="For the outputs of many studies, called after them; made if need be. Beside each study without.",
+)
+@click.option("--all-series", is_flag=True, help="Every CT series of a study; files end in the last digits of its UID.")
+@click.option(
+    "--csv",
+    "csv_path",
+    type=click.Path(path_type=Path),
+    help="What happened to each study; anatomynet-segment.csv in --output-folder.",
 )
 @click.option(
     "--output-type",
@@ -88,12 +101,27 @@ def split_names(_context: click.Context, _parameter: click.Parameter, text: str 
 )
 @click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
 @reports_errors
-def segment(study: Path, **values: Any) -> None:
-    """Draw the organs at risk on the CT in STUDY, a folder or a zip file, and write an RTSTRUCT."""
-    from anatomynet.client.pipeline import SegmentOptions, segment_study
+def segment(
+    studies: tuple[Path, ...], output_folder: Path | None, all_series: bool, csv_path: Path | None, **values: Any
+) -> None:
+    """Draw the organs at risk on the CT in each STUDY, a folder or a zip file, and write an RTSTRUCT.
 
-    # Each option's name is that of a field.
-    echo_result(segment_study(study, SegmentOptions(**values), announce=click.echo))
+    STUDY may be a folder of studies too: one below which lie CT of several patients or studies. Of many studies one is
+    read while another is drawn on; a bad one is told at the end, and what was done before is not done again.
+    """
+    from anatomynet.client.pipeline import SegmentOptions, segment_study
+    from anatomynet.client.study_search import FoundStudy, find_studies
+
+    options = SegmentOptions(**values)  # each option's name is that of a field
+    if options.series and len(studies) == 1:
+        found = [FoundStudy(studies[0], studies[0].name)]
+    else:
+        found = find_studies(studies, left_out=[output_folder] if output_folder else [])
+    if len(found) == 1 and not (output_folder or all_series or csv_path):
+        echo_result(segment_study(found[0].path, options, announce=click.echo))
+    else:
+        csv_path = csv_path or (output_folder and output_folder / "anatomynet-segment.csv")
+        segment_many(found, options, output_folder=output_folder, all_series=all_series, csv_path=csv_path)
 
 
 @main.command()
@@ -293,6 +321,42 @@ def study_folder(study: Path) -> Path:
     from anatomynet.client.study_files import opened_study
 
     return click.get_current_context().with_resource(opened_study(study))
+
+
+def segment_many(
+    found: "Sequence[FoundStudy]",
+    options: "SegmentOptions",
+    *,
+    output_folder: Path | None,
+    all_series: bool,
+    csv_path: Path | None,
+) -> None:
+    """Segments studies, with progress on stderr; prints what happened to each, however the run ends.
+
+    Raises:
+        StudyError: some could not be drawn.
+    """
+    from anatomynet.client.cohort import StudyOutcome, segment_found
+    from anatomynet.client.cohort_table import Progress, check_csv, table_lines, write_csv
+    from anatomynet.engine.errors import StudyError
+
+    progress = Progress(len(found))
+    outcomes: list[StudyOutcome] = []
+    run = segment_found(found, options, output_folder=output_folder, all_series=all_series)
+    if csv_path:
+        check_csv(csv_path, overwrite=options.overwrite)
+    try:
+        for outcome in run:
+            outcomes.append(outcome)
+            click.echo(progress.line(outcome), err=True)
+    finally:
+        if outcomes:
+            click.echo("\n".join(table_lines(outcomes)))
+            if csv_path:
+                write_csv(csv_path, outcomes)
+    failed = sum(outcome.status == "failed" for outcome in outcomes)
+    if failed:
+        raise StudyError(f"{failed} of {len(outcomes)} could not be drawn; the table says why")
 
 
 def echo_result(result: "SegmentedStudy") -> None:

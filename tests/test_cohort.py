@@ -1,0 +1,181 @@
+"""Many studies in one run, with the embedded engine: what is good is drawn, what is bad is named, memory stays flat."""
+
+import csv
+import shutil
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from anatomynet.client import SegmentOptions, segment_studies
+from anatomynet.client.cli import main
+from anatomynet.client.cohort import IN_FLIGHT
+from anatomynet.client.cohort_table import HEADER
+from anatomynet.client.ct_writer import write_ct_series
+from anatomynet.client.study import CTSeries, volume_from_series
+from anatomynet.client.study_search import find_studies
+from anatomynet.engine.errors import ModelError, OutputError
+from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.runtime import OpenVinoRuntime, Runtime
+from anatomynet.engine.volume import CTVolume
+from tests.dicom_studies import edit
+
+pytest.importorskip("openvino")
+SHAPE = (8, 48, 48)
+STUDIES, BAD = 100, 5
+SIZE_OF_A_STUDY = VolumeGeometry(SHAPE, (1.0, 1.0, 2.5))
+
+
+def write_tiny(folder: Path, *, seed: int = 0) -> Path:
+    """A study on which the random network draws something."""
+    from tests.random_network import smooth_hu
+
+    write_ct_series(folder, CTVolume(smooth_hu(SHAPE), SIZE_OF_A_STUDY), seed=seed)
+    return folder
+
+
+def break_studies(folder: Path) -> dict[str, str]:
+    """Five of the studies, each spoilt in its own way: name -> a word of the error."""
+    slices = {name: sorted((folder / name).iterdir()) for name in ("p003", "p020", "p041", "p066", "p099")}
+    slices["p003"][3].unlink()
+    slices["p020"][2].write_bytes(slices["p020"][2].read_bytes()[:900])
+    shutil.rmtree(folder / "p041")
+    (folder / "p041").mkdir()
+    for path in slices["p066"]:
+        edit(path, GantryDetectorTilt=15)
+    edit(slices["p099"][0], PixelSpacing=[3.0, 3.0])
+    return {"p003": "missing", "p020": "damaged", "p041": "no CT", "p066": "tilt", "p099": "PixelSpacing"}
+
+
+@pytest.fixture(scope="module")
+def runtime(random_onnx_files: tuple[Path, Path]) -> Runtime:
+    return OpenVinoRuntime(random_onnx_files[0])
+
+
+@pytest.fixture
+def embedded(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command's own choice is the random network: the shipped one draws nothing on noise."""
+    monkeypatch.setattr("anatomynet.client.connection.choose_runtime", lambda server: runtime)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["segment", *map(str, arguments)])
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def two(folder: Path) -> Sequence[Path]:
+    return [write_tiny(folder / name, seed=seed) for seed, name in enumerate(("first", "second"))]
+
+
+@pytest.mark.usefixtures("embedded")
+def test_a_hundred_studies_with_five_bad_ones(
+    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volumes: list[weakref.ref[CTVolume]] = []
+
+    def read(series: CTSeries) -> CTVolume:
+        volume = volume_from_series(series)
+        volumes.append(weakref.ref(volume))
+        return volume
+
+    monkeypatch.setattr("anatomynet.client.pipeline.volume_from_series", read)
+    template = write_tiny(tmp_path / "template")
+    studies, results = tmp_path / "studies", tmp_path / "results"
+    for number in range(STUDIES):
+        shutil.copytree(template, studies / f"p{number:03d}")
+        for path in (studies / f"p{number:03d}").iterdir() if number < 2 else ():
+            edit(path, StudyInstanceUID=f"1.2.{number + 1}")  # two studies below make it a folder of studies
+    words = break_studies(studies)
+    outcomes, most = [], 0
+    for outcome in segment_studies([studies], output_folder=results, runtime=runtime):
+        outcomes.append(outcome)
+        most = max(most, sum(volume() is not None for volume in volumes))
+    assert Counter(o.status for o in outcomes) == {"drawn": STUDIES - BAD, "failed": BAD}
+    assert {o.study.name for o in outcomes if o.status == "failed"} == set(words)
+    assert len(list(results.glob("*.rtstruct.dcm"))) == STUDIES - BAD
+    assert len(volumes) >= STUDIES - BAD
+    assert most <= IN_FLIGHT
+    again = run(studies, "--output-folder", results)
+    assert again.exit_code == 1, again.output
+    rows = rows_of(results / "anatomynet-segment.csv")
+    assert Counter(row["status"] for row in rows) == {"done before": STUDIES - BAD, "failed": BAD}
+    for row in rows:
+        word = words.get(Path(row["study"]).name)
+        assert (word in row["error"]) if word else not row["error"], row
+    assert again.stderr.splitlines()[-1] == f"error: {BAD} of {STUDIES} could not be drawn; the table says why"
+
+
+@pytest.mark.usefixtures("embedded")
+def test_what_is_done_is_known_by_what_it_was_made_of(tmp_path: Path) -> None:
+    first, second = two(tmp_path)
+    results = tmp_path / "results"
+    drawn = run(first, second, "--output-folder", results)
+    assert drawn.exit_code == 0, drawn.output
+    other = run(first, second, "--output-folder", results, "--tolerance-mm", "0.7")
+    assert "with other options" in other.stdout
+    (results / "second.rtstruct.dcm").unlink()
+    (results / "first.rtstruct.dcm").write_bytes(b"a physician's work")
+    changed = run(first, second, "--output-folder", results)
+    assert "changed since it was drawn" in changed.stdout
+    assert (results / "second.rtstruct.dcm").exists()
+    assert (results / "first.rtstruct.dcm").read_bytes() == b"a physician's work"
+    shutil.rmtree(first)
+    write_tiny(first, seed=7)
+    run(first, "--output-folder", results, "--overwrite")
+    shutil.rmtree(first)
+    write_tiny(first, seed=8)
+    assert "of other slices" in run(first, "--output-folder", results).stdout
+
+
+@pytest.mark.usefixtures("embedded")
+def test_every_series_of_a_study(tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    for path in two(study):
+        for file in path.iterdir():
+            edit(file, StudyInstanceUID="1.2.3", PatientID="one")
+    result = run(study, "--all-series")
+    assert result.exit_code == 0, result.output
+    assert len(list(tmp_path.glob("study.*.rtstruct.dcm"))) == 2
+
+
+def test_two_patients_never_become_one_study(tmp_path: Path) -> None:
+    two(tmp_path / "both")
+    assert [study.name for study in find_studies([tmp_path / "both"])] == ["first", "second"]
+    one = tmp_path / "one"
+    for path in two(one):
+        for file in path.iterdir():
+            edit(file, StudyInstanceUID="1.2.3", PatientID="one")
+    assert [study.path for study in find_studies([one])] == [one]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    named = [tmp_path / "a" / "CT", tmp_path / "b" / "CT", tmp_path / "a" / "CT"]
+    assert [study.name for study in find_studies(named)] == ["a_CT", "b_CT"]
+
+
+@pytest.mark.usefixtures("embedded")
+def test_unknown_structures_are_refused_before_anything_is_read(tmp_path: Path, runtime: Runtime) -> None:
+    result = run(tmp_path / "not there", "--structures", "Spleen")
+    assert "unknown structure 'Spleen'" in result.stderr
+    with pytest.raises(ModelError, match="Spleen"):
+        next(segment_studies([tmp_path / "no"], SegmentOptions(structures=("Spleen",)), runtime=runtime))
+
+
+def test_one_file_for_many_studies_is_refused(tmp_path: Path) -> None:
+    studies = two(tmp_path / "both")
+    with pytest.raises(OutputError, match="--output-folder"):
+        segment_studies(studies, SegmentOptions(output=tmp_path / "rs.dcm"))
+
+
+def test_a_table_that_is_none_of_ours_is_kept(tmp_path: Path) -> None:
+    studies = two(tmp_path / "both")
+    table = tmp_path / "table.csv"
+    table.write_text("patient,dose\n")
+    assert "exists and was kept" in run(*studies, "--csv", table).stderr
+    assert table.read_text() != HEADER
