@@ -4,6 +4,7 @@ Heavy modules are imported by the command that needs them: `--help` answers at o
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
     from anatomynet.client.study_search import FoundStudy
     from anatomynet.engine.regions import Region
 
-URL_HELP = "Triton server, HOST:PORT of its gRPC. Without it: localhost, if a model answers there, else this machine."
+URL_HELP = (
+    "Triton server, HOST:PORT of its gRPC, or https://HOST:PORT; several times for several in turn. Without it: "
+    "localhost, if a model answers there, else this machine."
+)
 
 
 @click.group()
@@ -30,9 +34,9 @@ def main() -> None:
 
 
 def server_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Decorates a command with the options that say which server; it gets them as one `server`, a ServerOptions."""
+    """Decorates a command with the options that say which servers; it gets them as one `server`, a ServerOptions."""
 
-    @click.option("--url", help=URL_HELP)
+    @click.option("--url", "urls", multiple=True, help=URL_HELP)
     @click.option(
         "--shared-memory",
         type=click.Choice(["auto", "on", "off"]),
@@ -40,11 +44,30 @@ def server_options(command: Callable[..., None]) -> Callable[..., None]:
         show_default=True,
         help="How volumes reach a server on this machine, with --url.",
     )
+    @click.option(
+        "--timeout",
+        "timeout_s",
+        type=click.FloatRange(min=0, min_open=True),
+        default=120.0,
+        show_default=True,
+        help="Seconds for one volume with --url, every try and its wait in a queue included.",
+    )
+    @click.option(
+        "--wait",
+        "wait_s",
+        type=click.FloatRange(min=0),
+        default=15.0,
+        show_default=True,
+        help="Seconds for a server at --url that is just starting.",
+    )
     @wraps(command)
-    def run(*, url: str | None, shared_memory: Any, **values: Any) -> None:
+    def run(**values: Any) -> None:
         from anatomynet.client.connection import ServerOptions
 
-        command(server=ServerOptions(url=url, shared_memory=shared_memory), **values)
+        # Each of these options' names is that of a field.
+        names = [field.name for field in fields(ServerOptions) if field.name in values]
+        server = {name: values.pop(name) for name in names}
+        command(server=ServerOptions(**server, tell=lambda line: click.echo(line, err=True)), **values)
 
     return run
 

@@ -1,25 +1,30 @@
 """Where the network runs: the server that was asked for, one on this machine, or the embedded engine."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from anatomynet.client.triton import TritonRuntime, probe_local
+from anatomynet.client.triton import TIMEOUT_S, TritonRuntime, probe_local
 from anatomynet.engine.runtime import Runtime, load_runtime
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """Which server, and how volumes reach it: what every command asks that needs one.
+    """Which servers, and how volumes reach them: what every command asks that needs one.
 
     Attributes:
-        url: HOST:PORT of its gRPC; None is a server on this machine if it is READY, else the embedded engine.
-        shared_memory: see TritonRuntime; for a server at `url`.
+        urls: HOST:PORT or https://HOST:PORT of each one's gRPC, to be asked in turn; none is a server on this machine
+            if it is READY, else the embedded engine. All that follows is for servers at `urls`.
+        shared_memory, timeout_s, wait_s, retries, tell: see TritonRuntime.
     """
 
-    url: str | None = None
+    urls: tuple[str, ...] = ()
     shared_memory: Literal["auto", "on", "off"] = "auto"
+    timeout_s: float = TIMEOUT_S
+    wait_s: float = 0.0
+    retries: bool = True
+    tell: Callable[[str], None] = field(default=lambda line: None, compare=False)
 
 
 @contextmanager
@@ -39,15 +44,22 @@ def connected(server: ServerOptions) -> Iterator[Runtime]:
 
 
 def choose_runtime(server: ServerOptions) -> Runtime:
-    """The server at `url`; without one a server on this machine if it is READY, else the embedded engine.
+    """The servers at `urls`; without any a server on this machine if it is READY, else the embedded engine.
 
     Raises:
         ServerError: the server that was asked for is not there; never a silent fallback.
         ModelError: no server, and no embedded engine installed.
     """
-    if server.url:
-        return TritonRuntime(server.url, shared_memory=server.shared_memory)
-    return probe_local() or load_runtime()
+    if not server.urls:
+        return probe_local() or load_runtime()
+    return TritonRuntime(
+        *server.urls,
+        shared_memory=server.shared_memory,
+        timeout_s=server.timeout_s,
+        wait_s=server.wait_s,
+        retries=server.retries,
+        tell=server.tell,
+    )
 
 
 def describe_runtime(runtime: Runtime) -> str:

@@ -320,7 +320,7 @@ def _stepped(node: Node) -> bool:
 
 def _options(config: NodeConfig) -> SegmentOptions:
     return SegmentOptions(
-        server=ServerOptions(url=config.urls[0] if config.urls else None),
+        server=ServerOptions(urls=config.urls),
         structures=config.structures,
         structure_table=config.structure_table,
         output_types=config.output_types,

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import numpy as np
 import onnx
@@ -27,6 +27,7 @@ from anatomynet.engine.errors import ExportError, ModelError
 from anatomynet.engine.network import AnatomyNet, ResidualBlock
 from anatomynet.engine.runtime import METADATA_KEY, OnnxRuntime
 
+Module = TypeVar("Module", bound=nn.Module)
 # What OpenVINO, ONNX Runtime and TensorRT from 10 on all read.
 OPSET = 18
 IR_VERSION = 10
@@ -135,7 +136,7 @@ def half_model(network: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def folded(network: AnatomyNet) -> AnatomyNet:
+def folded(network: Module) -> Module:
     """A copy in eval mode with every BatchNorm folded into the convolution before it; the logits stay the same."""
     network = copy.deepcopy(network).eval()
     fuse = torch.nn.utils.fuse_conv_bn_eval

@@ -102,7 +102,8 @@ def test_a_full_disk_leaves_nothing(study: Path, tmp_path: Path) -> None:
 
 def test_a_server_that_is_not_there_is_never_replaced_silently(study: Path, tmp_path: Path) -> None:
     (port,) = free_ports(1)
-    line = refused(run("segment", study, "--output", tmp_path / "rs.dcm", "--url", f"localhost:{port}"))
+    server = ["--url", f"localhost:{port}", "--wait", 0]
+    line = refused(run("segment", study, "--output", tmp_path / "rs.dcm", *server))
     assert str(port) in line
     assert not list(tmp_path.iterdir())
 

@@ -164,7 +164,7 @@ def test_check_of_a_busy_server_is_a_warning(triton_server: RunningServer) -> No
     for client in clients:
         client.start()
     try:
-        found = [check_health(ServerOptions(url=triton_server.url)).status for _ in range(2)]
+        found = [check_health(ServerOptions(urls=(triton_server.url,))).status for _ in range(2)]
     finally:
         stop.set()
         for client in clients:

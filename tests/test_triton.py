@@ -20,7 +20,8 @@ import pytest
 from google.protobuf import json_format, text_format
 from numpy.typing import NDArray
 
-from anatomynet.client.triton import REGION_PREFIX, SHARED_MEMORY_FOLDER, TritonRuntime, probe_local
+from anatomynet.client.shared_memory import REGION_PREFIX, SHARED_MEMORY_FOLDER
+from anatomynet.client.triton import TritonRuntime, probe_local
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import ServerError
 from anatomynet.engine.runtime import Runtime, load_runtime

@@ -1,0 +1,624 @@
+"""What goes wrong in a clinic, done to real servers: whatever fails, no study is lost and none is wrong."""
+
+import dataclasses
+import queue
+import random
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+from anatomynet.client.shared_memory import REGION_PREFIX, SHARED_MEMORY_FOLDER
+from anatomynet.client.triton import TritonRuntime
+from anatomynet.engine.config import ModelConfig
+from anatomynet.engine.errors import ServerBusyError, ServerError
+from anatomynet.engine.runtime import Runtime, load_runtime
+from anatomynet.engine.volume import LabelArray
+from anatomynet.export.triton_models import LARGEST_QUEUE
+from tests.breakable_server import BreakableServer
+from tests.random_network import smooth_hu
+from tests.triton_servers import has_server
+
+grpc = pytest.importorskip("tritonclient.grpc")
+utils = pytest.importorskip("tritonclient.utils")
+pytestmark = pytest.mark.skipif(not has_server(), reason="no tritonserver here: pip install 'anatomynet[serve]'")
+
+SHAPE = (24, 96, 128)
+# Two seconds of computing on two cores: what is done to a server falls into the middle of it.
+SLOW_HU = (
+    np.random.default_rng(1808)
+    .integers(-1000, 1000, (16, 48, 48), dtype=np.int16)
+    .repeat(8, 0)
+    .repeat(8, 1)
+    .repeat(8, 2)
+)
+WAIT_S = 60
+Way = Literal["on", "off"]
+WAYS: tuple[Way, ...] = ("on", "off")
+FUZZ_SEED = 1808
+FUZZED_HTTP = 1500
+FUZZED_GRPC = 1500
+
+
+@pytest.fixture(scope="module")
+def embedded(random_onnx_files: tuple[Path, Path]) -> Runtime:
+    return load_runtime(random_onnx_files[0])
+
+
+@pytest.fixture(scope="module")
+def slow_labels(embedded: Runtime) -> LabelArray:
+    return embedded.infer(SLOW_HU)[0]
+
+
+@pytest.fixture(scope="module")
+def _servers(random_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[BreakableServer]]:
+    servers = [BreakableServer(random_repository, tmp_path_factory.mktemp("server")) for _ in range(2)]
+    try:
+        yield servers
+    finally:
+        for server in servers:
+            server.kill()
+
+
+@pytest.fixture
+def server(_servers: list[BreakableServer]) -> BreakableServer:
+    """READY; it may be broken, the next test gets it mended."""
+    _servers[0].ensure_running()
+    return _servers[0]
+
+
+@pytest.fixture
+def second_server(_servers: list[BreakableServer]) -> BreakableServer:
+    """Serves the same model."""
+    _servers[1].ensure_running()
+    return _servers[1]
+
+
+@pytest.fixture(scope="module")
+def another_model(
+    random_model_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ModelConfig, Path]:
+    """Of another checkpoint: its configuration, and its folder in a repository."""
+    from anatomynet.export.onnx import served_model, write_onnx
+    from anatomynet.export.repository import write_repository
+    from anatomynet.export.triton_models import python_model
+    from tests.random_network import random_graph
+
+    config = dataclasses.replace(random_model_config, checkpoint_sha256="0ddba11" + "0" * 57)
+    folder = tmp_path_factory.mktemp("another")
+    write_onnx(served_model(random_graph(), config, fp16=False), folder / "anatomynet.onnx")
+    write_repository(folder / "triton_repo", [python_model(config, [folder / "anatomynet.onnx"])])
+    return config, folder / "triton_repo" / "anatomynet"
+
+
+def in_background(work: Callable[[], Any]) -> "Future[Any]":
+    """As an executor's, but a test that fails does not wait for it."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:  # noqa: BLE001 - the test that asks for the result gets it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def our_regions() -> set[str]:
+    return {path.name for path in SHARED_MEMORY_FOLDER.glob(f"{REGION_PREFIX}*")}
+
+
+def assert_answers(server: BreakableServer, embedded: Runtime) -> None:
+    """A good request, the right answer."""
+    hu = smooth_hu(SHAPE)
+    with TritonRuntime(server.url, retries=False) as runtime:
+        np.testing.assert_array_equal(runtime.infer(hu)[0], embedded.infer(hu)[0])
+
+
+# --- a server that dies, restarts, stops
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_killed_in_the_middle_and_started_again(server: BreakableServer, slow_labels: LabelArray, way: Way) -> None:
+    told = queue.SimpleQueue[str]()
+    with TritonRuntime(server.url, shared_memory=way, tell=told.put) as runtime:
+        answer = in_background(lambda: runtime.infer(SLOW_HU))
+        time.sleep(0.5)
+        server.kill()
+        assert "trying again in" in told.get(timeout=WAIT_S)
+        server.start()
+        np.testing.assert_array_equal(answer.result(WAIT_S)[0], slow_labels)
+        assert runtime.description.endswith("shared memory" if way == "on" else "gRPC")
+    assert our_regions() == set()
+
+
+def test_sigterm_lets_what_was_accepted_finish(
+    server: BreakableServer, embedded: Runtime, slow_labels: LabelArray
+) -> None:
+    hu, told = smooth_hu(SHAPE), list[str]()
+    with TritonRuntime(server.url, tell=told.append) as runtime:
+        computing = in_background(lambda: runtime.infer(SLOW_HU))
+        wait_until(lambda: is_computing(server))
+        waiting = in_background(lambda: runtime.infer(hu))
+        wait_until(lambda: server.waiting_requests() == 1)
+        server.process.send_signal(signal.SIGTERM)
+        np.testing.assert_array_equal(computing.result(WAIT_S)[0], slow_labels)
+        np.testing.assert_array_equal(waiting.result(WAIT_S)[0], embedded.infer(hu)[0])
+    assert told == []
+    assert server.process.wait(WAIT_S) == 0
+
+
+def test_a_server_that_is_just_starting_is_waited_for(server: BreakableServer) -> None:
+    server.kill()
+    told = queue.SimpleQueue[str]()
+    opened = in_background(lambda: TritonRuntime(server.url, wait_s=WAIT_S, tell=told.put))
+    assert "trying again" in told.get(timeout=WAIT_S)
+    server.start()
+    opened.result(WAIT_S).close()
+
+
+def test_who_stays_away_is_given_up_in_time(server: BreakableServer) -> None:
+    with TritonRuntime(server.url, timeout_s=1) as runtime:
+        server.kill()
+        with pytest.raises(ServerError, match=r"refused|closed|reset") as caught:
+            runtime.infer(smooth_hu(SHAPE))
+    assert "\n" not in str(caught.value)
+
+
+# --- a model that is loaded anew, or dies
+
+
+def test_a_reload_loses_nothing(server: BreakableServer, embedded: Runtime, slow_labels: LabelArray) -> None:
+    volumes = [smooth_hu(SHAPE, seed=seed) for seed in range(4)]
+    with TritonRuntime(server.url) as runtime, grpc.InferenceServerClient(server.url) as client:
+        slow = in_background(lambda: runtime.infer(SLOW_HU))
+        wait_until(lambda: is_computing(server))
+        answers = [in_background(partial(runtime.infer, hu)) for hu in volumes]
+        wait_until(lambda: server.waiting_requests() == len(volumes))
+        reloaded = in_background(lambda: client.load_model("anatomynet"))
+        np.testing.assert_array_equal(slow.result(WAIT_S)[0], slow_labels)
+        for hu, answer in zip(volumes, answers, strict=True):
+            np.testing.assert_array_equal(answer.result(WAIT_S)[0], embedded.infer(hu)[0])
+        reloaded.result(WAIT_S)
+    server.kill()  # its stub is another now
+
+
+def test_an_unloaded_model_is_waited_for(server: BreakableServer, embedded: Runtime) -> None:
+    hu, told = smooth_hu(SHAPE), queue.SimpleQueue[str]()
+    with TritonRuntime(server.url, tell=told.put) as runtime, grpc.InferenceServerClient(server.url) as client:
+        client.unload_model("anatomynet")
+        answer = in_background(lambda: runtime.infer(hu))
+        assert "trying again" in told.get(timeout=WAIT_S)
+        client.load_model("anatomynet")
+        np.testing.assert_array_equal(answer.result(WAIT_S)[0], embedded.infer(hu)[0])
+    server.kill()
+
+
+def test_a_damaged_model_is_not_taken_and_the_old_one_serves_on(server: BreakableServer, embedded: Runtime) -> None:
+    file = next((server.repository / "anatomynet" / "1").glob("*.onnx"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    try:
+        with (
+            grpc.InferenceServerClient(server.url) as client,
+            pytest.raises(utils.InferenceServerException, match="damaged"),
+        ):
+            client.load_model("anatomynet")
+        assert_answers(server, embedded)
+    finally:
+        file.write_bytes(whole)
+
+
+def test_another_model_in_the_middle_is_told_and_then_used(
+    server: BreakableServer, embedded: Runtime, another_model: tuple[ModelConfig, Path]
+) -> None:
+    config, folder = another_model
+    hu = smooth_hu(SHAPE)
+    ours = server.repository / "anatomynet"
+    kept = ours.rename(server.repository.with_name("kept"))
+    shutil.copytree(folder, ours)
+    try:
+        with TritonRuntime(server.url) as runtime, grpc.InferenceServerClient(server.url) as client:
+            client.load_model("anatomynet")
+            with pytest.raises(ServerError, match=r"has changed from checkpoint 5eed.* to 0ddba11.*again"):
+                runtime.infer(hu)
+            np.testing.assert_array_equal(runtime.infer(hu)[0], embedded.infer(hu)[0])
+            assert runtime.model == config
+    finally:
+        server.kill()
+        shutil.rmtree(ours)
+        kept.rename(ours)
+
+
+def test_a_dead_model_is_told_although_it_says_ready(server: BreakableServer) -> None:
+    with TritonRuntime(server.url) as runtime, grpc.InferenceServerClient(server.url) as client:
+        server.kill_model()
+        with pytest.raises(ServerError, match=r"Stub process .*restart tritonserver"):
+            runtime.infer(smooth_hu(SHAPE))
+        assert client.is_model_ready("anatomynet")
+    server.kill()
+
+
+# --- several servers
+
+
+def test_of_two_servers_one_dies_and_no_study_is_lost(
+    server: BreakableServer, second_server: BreakableServer, embedded: Runtime
+) -> None:
+    volumes = [smooth_hu((32, 192, 192), seed=seed) for seed in range(8)]
+    told: list[str] = []
+    with TritonRuntime(server.url, second_server.url, tell=told.append) as runtime, ThreadPoolExecutor(4) as threads:
+        answers = [threads.submit(runtime.infer, hu) for hu in volumes]
+        time.sleep(0.1)
+        server.kill()
+        for hu, answer in zip(volumes, answers, strict=True):
+            np.testing.assert_array_equal(answer.result(WAIT_S)[0], embedded.infer(hu)[0])
+    assert any(server.url in line and "going on to the next server" in line for line in told)
+
+
+def test_volumes_go_to_the_servers_in_turn(server: BreakableServer, second_server: BreakableServer) -> None:
+    before = [computed(each) for each in (server, second_server)]
+    with TritonRuntime(server.url, second_server.url) as runtime:
+        for _ in range(4):
+            runtime.infer(smooth_hu(SHAPE))
+    assert [computed(each) for each in (server, second_server)] == [count + 2 for count in before]
+
+
+def computed(server: BreakableServer) -> int:
+    """Volumes that were answered."""
+    with grpc.InferenceServerClient(server.url) as client:
+        return int(client.get_inference_statistics("anatomynet").model_stats[0].inference_stats.success.count)
+
+
+def test_of_two_servers_one_is_not_there(second_server: BreakableServer, embedded: Runtime) -> None:
+    told: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        nobody = f"127.0.0.1:{unused.getsockname()[1]}"
+    hu = smooth_hu(SHAPE)
+    with TritonRuntime(nobody, second_server.url, tell=told.append) as runtime:
+        np.testing.assert_array_equal(runtime.infer(hu)[0], embedded.infer(hu)[0])
+    assert told[0].startswith(nobody)
+    assert "going on without it" in told[0]
+
+
+@pytest.mark.parametrize("fault", ["its model is dead", "it hangs"])
+def test_of_two_servers_one_does_not_compute(
+    server: BreakableServer, second_server: BreakableServer, embedded: Runtime, fault: str
+) -> None:
+    hu = smooth_hu(SHAPE)
+    with TritonRuntime(server.url, second_server.url, timeout_s=8) as runtime:
+        if fault == "it hangs":
+            with server.frozen():
+                answers = [runtime.infer(hu) for _ in range(2)]
+        else:
+            server.kill_model()
+            answers = [runtime.infer(hu) for _ in range(2)]
+            server.kill()
+    for label_map, _ in answers:
+        np.testing.assert_array_equal(label_map, embedded.infer(hu)[0])
+
+
+def test_servers_of_two_checkpoints_are_refused(
+    server: BreakableServer, second_server: BreakableServer, another_model: tuple[ModelConfig, Path]
+) -> None:
+    second_server.kill()
+    ours = second_server.repository / "anatomynet"
+    kept = ours.rename(second_server.repository.with_name("kept"))
+    shutil.copytree(another_model[1], ours)
+    try:
+        second_server.start()
+        with pytest.raises(ServerError, match=r"checkpoint 5eed.* 0ddba11.*: expected the same model on all servers"):
+            TritonRuntime(server.url, second_server.url)
+    finally:
+        second_server.kill()
+        shutil.rmtree(ours)
+        kept.rename(ours)
+
+
+# --- queues
+
+
+def test_a_full_queue_is_waited_for_or_told(
+    server: BreakableServer, embedded: Runtime, slow_labels: LabelArray
+) -> None:
+    hu, told = smooth_hu(SHAPE), queue.SimpleQueue[str]()
+    with (
+        TritonRuntime(server.url) as crowd,
+        TritonRuntime(server.url, retries=False) as hasty,
+        TritonRuntime(server.url, tell=told.put) as patient,
+    ):
+        slow = in_background(lambda: crowd.infer(SLOW_HU))
+        wait_until(lambda: is_computing(server))
+        others = [in_background(lambda: crowd.infer(hu)) for _ in range(LARGEST_QUEUE)]
+        wait_until(lambda: server.waiting_requests() == LARGEST_QUEUE)
+        with pytest.raises(ServerBusyError, match="it is busy: try again later"):
+            hasty.infer(hu)
+        answer = in_background(lambda: patient.infer(hu))
+        assert "it is busy" in told.get(timeout=WAIT_S)
+        np.testing.assert_array_equal(slow.result(WAIT_S)[0], slow_labels)
+        for each in (*others, answer):
+            np.testing.assert_array_equal(each.result(WAIT_S)[0], embedded.infer(hu)[0])
+
+
+def is_computing(server: BreakableServer) -> bool:
+    """A request through shared memory has left the queue, and is not answered."""
+    with grpc.InferenceServerClient(server.url) as client:
+        if not client.get_system_shared_memory_status().regions:
+            return False
+    time.sleep(0.3)  # from the region to the request, which is then computed for two seconds
+    return server.waiting_requests() == 0
+
+
+def test_who_stops_waiting_frees_the_queue(server: BreakableServer, embedded: Runtime, slow_labels: LabelArray) -> None:
+    before = computed(server)
+    with TritonRuntime(server.url) as patient, TritonRuntime(server.url, timeout_s=0.2) as hasty:
+        slow = in_background(lambda: patient.infer(SLOW_HU))
+        wait_until(lambda: is_computing(server))
+        given_up = [in_background(lambda: hasty.infer(smooth_hu(SHAPE))) for _ in range(LARGEST_QUEUE)]
+        for each in given_up:
+            assert isinstance(each.exception(WAIT_S), ServerError)
+        assert not slow.done()
+        np.testing.assert_array_equal(slow.result(WAIT_S)[0], slow_labels)
+    assert_answers(server, embedded)
+    assert computed(server) == before + 2  # nobody's volume was computed but those that were waited for
+
+
+# --- shared memory
+
+
+CLIENT = f"""
+import sys, numpy as np
+from anatomynet.client.triton import TritonRuntime
+runtime = TritonRuntime(sys.argv[1], shared_memory="on", connect_timeout_s=60)
+print("asks", flush=True)
+sys.stdin.readline()
+runtime.infer(np.zeros({SLOW_HU.shape}, np.int16))
+"""
+
+
+def started_client(server: BreakableServer) -> "subprocess.Popen[bytes]":
+    """Connected; draws once it is told to."""
+    client = subprocess.Popen(
+        [sys.executable, "-c", CLIENT, server.url],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert client.stdout is not None
+    assert client.stdout.readline() == b"asks\n"
+    return client
+
+
+def test_a_client_that_is_killed_while_its_region_has_a_name_leaves_nothing(
+    server: BreakableServer, embedded: Runtime
+) -> None:
+    with started_client(server) as client, server.frozen():  # so that the region is not registered, and keeps its name
+        assert client.stdin is not None
+        client.stdin.write(b"\n")
+        client.stdin.flush()
+        wait_until(lambda: len(our_regions()) == 1)
+        client.kill()
+        wait_until(lambda: our_regions() == set())
+    assert_answers(server, embedded)
+
+
+def test_a_client_that_is_killed_while_its_region_is_registered_harms_nobody(
+    server: BreakableServer, embedded: Runtime
+) -> None:
+    with started_client(server) as client:
+        assert client.stdin is not None
+        client.stdin.write(b"\n")
+        client.stdin.flush()
+        wait_until(lambda: is_computing(server))
+        client.kill()
+        wait_until(lambda: our_regions() == set())
+    assert_answers(server, embedded)
+
+
+# 80 MB are too little for the region and the server's own memory of this volume, enough for the latter alone; and
+# too little for the second volume.
+FULL_SHARED_MEMORY = """
+import sys
+from pathlib import Path
+from anatomynet.client.triton import TritonRuntime
+from anatomynet.engine.errors import ServerError
+from tests.breakable_server import BreakableServer
+import numpy as np
+server = BreakableServer(Path(sys.argv[1]), Path(sys.argv[2]))
+server.start()
+try:
+    with TritonRuntime(server.url) as runtime:
+        label_map, _ = runtime.infer(np.zeros((64, 512, 512), np.int16))
+        print(label_map.shape, runtime.description.rpartition(" ")[2])
+    with TritonRuntime(server.url) as runtime:
+        try:
+            runtime.infer(np.zeros((128, 512, 512), np.int16))
+        except ServerError as error:
+            print(error)
+    with TritonRuntime(server.url) as runtime:
+        print(runtime.infer(np.zeros((24, 96, 128), np.int16))[0].shape)
+finally:
+    server.kill()
+print(*(path.name for path in Path("/dev/shm").iterdir()))
+"""
+
+
+def test_full_shared_memory(random_repository: Path, tmp_path: Path) -> None:
+    alone = ["unshare", "--map-root-user", "--mount"]
+    small = "mount -t tmpfs -o size=80m tmpfs /dev/shm"
+    if subprocess.run([*alone, "sh", "-c", small], capture_output=True, check=False).returncode:
+        pytest.skip("a small /dev/shm takes a mount namespace")
+    python = [sys.executable, "-c", FULL_SHARED_MEMORY]
+    run = subprocess.run(
+        [*alone, "sh", "-c", f'{small} && exec "$0" "$@"', *python, random_repository, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    first, second, third, left = run.stdout.split("\n")[:4]
+    assert first == "(64, 512, 512) gRPC"
+    assert "/dev/shm is full" in second
+    assert third == "(24, 96, 128)"
+    assert left == ""
+
+
+# --- what no client sends
+
+
+def http_garbage(rng: random.Random, good: bytes, header_length: int) -> bytes:
+    """One request to the HTTP port: noise, a good one cut off, one with bits turned, or lengths that lie."""
+    kind = rng.randrange(6)
+    if kind == 0:
+        return rng.randbytes(rng.randrange(1, 600))
+    body, path = good, "/v2/models/anatomynet/infer"
+    length: object = len(body)
+    if kind == 1:
+        body = good[: rng.randrange(len(good))]
+        length = rng.choice([len(body), len(good)])
+    elif kind == 2:
+        damaged = bytearray(good)
+        for _ in range(rng.randrange(1, 20)):
+            damaged[rng.randrange(header_length if rng.random() < 0.8 else len(good))] = rng.randrange(256)
+        body = bytes(damaged)
+    elif kind == 3:
+        length = rng.choice([-1, 2**31, 2**63, "many", len(body) + 1])
+    elif kind == 4:
+        sizes = [rng.choice([0, -1, 1, 2**31, 2**62, 2**64, 8, 32]) for _ in range(rng.randrange(6))]
+        head = str(
+            {"inputs": [{"name": "CT", "datatype": "INT16", "shape": sizes, "parameters": {"binary_data_size": 9}}]}
+        )
+        body = head.replace("'", '"').encode() + b"123456789"
+        header_length, length = len(head), len(body)
+    else:
+        path = rng.choice(
+            ["/v2/models/" + "a" * 5000, "/v2/../../etc/passwd", "/v2/models/anatomynet/versions/99/infer", "/%00"]
+        )
+    lie = rng.choice([header_length, header_length, 0, -1, 2**31, 2**63, len(body) + 9])
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: localhost",
+        f"Content-Length: {length}",
+        f"Inference-Header-Content-Length: {lie}",
+    ]
+    return "\r\n".join([*lines, "Connection: close", "", ""]).encode() + body
+
+
+def http2_frame(kind: int, stream: int, payload: bytes, *, flags: int = 0, length: int | None = None) -> bytes:
+    return (
+        struct.pack(">I", len(payload) if length is None else length)[1:]
+        + struct.pack(">BBI", kind, flags, stream)
+        + payload
+    )
+
+
+def grpc_garbage(rng: random.Random) -> bytes:
+    """What a connection to the gRPC port says: noise, or HTTP/2 with frames that are damaged, cut off or too long."""
+    if rng.random() < 0.2:
+        return rng.randbytes(rng.randrange(1, 600))
+    said = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + http2_frame(4, 0, b"")
+    for _ in range(rng.randrange(1, 8)):
+        length = rng.choice([None, None, 0, 2**24 - 1, 5])
+        payload = rng.randbytes(rng.choice([0, 4, 8, 100]))
+        said += http2_frame(
+            rng.randrange(12), rng.choice([0, 1, 3, 2**31 - 1]), payload, flags=rng.randrange(256), length=length
+        )
+    return said[: rng.randrange(24, len(said) + 1)]
+
+
+def say(port: int, said: bytes) -> None:
+    """And hang up, whatever the answer; a server that is gone is an error."""
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        connection.settimeout(0.02)
+        try:
+            connection.sendall(said)
+            connection.shutdown(socket.SHUT_WR)
+            connection.recv(4096)
+        except (TimeoutError, ConnectionError, OSError):
+            return
+
+
+def damaged_messages(rng: random.Random, count: int) -> Iterator[bytes]:
+    """Protobuf messages of ModelInfer: a good one damaged, cut off, or whose fields lie; and noise."""
+    ct = grpc.InferInput("CT", (8, 32, 32), "INT16")
+    ct.set_data_from_numpy(smooth_hu((8, 32, 32)))
+    request = grpc.service_pb2.ModelInferRequest(model_name="anatomynet")
+    request.inputs.append(ct._get_tensor())
+    good = request.SerializeToString()
+    voxels = ct._get_content()
+    for _ in range(count):
+        kind = rng.randrange(4)
+        if kind == 0:
+            yield rng.randbytes(rng.randrange(300))
+        elif kind == 1:
+            damaged = bytearray(good)
+            for _ in range(rng.randrange(1, 4)):
+                damaged[rng.randrange(len(good))] = rng.randrange(256)
+            yield bytes(damaged)
+        else:
+            lying = grpc.service_pb2.ModelInferRequest()
+            lying.CopyFrom(request)
+            side = rng.choice([0, -1, 1, 7, 31, 33, 2**31, 2**40, 2**62])
+            lying.inputs[0].shape[rng.randrange(3)] = side
+            lying.raw_input_contents.append(voxels[: rng.randrange(len(voxels) + 1)])
+            for _ in range(rng.randrange(3)):
+                lying.raw_input_contents.append(b"more")
+            if kind == 3:
+                lying.inputs[0].parameters["shared_memory_region"].string_param = rng.choice(["", "no such", "../x"])
+                lying.inputs[0].parameters["shared_memory_byte_size"].int64_param = rng.choice([-1, 0, 2**62])
+            yield lying.SerializeToString()
+
+
+def test_garbage_on_the_http_port(server: BreakableServer, embedded: Runtime) -> None:
+    rng = random.Random(FUZZ_SEED)
+    voxels = smooth_hu((8, 32, 32)).tobytes()
+    head = (
+        b'{"inputs":[{"name":"CT","datatype":"INT16","shape":[8,32,32],"parameters":{"binary_data_size":%d}}],'
+        b'"outputs":[{"name":"LABEL_MAP","parameters":{"binary_data":true}}]}' % len(voxels)
+    )
+    for _ in range(FUZZED_HTTP):
+        say(server.http_port, http_garbage(rng, head + voxels, len(head)))
+    assert server.process.poll() is None
+    assert_answers(server, embedded)
+
+
+def test_garbage_on_the_grpc_port(server: BreakableServer, embedded: Runtime) -> None:
+    rng = random.Random(FUZZ_SEED)
+    for _ in range(FUZZED_GRPC):
+        say(server.grpc_port, grpc_garbage(rng))
+    assert server.process.poll() is None
+    assert_answers(server, embedded)
+
+
+def test_damaged_messages_on_the_grpc_port(server: BreakableServer, embedded: Runtime) -> None:
+    import grpc as plain_grpc
+
+    with plain_grpc.insecure_channel(server.url) as channel:
+        infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        for message in damaged_messages(random.Random(FUZZ_SEED), FUZZED_GRPC):
+            with suppress(plain_grpc.RpcError):
+                infer(message, timeout=WAIT_S)
+    assert server.process.poll() is None
+    assert_answers(server, embedded)
