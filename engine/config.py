@@ -16,7 +16,7 @@ from anatomynet.engine.errors import ModelError
 from anatomynet.engine.structures import structures_by_name
 
 SHIPPED_NAME = "openkbp7"  # whose weights ship too
-SHIPPED_CONFIGS = (SHIPPED_NAME, "oar9")
+SHIPPED_CONFIGS = (SHIPPED_NAME, f"{SHIPPED_NAME}-tuning", "oar9")
 # What a TrainConfig may hold, both ends allowed.
 TRAIN_RANGES: dict[str, tuple[float, float]] = {
     "steps": (1, math.inf),
@@ -185,9 +185,23 @@ def shipped_weights(suffix: str) -> Path:
 def load_config(source: str | Path) -> tuple[ModelConfig, TrainConfig]:
     """The tables [model] and [train] of a TOML file, or of a shipped configuration by its name.
 
+    A file may say `base = "openkbp7"`, or another file's path: what it does not set itself is as there.
+
     Raises:
         ModelError: a file that is not there or not TOML, an unknown key, a value out of range.
     """
+    tables = _tables_of(source)
+    model = _config_from_table(ModelConfig, tables["model"], source)
+    train = _config_from_table(TrainConfig, tables["train"], source)
+    if train.class_weights and len(train.class_weights) != model.classes:
+        raise ModelError(
+            f"class_weights of {source}: expected {model.classes}, background first, found {len(train.class_weights)}"
+        )
+    return model, train
+
+
+def _tables_of(source: str | Path, *, bases: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+    """[model] and [train] of a file, laid over those of its base; `bases` are the files that led here."""
     shipped = resources.files("anatomynet.engine") / "configs" / f"{source}.toml"
     path = shipped if source in SHIPPED_CONFIGS else Path(source)
     try:
@@ -198,16 +212,21 @@ def load_config(source: str | Path) -> tuple[ModelConfig, TrainConfig]:
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{source} is not TOML: {error}") from error
-    unknown = sorted(set(tables) - {"model", "train"})
+    unknown = sorted(set(tables) - {"base", "model", "train"})
     if unknown:
         raise ModelError(f"{source}: unknown table {', '.join(unknown)}: expected [model] and [train]")
-    model = _config_from_table(ModelConfig, tables.get("model", {}), source)
-    train = _config_from_table(TrainConfig, tables.get("train", {}), source)
-    if train.class_weights and len(train.class_weights) != model.classes:
-        raise ModelError(
-            f"class_weights of {source}: expected {model.classes}, background first, found {len(train.class_weights)}"
-        )
-    return model, train
+    base = tables.get("base")
+    if base is not None and (not isinstance(base, str) or base in bases):
+        raise ModelError(f"base of {source}: expected another configuration that does not lead back, found {base!r}")
+    under = _tables_of(base, bases=(*bases, base)) if base else {"model": {}, "train": {}}
+    return {name: {**under[name], **_table(tables, name, source)} for name in ("model", "train")}
+
+
+def _table(tables: dict[str, Any], name: str, source: object) -> dict[str, Any]:
+    table = tables.get(name, {})
+    if not isinstance(table, dict):
+        raise ModelError(f"{source}: expected a table of keys [{name}], found {type(table).__name__}")
+    return table
 
 
 def model_config_from_json(text: str) -> ModelConfig:

@@ -7,6 +7,7 @@ engine/data.py the augmentation (3.1); engine/network.py the network (2.2). conf
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import signal
@@ -23,9 +24,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from anatomynet.engine.checkpoint import save_checkpoint
+from anatomynet.engine.checkpoint import load_checkpoint, save_checkpoint
 from anatomynet.engine.command import reports_errors
-from anatomynet.engine.config import ModelConfig, TrainConfig, load_config, model_config_from_json
+from anatomynet.engine.config import SHIPPED_NAME, ModelConfig, TrainConfig, load_config, model_config_from_json
 from anatomynet.engine.curves import write_curves
 from anatomynet.engine.data import Augmentation, Case, Sample, cut_to_body, cut_to_head_and_neck
 from anatomynet.engine.errors import ModelError, OutputError
@@ -77,6 +78,30 @@ class Training:
         self.step = 0
         self.optimiser = self._new_optimiser()
         self.best = -1.0  # below the worst DSC: the first validation always writes a checkpoint
+
+    def begin_with(self, path: Path | None) -> None:
+        """Takes the weights of a checkpoint instead of random ones; None is the shipped one.
+
+        A structure then counts as taught by as many patients as here or there, whichever are more: how many are the
+        same is not known.
+
+        Raises:
+            ModelError: no checkpoint there, or one that draws other structures, at another stride, window or spacing.
+        """
+        network, model = load_checkpoint(path)
+        alike = dataclasses.replace(self.model, name=model.name, checkpoint_sha256=model.checkpoint_sha256)
+        if not _same_but_patients(model, alike):
+            raise ModelError(
+                f"{path or model.name} was trained for {', '.join(model.structures)} at in_plane_stride "
+                f"{model.in_plane_stride}: expected the [model] of {self.model.name}, its window and spacing included"
+            )
+        for own in (self.network, self.average):
+            own.load_state_dict(network.state_dict())
+        self._count_patients_of(model)
+
+    def _count_patients_of(self, model: ModelConfig) -> None:
+        pairs = itertools.zip_longest(self.model.patients, model.patients, fillvalue=0)
+        self.model = dataclasses.replace(self.model, patients=tuple(max(pair) for pair in pairs))
 
     def learn(self, sample: Sample) -> float:
         """One optimiser step on one volume; returns the loss."""
@@ -157,11 +182,13 @@ class Training:
         except (OSError, SafetensorError) as error:
             raise ModelError(f"nothing to resume: {path} is not a state that anatomynet-train saved") from error
         # How many patients taught what is no configuration, and states older than that count lack it.
-        if "model" not in metadata or not _same_but_patients(model_config_from_json(metadata["model"]), self.model):
+        model = model_config_from_json(metadata["model"]) if "model" in metadata else None
+        if model is None or not _same_but_patients(model, self.model):
             raise ModelError(f"{path} was trained for another configuration than {self.model.name}: start a new output")
         _check_recipe(metadata.get("train"), self.train, path)
         for prefix, network in (("network", self.network), ("average", self.average)):
             network.load_state_dict(_with_prefix(tensors, prefix))
+        self._count_patients_of(model)  # the checkpoint that the run began with may have had others
         self.step, self.best = int(metadata["step"]), float(metadata["best"])
         self.optimiser = self._new_optimiser()
         if self.step == second_stage_start(self.train):
@@ -285,7 +312,6 @@ def fit(training: Training, cases: list[Case], held_out: list[Case], output: Pat
     Ctrl-C saves the state after the step under way, then raises KeyboardInterrupt.
     """
     train = training.train
-    state, log = output.with_suffix(".state.safetensors"), output.with_suffix(".csv")
     losses: list[float] = []
     with (
         _Interruptible() as interruption,
@@ -297,22 +323,37 @@ def fit(training: Training, cases: list[Case], held_out: list[Case], output: Pat
             bar.update()
             bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
             if training.step % train.steps_per_epoch == 0 or training.step == train.steps:
-                scores = validate(training.average, training.model, held_out, training.device)
-                means = {name: float(np.mean(values)) if values else math.nan for name, values in scores.items()}
-                mean = float(np.nanmean(list(means.values())))
-                bar.write(f"step {training.step}: " + "  ".join(f"{k} {v:.3f}" for k, v in means.items()))
-                row = {"step": training.step, "loss": float(np.mean(losses)), "mean": mean, **means}
-                _append_row(log, row)
-                write_curves(log)
+                row = keep_best(training, held_out, output, loss=float(np.mean(losses)))
+                bar.write(_told(row))
+                _append_row(output.with_suffix(".csv"), row)
+                write_curves(output.with_suffix(".csv"))
                 write_events(row)
                 losses.clear()
-                if mean > training.best:
-                    training.best = mean
-                    save_checkpoint(output, training.average, training.model)
-                training.save(state)
+                training.save(_state_of(output))
             if interruption.asked:
-                training.save(state)
+                training.save(_state_of(output))
                 raise KeyboardInterrupt
+
+
+def keep_best(training: Training, held_out: list[Case], output: Path, *, loss: float) -> dict[str, float]:
+    """Validates the averaged weights, writes them if they are the best so far; the log's row."""
+    scores = validate(training.average, training.model, held_out, training.device)
+    means = {name: float(np.mean(values)) if values else math.nan for name, values in scores.items()}
+    mean = float(np.nanmean(list(means.values())))
+    if mean > training.best:
+        training.best = mean
+        save_checkpoint(output, training.average, training.model)
+    return {"step": training.step, "loss": loss, "mean": mean, **means}
+
+
+def _told(row: dict[str, float]) -> str:
+    scores = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if name not in ("step", "loss"))
+    return f"step {row['step']:.0f}: {scores}"
+
+
+def _state_of(output: Path) -> Path:
+    """Where a run's state lies, from which it is resumed."""
+    return output.with_suffix(".state.safetensors")
 
 
 class _Interruptible:
@@ -364,18 +405,33 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 @click.option("--config", default="openkbp7", show_default=True, help="A shipped configuration, or a TOML file.")
 @click.option("--output", type=click.Path(path_type=Path), help="Checkpoint to write; runs/NAME.safetensors.")
 @click.option("--resume", is_flag=True, help="Go on from the state beside --output.")
+@click.option(
+    "--from",
+    "begin_with",
+    metavar="CHECKPOINT",
+    help="Begin with the weights of a .safetensors file, or with the shipped ones: openkbp7.",
+)
 @click.option("--steps", type=click.IntRange(min=1), help="Instead of the configuration's.")
 @click.option("--strict", is_flag=True, help="A case that cannot be used is an error; without, it is skipped.")
 @click.option("--aliases", type=click.Path(path_type=Path), help="Your names: a TOML table, structure = [names].")
 @reports_errors
 def main(
-    data: Path, config: str, output: Path | None, resume: bool, steps: int | None, strict: bool, aliases: Path | None
+    data: Path,
+    config: str,
+    output: Path | None,
+    resume: bool,
+    begin_with: str | None,
+    steps: int | None,
+    strict: bool,
+    aliases: Path | None,
 ) -> None:
     """Train AnatomyNet on a folder of annotated CTs.
 
     Beside the checkpoint lie the log, its curves, the same for TensorBoard, the state to resume from, and .cases.csv:
-    what became of every case.
+    what became of every case. With --from, the checkpoint is never worse on validation than the one begun with.
     """
+    if resume and begin_with:
+        raise click.UsageError("--resume goes on from its own state, --from begins anew: give one")
     model, train = load_config(config)
     if steps:
         train = dataclasses.replace(train, steps=steps)
@@ -392,11 +448,14 @@ def main(
     cases, held_out = [cut_to_body(cut_to_head_and_neck(case)) for case in surveys[0].cases], surveys[1].cases
     training = Training(dataclasses.replace(model, patients=patient_counts(cases)), train, device)
     if resume:
-        training.restore(output.with_suffix(".state.safetensors"))
+        training.restore(_state_of(output))
         _forget_rows(output.with_suffix(".csv"), beyond=training.step)
     else:
         output.with_suffix(".csv").unlink(missing_ok=True)  # another run's log
         forget_events(output)
+    if begin_with:
+        training.begin_with(None if begin_with == SHIPPED_NAME else Path(begin_with))
+        click.echo(_told(keep_best(training, held_out, output, loss=math.nan)))
     fit(training, cases, held_out, output)
     click.echo(f"{output}: best mean validation DSC {training.best:.3f}, {training.step} steps on {device.type}")
 

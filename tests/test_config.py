@@ -28,10 +28,12 @@ def toml(tmp_path: Path) -> Path:
     return tmp_path / "small.toml"
 
 
-@pytest.mark.parametrize(("name", "classes", "stride"), [("oar9", 10, 1), ("openkbp7", 8, 4)])
+@pytest.mark.parametrize(
+    ("name", "classes", "stride"), [("oar9", 10, 1), ("openkbp7", 8, 4), ("openkbp7-tuning", 8, 4)]
+)
 def test_shipped_configurations_load(name: str, classes: int, stride: int) -> None:
     model, train = load_config(name)
-    assert (model.name, model.classes, model.in_plane_stride) == (name, classes, stride)
+    assert (model.name, model.classes, model.in_plane_stride) == (name.removesuffix("-tuning"), classes, stride)
     assert isinstance(train, TrainConfig)
 
 
@@ -49,6 +51,19 @@ def test_the_papers_nine_organs_learn_by_the_papers_recipe() -> None:
     weights = dict(zip(("background", *model.structures), train.class_weights, strict=True))
     assert weights["Chiasm"] == 1.99
     assert weights["Parotid_L"] == weights["Parotid_R"] == 1.0
+
+
+def test_what_a_file_does_not_set_is_as_in_its_base(toml: Path) -> None:
+    toml.write_text('base = "openkbp7"\n[train]\nsteps = 7\n')
+    model, train = load_config("openkbp7")
+    assert load_config(toml) == (model, dataclasses.replace(train, steps=7))
+
+
+@pytest.mark.parametrize("base", ["3", '"{toml}"', '"absent.toml"'])
+def test_a_base_must_be_another_configuration(toml: Path, base: str) -> None:
+    toml.write_text(f"base = {base.format(toml=toml)}")
+    with pytest.raises(ModelError, match=r"base of .*small.toml: expected another|no configuration absent.toml"):
+        load_config(toml)
 
 
 def test_toml_becomes_a_configuration(toml: Path) -> None:
@@ -170,7 +185,7 @@ def test_bytes_that_are_not_text(toml: Path) -> None:
 
 
 def test_an_absent_file_names_the_shipped_ones(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"expected a TOML file or one of openkbp7, oar9$"):
+    with pytest.raises(ModelError, match=r"expected a TOML file or one of openkbp7, openkbp7-tuning, oar9$"):
         load_config(tmp_path / "absent.toml")
     with pytest.raises(ModelError, match="oar9"):
         load_config(tmp_path)

@@ -317,10 +317,58 @@ def test_a_state_without_a_count_of_patients_can_be_resumed(data: Path, trained:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     table = json.loads(metadata["model"])
     assert table.pop("patients") == [2, 2, 1]
-    save_file(tensors, tmp_path / "tiny.state.safetensors", metadata | {"model": json.dumps(table, sort_keys=True)})
+    metadata |= {"model": json.dumps(table, sort_keys=True), "best": "-1.0"}  # so that one more step writes a checkpoint
+    save_file(tensors, tmp_path / "tiny.state.safetensors", metadata)
     result = train(data, tmp_path / "tiny.safetensors", "--resume", "--steps", str(STEPS + 1))
     assert result.exit_code == 0, result.output
     assert load_checkpoint(tmp_path / "tiny.safetensors")[1].patients == (2, 2, 1)
+
+
+def test_a_run_may_begin_with_a_checkpoint(data: Path, trained: Path, tmp_path: Path) -> None:
+    before, _ = load_checkpoint(trained)
+    begun = Training(
+        replace(load_config(data / "tiny.toml")[0], patients=(1, 3, 0)), TrainConfig(), torch.device("cpu")
+    )
+    begun.begin_with(trained)
+    for own in (begun.network, begun.average):
+        assert all(torch.equal(own.state_dict()[name], tensor) for name, tensor in before.state_dict().items())
+    assert begun.model.patients == (2, 3, 1)  # trained on (2, 2, 1)
+
+    output = tmp_path / "more.safetensors"
+    result = train(data, output, "--from", str(trained), "--steps", "1")
+    assert result.exit_code == 0, result.output
+    best_before = max(row["mean"] for row in rows_of(trained.with_suffix(".csv")))
+    assert f"step 0: mean {best_before:.3f}" in result.output
+    resumed = train(data, output, "--resume", "--steps", "2")
+    assert resumed.exit_code == 0, resumed.output
+    assert [row["step"] for row in rows_of(output.with_suffix(".csv"))] == [1, 2]
+
+
+def test_a_run_that_only_gets_worse_keeps_what_it_began_with(data: Path, trained: Path, tmp_path: Path) -> None:
+    (data / "worse.toml").write_text(CONFIG.replace("5e-3", "100.0").replace("warmup_steps = 2", "warmup_steps = 0"))
+    output = tmp_path / "worse.safetensors"
+    options = ["--data", data, "--config", data / "worse.toml", "--output", output, "--from", trained, "--steps", 3]
+    assert CliRunner().invoke(main, [str(option) for option in options]).exit_code == 0
+    expected, found = (load_checkpoint(path)[0].state_dict() for path in (trained, output))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_beginning_with_another_model_is_refused(data: Path, tmp_path: Path) -> None:
+    complaint = refusal(train(data, tmp_path / "t.safetensors", "--from", "openkbp7"))
+    assert "openkbp7 was trained for BrainStem, SpinalCord" in complaint
+    assert "expected the [model] of tiny" in complaint
+
+
+def test_beginning_with_a_pickle_is_refused(data: Path, tmp_path: Path) -> None:
+    torch.save({}, tmp_path / "weights.pth")
+    options = ("--from", str(tmp_path / "weights.pth"))
+    assert "a pickled .pt or .pth is never read" in refusal(train(data, tmp_path / "t.safetensors", *options))
+
+
+def test_a_run_either_resumes_or_begins(data: Path, trained: Path) -> None:
+    result = train(data, trained, "--resume", "--from", str(trained))
+    assert result.exit_code == 2
+    assert "give one" in result.output
 
 
 @pytest.mark.parametrize(
