@@ -317,7 +317,8 @@ def test_a_state_without_a_count_of_patients_can_be_resumed(data: Path, trained:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     table = json.loads(metadata["model"])
     assert table.pop("patients") == [2, 2, 1]
-    metadata |= {"model": json.dumps(table, sort_keys=True), "best": "-1.0"}  # so that one more step writes a checkpoint
+    # Of the worst DSC, so that one more step writes a checkpoint.
+    metadata |= {"model": json.dumps(table, sort_keys=True), "best": "-1.0"}
     save_file(tensors, tmp_path / "tiny.state.safetensors", metadata)
     result = train(data, tmp_path / "tiny.safetensors", "--resume", "--steps", str(STEPS + 1))
     assert result.exit_code == 0, result.output
