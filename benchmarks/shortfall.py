@@ -2,9 +2,9 @@
 
     python -m benchmarks.shortfall ../shared/data/openkbp [--checkpoint FILE] [--every N]
 
-For each structure, on the validation patients and, beside them, on those it learnt from (every Nth): DSC; DSC within the
-slices that the physician drew on, which forgives the first and last slice; DSC without the cases that training's
-survey refuses; by how much the volumes differ. What is as low on cases it learnt from is not a want of patients. Writes
+For each structure, on the validation patients and on every Nth of those it learnt from: DSC; DSC without the cases that
+training's survey refuses; DSC within the slices that the physician drew on, which forgives the first and last slice; by
+how much the volumes differ. What is as low on cases it learnt from is not a want of patients. Writes
 benchmarks/results/shortfall.json, with every case by name.
 """
 
@@ -68,7 +68,7 @@ def rows_of_case(folder: Path, runtime: Runtime) -> list[dict[str, Any]]:
 
 
 def agreement(drawn: Mask, truth: Mask) -> dict[str, Any]:
-    """DSC of two masks (z, y, x), in all slices and in those of the truth; volume drawn / true; first and last slice."""
+    """DSC of two masks (z, y, x), everywhere and in the slices of the truth; volume drawn / true; their ends."""
     slices = truth.any(axis=(1, 2))
     return {
         "dice": round(dice(drawn, truth), 4),
