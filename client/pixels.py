@@ -1,8 +1,6 @@
 """Stored pixels -> Hounsfield units, one slice at a time, straight into the volume."""
 
 import re
-import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +8,11 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from pydicom.encaps import get_frame
-from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from anatomynet.client.headers import DAMAGED, PLAIN_UID, TAGS, CTHeader
+from anatomynet.client.codecs import EncodedFrame, decode_frame
+from anatomynet.client.decoder_process import DecoderProcesses
+from anatomynet.client.headers import DAMAGED, TAGS, CTHeader
 from anatomynet.engine.errors import StudyError
 from anatomynet.engine.volume import HounsfieldArray
 
@@ -23,31 +21,6 @@ AIR_HU = -1000
 INT16_RANGE = (-32768, 32767)
 # A value that may stand in a message (PS3.5 6.2, CS): in a damaged file anything may stand in its place.
 CODE_STRING = re.compile(r"[A-Z0-9 _]{1,16}")
-# Family of transfer syntaxes -> pydicom's name of the one decoder for it, and what installs that. The licences are
-# permissive: pylibjpeg-libjpeg, the usual answer for lossless JPEG, is GPL. Never a second decoder after the first
-# failed: gdcm ends the process on a stream of another size than its header says.
-CODECS = {
-    "JPEG 2000": ("pylibjpeg", "pylibjpeg-openjpeg"),
-    "High-Throughput JPEG 2000": ("pylibjpeg", "pylibjpeg-openjpeg"),
-    "JPEG-LS": ("pyjpegls", "pyjpegls"),
-    "JPEG": ("gdcm", "python-gdcm"),
-    "RLE": ("pydicom", ""),
-}
-
-
-@dataclass(frozen=True)
-class EncodedFrame:
-    """Where a decoder finds a slice's pixels, which may be one frame of an enhanced CT.
-
-    Attributes:
-        start: bytes from the file's start to its pixel data.
-        index: of the frame, from 0.
-        count: of the file's frames.
-    """
-
-    start: int
-    index: int
-    count: int
 
 
 @dataclass(frozen=True)
@@ -138,7 +111,17 @@ def _encoded_frame(header: CTHeader) -> EncodedFrame | None:
             raise StudyError(f"{header.path.name} is an enhanced CT deflated as a whole; export it uncompressed")
         return None
     element: Any = header.dataset.get_item(TAGS["PixelData"], keep_deferred=True)
-    return EncodedFrame(int(element.value_tell), max(0, header.frame - 1), header.frame_count)
+    return EncodedFrame(
+        path=str(header.path),
+        transfer_syntax_uid=header.transfer_syntax_uid,
+        start=int(element.value_tell),
+        index=max(0, header.frame - 1),
+        count=header.frame_count,
+        rows=header.word("Rows"),
+        columns=header.word("Columns"),
+        bits_stored=header.word("BitsStored"),
+        signed=header.word("PixelRepresentation") == 1,
+    )
 
 
 def _padding(header: CTHeader, *, signed: bool) -> tuple[int, int] | None:
@@ -152,16 +135,20 @@ def _padding(header: CTHeader, *, signed: bool) -> tuple[int, int] | None:
     return min(values), max(values)
 
 
-def read_hu(path: Path, pixels: StoredPixels, out: HounsfieldArray) -> None:
+def read_hu(path: Path, pixels: StoredPixels, out: HounsfieldArray, decoders: DecoderProcesses) -> None:
     """Fill `out`, int16 (y, x) and contiguous, with Hounsfield units; padding becomes air.
 
     Raises:
         StudyError: pixels that cannot be read or decoded.
     """
-    if pixels.offset is None:
-        out[...] = _decoded_pixels(path, pixels, out.shape).view(np.int16)
-    else:
+    if pixels.offset is not None:
         _read_raw_pixels(path, pixels.offset, out)
+    elif pixels.frame is None:
+        _read_deflated_pixels(path, out)
+    elif pixels.frame.may_abort:
+        decoders.decode(pixels.frame, out)
+    else:
+        decode_frame(pixels.frame, out)
     _convert_to_hu(out, pixels)
 
 
@@ -176,54 +163,14 @@ def _read_raw_pixels(path: Path, offset: int, out: HounsfieldArray) -> None:
         raise StudyError(f"{path.name} is damaged: expected {out.nbytes} bytes of pixels, found {count}")
 
 
-def _decoded_pixels(path: Path, pixels: StoredPixels, shape: tuple[int, ...]) -> NDArray[np.generic]:
+def _read_deflated_pixels(path: Path, out: HounsfieldArray) -> None:
     try:
-        found: NDArray[np.generic] = (
-            _decoded_frame(path, pixels, pixels.frame, shape) if pixels.frame else pydicom.dcmread(path).pixel_array
-        )
+        found = pydicom.dcmread(path).pixel_array
     except (OSError, RuntimeError, *DAMAGED) as error:
         raise StudyError(f"{path.name} is damaged: its pixels cannot be decoded; export the series again") from error
-    if found.shape != shape or found.itemsize != 2:
-        raise StudyError(f"{path.name}: its pixels decode to {found.shape}, expected {shape} of 16 bits")
-    return found.astype(found.dtype.newbyteorder("="), copy=False)
-
-
-def _decoded_frame(
-    path: Path, pixels: StoredPixels, frame: EncodedFrame, shape: tuple[int, ...]
-) -> NDArray[np.generic]:
-    options: dict[str, Any] = {
-        "number_of_frames": frame.count,
-        "rows": shape[0],
-        "columns": shape[1],
-        "samples_per_pixel": 1,
-        "photometric_interpretation": "MONOCHROME2",
-        "bits_allocated": 16,
-        "bits_stored": pixels.bits_stored,
-        "pixel_representation": int(pixels.signed),
-        "pixel_keyword": "PixelData",
-    }
-    uid = UID(pixels.transfer_syntax_uid)
-    with path.open("rb") as file:
-        if uid.is_encapsulated:
-            options["decoding_plugin"] = plugin = _codec(uid)[0]
-            file.seek(frame.start)
-            if plugin == "gdcm" and jpeg_size(get_frame(file, frame.index, number_of_frames=frame.count)) != shape:
-                raise ValueError("the JPEG stream is of another size than its header says")
-        file.seek(frame.start)
-        found: NDArray[np.generic] = get_decoder(uid).as_array(file, index=frame.index, **options)[0]
-    return found
-
-
-def jpeg_size(stream: bytes) -> tuple[int, int] | None:
-    """Rows and columns of a JPEG, as its own frame header has them (ISO 10918-1 B.2.2); None without one."""
-    place = 2  # after the start of image
-    while place + 9 <= len(stream) and stream[place] == 0xFF:
-        marker = stream[place + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # those are no frame headers
-            rows, columns = struct.unpack_from(">HH", stream, place + 5)
-            return rows, columns
-        place += 2 + int.from_bytes(stream[place + 2 : place + 4], "big")
-    return None
+    if found.shape != out.shape or found.itemsize != out.itemsize:
+        raise StudyError(f"{path.name}: its pixels decode to {found.shape}, expected {out.shape} of 16 bits")
+    out[...] = found.view(np.int16)
 
 
 def _convert_to_hu(words: HounsfieldArray, pixels: StoredPixels) -> None:
@@ -247,27 +194,3 @@ def _convert_to_hu(words: HounsfieldArray, pixels: StoredPixels) -> None:
 
 def _fits(stored: NDArray[Any], intercept: int) -> bool:
     return bool(INT16_RANGE[0] <= int(stored.min()) + intercept and int(stored.max()) + intercept <= INT16_RANGE[1])
-
-
-def check_codecs(stored: Iterable[StoredPixels]) -> None:
-    """Refuse a compression that nothing installed here can read, with what would.
-
-    Raises:
-        StudyError: no decoder.
-    """
-    for uid in {pixels.transfer_syntax_uid for pixels in stored if pixels.offset is None}:
-        plugin, package = _codec(UID(uid))
-        try:
-            decoder = get_decoder(UID(uid))
-            available = plugin in decoder.available_plugins if UID(uid).is_encapsulated else decoder.is_available
-        except (NotImplementedError, ValueError):
-            available = False
-        if not available:
-            name = UID(uid).name if PLAIN_UID.fullmatch(uid) else "nothing that is known"
-            advice = f"pip install 'anatomynet[codecs]' ({package})" if package else "export the series uncompressed"
-            raise StudyError(f"the slices are compressed as {name}, for which no decoder is installed: {advice}")
-
-
-def _codec(uid: UID) -> tuple[str, str]:
-    """The decoder of a transfer syntax and what installs it; empty where there is none."""
-    return next((codec for family, codec in CODECS.items() if uid.name.startswith(family)), ("", ""))

@@ -8,14 +8,17 @@ import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from pydicom.dataset import Dataset
 
+from anatomynet.client.codecs import check_codecs
+from anatomynet.client.decoder_process import DecoderProcesses
 from anatomynet.client.frames import check_parts, frame_headers
 from anatomynet.client.headers import UID_TAIL_LENGTH, CTHeader, patient_and_study, read_headers, uid_tail
-from anatomynet.client.pixels import StoredPixels, check_codecs, read_hu, stored_pixels
+from anatomynet.client.pixels import StoredPixels, read_hu, stored_pixels
 from anatomynet.client.stack import sorted_slices
 from anatomynet.engine.errors import GeometryError, StudyError
 from anatomynet.engine.geometry import Point, VolumeGeometry
@@ -51,14 +54,6 @@ class CTSlice:
     pixels: StoredPixels
     frame: int = 0
     frame_count: int = 1
-
-    def read_hu(self, out: HounsfieldArray) -> None:
-        """Fill `out`, int16 (y, x) and contiguous, with Hounsfield units; padding becomes air.
-
-        Raises:
-            StudyError: pixels that cannot be read or decoded.
-        """
-        read_hu(self.path, self.pixels, out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,13 +121,22 @@ def volume_from_series(series: CTSeries) -> CTVolume:
     Raises:
         StudyError: pixels that cannot be read or decoded.
     """
-    check_codecs(s.pixels for s in series.slices)
+    check_codecs(s.pixels.transfer_syntax_uid for s in series.slices if s.pixels.offset is None)
     hu = np.empty(series.geometry.shape, np.int16)
     # pydicom's warnings quote values: a patient's name among them.
-    with warnings.catch_warnings(), ThreadPoolExecutor(READ_THREADS) as pool:
+    with warnings.catch_warnings(), DecoderProcesses() as decoders, ThreadPoolExecutor(READ_THREADS) as pool:
         warnings.simplefilter("ignore")
-        deque(pool.map(CTSlice.read_hu, series.slices, hu), maxlen=0)
+        deque(pool.map(partial(_read_slice, series, hu, decoders), range(len(hu))), maxlen=0)
     return CTVolume(hu, series.geometry)
+
+
+def _read_slice(series: CTSeries, hu: HounsfieldArray, decoders: DecoderProcesses, z: int) -> None:
+    """Fill hu[z]; an error says where in the series it was."""
+    found = series.slices[z]
+    try:
+        read_hu(found.path, found.pixels, hu[z], decoders)
+    except StudyError as error:
+        raise StudyError(f"slice {z + 1} of {len(hu)}, {error}") from error
 
 
 def _read_stacks(study_dir: Path) -> dict[str, list[CTHeader]]:

@@ -16,6 +16,10 @@ from anatomynet.engine.volume import HounsfieldArray
 from tests.dicom_studies import random_volume, write_study
 
 SHAPE = (3, 72, 80)  # JPEG 2000 halves a slice five times
+SEGMENT = "import sys; from anatomynet.client.cli import main; main(['segment', sys.argv[1]])"
+# Bytes from a JPEG's start whose damage ends gdcm's process: in the JFIF segment by SIGABRT, in its table of Huffman
+# codes too, in its precision by SIGSEGV.
+DEADLY_PLACES = {"JFIF": (11, 0xFE), "Huffman table": (33, 0x83), "precision": (24, 0x50)}
 WITHOUT_CODECS = """
 import sys
 sys.modules.update(dict.fromkeys(["gdcm", "pylibjpeg", "openjpeg", "jpeg_ls", "PIL"]))
@@ -77,7 +81,24 @@ def test_a_stream_of_another_size_than_its_header_says_is_refused(tmp_path: Path
         dataset = pydicom.dcmread(path)
         dataset.Rows = 40
         dataset.save_as(path)
-    code = "import sys; from anatomynet.client.cli import main; main(['segment', sys.argv[1]])"
-    run = subprocess.run([sys.executable, "-c", code, tmp_path / "study"], capture_output=True, text=True, check=False)
+    assert "CT0001.dcm" in refused(tmp_path / "study")
+
+
+@pytest.mark.parametrize("place", DEADLY_PLACES)
+def test_a_stream_that_ends_its_decoder_is_one_line_that_says_where(tmp_path: Path, place: str) -> None:
+    paths = write_study(tmp_path / "study", random_volume(SHAPE))
+    for path in paths:
+        compress(path, JPEGLosslessSV1)
+    data = bytearray(paths[1].read_bytes())
+    offset, value = DEADLY_PLACES[place]
+    data[data.index(b"\xff\xd8\xff\xe0") + offset] = value
+    paths[1].write_bytes(data)
+    assert refused(tmp_path / "study").startswith("error: slice 2 of 3, CT0002.dcm is damaged: its pixels cannot be")
+
+
+def refused(study: Path) -> str:
+    """The one line of `segment`, in a process of its own: what it is shown might end it."""
+    run = subprocess.run([sys.executable, "-c", SEGMENT, study], capture_output=True, text=True, check=False)
     assert run.returncode == 1
-    assert "CT0001.dcm" in run.stderr.splitlines()[-1]
+    assert run.stderr.count("\n") == 1
+    return run.stderr

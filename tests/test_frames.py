@@ -383,5 +383,5 @@ def test_a_frame_that_cannot_be_decoded_is_refused(tmp_path: Path) -> None:
     dataset.PixelData = encapsulate([b"\x01\x00\x00\x00" * 20] * 3)
     dataset.save_as(path)
     series: CTSeries = read_ct_series(tmp_path)
-    with pytest.raises(StudyError, match="ct is damaged: its pixels cannot be decoded"):
+    with pytest.raises(StudyError, match=r"slice \d of 3, ct frame \d is damaged: its pixels cannot be decoded"):
         volume_from_series(series)

@@ -1,0 +1,173 @@
+"""Compressed frame -> its pixels, by the one decoder of its family. Which one that is, and whether it is here."""
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.encaps import get_frame
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.uid import UID
+
+from anatomynet.client.headers import DAMAGED, PLAIN_UID
+from anatomynet.engine.errors import StudyError
+from anatomynet.engine.volume import HounsfieldArray
+
+BYTES_PER_PIXEL = 2
+
+
+@dataclass(frozen=True)
+class Codec:
+    """What decodes a family of transfer syntaxes.
+
+    Attributes:
+        plugin: pydicom's name of it.
+        package: what installs it; empty where pydicom does it alone.
+        may_abort: a damaged stream can end the process that decodes it, not only raise an error.
+    """
+
+    plugin: str
+    package: str = ""
+    may_abort: bool = False
+
+
+# By the beginning of a transfer syntax's name. The licences are permissive: pylibjpeg-libjpeg, the usual answer for
+# lossless JPEG, is GPL. gdcm answers some damages with abort() or a segmentation fault, so it decodes in a process
+# apart (decoder_process.py), which costs its start and a copy of each slice. The others need not pay that: OpenJPEG and
+# CharLS hand every error back, and thousands of damaged streams ended in none otherwise (tests/fuzz_reader.py); RLE is
+# decoded by pydicom in Python. Never a second decoder after the first failed: gdcm reads JPEG 2000 and JPEG-LS too.
+CODECS = {
+    "JPEG 2000": Codec("pylibjpeg", "pylibjpeg-openjpeg"),
+    "High-Throughput JPEG 2000": Codec("pylibjpeg", "pylibjpeg-openjpeg"),
+    "JPEG-LS": Codec("pyjpegls", "pyjpegls"),
+    "JPEG": Codec("gdcm", "python-gdcm", may_abort=True),
+    "RLE": Codec("pydicom"),
+}
+UNKNOWN = Codec("")
+
+
+@dataclass(frozen=True)
+class EncodedFrame:
+    """Where a decoder finds a slice's pixels, which may be one frame of an enhanced CT, and what they should be.
+
+    Attributes:
+        path: of the file.
+        transfer_syntax_uid: of the file.
+        start: bytes from the file's start to its pixel data.
+        index: of the frame, from 0.
+        count: of the file's frames.
+        rows, columns, bits_stored, signed: as the header has them; 16 bits are allocated.
+    """
+
+    path: str
+    transfer_syntax_uid: str
+    start: int
+    index: int
+    count: int
+    rows: int
+    columns: int
+    bits_stored: int
+    signed: bool
+
+    @property
+    def name(self) -> str:
+        """The slice in a message."""
+        name = Path(self.path).name
+        return f"{name} frame {self.index + 1}" if self.count > 1 else name
+
+    @property
+    def may_abort(self) -> bool:
+        """Whether it must be decoded in a process of its own."""
+        return codec_of(self.transfer_syntax_uid).may_abort
+
+
+def codec_of(transfer_syntax_uid: str) -> Codec:
+    """The decoder of a transfer syntax, UNKNOWN where there is none."""
+    name = UID(transfer_syntax_uid).name
+    return next((codec for family, codec in CODECS.items() if name.startswith(family)), UNKNOWN)
+
+
+def check_codecs(transfer_syntax_uids: Iterable[str]) -> None:
+    """Refuse a compression that nothing installed here can read, with what would.
+
+    Raises:
+        StudyError: no decoder.
+    """
+    for text in set(transfer_syntax_uids):
+        uid, codec = UID(text), codec_of(text)
+        try:
+            decoder = get_decoder(uid)
+            available = codec.plugin in decoder.available_plugins if uid.is_encapsulated else decoder.is_available
+        except (NotImplementedError, ValueError):
+            available = False
+        if not available:
+            name = uid.name if PLAIN_UID.fullmatch(text) else "nothing that is known"
+            install = f"pip install 'anatomynet[codecs]' ({codec.package})"
+            advice = install if codec.package else "export the series uncompressed"
+            raise StudyError(f"the slices are compressed as {name}, for which no decoder is installed: {advice}")
+
+
+def decode_frame(frame: EncodedFrame, out: HounsfieldArray) -> None:
+    """Fill `out`, int16 (y, x), with a frame's stored words, in this process.
+
+    Raises:
+        StudyError: what cannot be read, or decodes to something else than its header says.
+    """
+    try:
+        found = _decoded(frame)
+    except (OSError, RuntimeError, *DAMAGED) as error:
+        raise undecodable(frame) from error
+    if found.shape != out.shape or found.itemsize != BYTES_PER_PIXEL:
+        raise StudyError(f"{frame.name}: its pixels decode to {found.shape}, expected {out.shape} of 16 bits")
+    out[...] = found.astype(found.dtype.newbyteorder("="), copy=False).view(np.int16)
+
+
+def undecodable(frame: EncodedFrame, why: str = "") -> StudyError:
+    """What to raise where a frame's pixels cannot be decoded, for a reason or without."""
+    return StudyError(f"{frame.name} is damaged: its pixels cannot be decoded{why}; export the series again")
+
+
+def _decoded(frame: EncodedFrame) -> NDArray[np.generic]:
+    options: dict[str, Any] = {
+        "number_of_frames": frame.count,
+        "rows": frame.rows,
+        "columns": frame.columns,
+        "samples_per_pixel": 1,
+        "photometric_interpretation": "MONOCHROME2",
+        "bits_allocated": 8 * BYTES_PER_PIXEL,
+        "bits_stored": frame.bits_stored,
+        "pixel_representation": int(frame.signed),
+        "pixel_keyword": "PixelData",
+    }
+    uid = UID(frame.transfer_syntax_uid)
+    with Path(frame.path).open("rb") as file:
+        if uid.is_encapsulated:
+            options["decoding_plugin"] = plugin = codec_of(uid).plugin
+            file.seek(frame.start)
+            if plugin == "gdcm":
+                _check_jpeg(get_frame(file, frame.index, number_of_frames=frame.count), frame)
+        file.seek(frame.start)
+        found: NDArray[np.generic] = get_decoder(uid).as_array(file, index=frame.index, **options)[0]
+    return found
+
+
+def _check_jpeg(stream: bytes, frame: EncodedFrame) -> None:
+    """Refuse what gdcm would write beyond its buffer for, which need not show."""
+    header = jpeg_header(stream)
+    if header is None or header[1:] != (frame.rows, frame.columns) or not 8 < header[0] <= 16:
+        raise ValueError("the JPEG stream is of another size than its header says")
+
+
+def jpeg_header(stream: bytes) -> tuple[int, int, int] | None:
+    """Bits of a sample, rows and columns, as a JPEG's own frame header has them (ISO 10918-1 B.2.2), or None."""
+    place = 2  # after the start of image
+    while place + 9 <= len(stream) and stream[place] == 0xFF:
+        marker = stream[place + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # those are no frame headers
+            bits, rows, columns = struct.unpack_from(">BHH", stream, place + 4)
+            return bits, rows, columns
+        place += 2 + int.from_bytes(stream[place + 2 : place + 4], "big")
+    return None

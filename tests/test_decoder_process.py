@@ -1,0 +1,144 @@
+"""Decoders in processes of their own: they end alone, in time, within their memory, and with who started them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
+
+from anatomynet.client.codecs import EncodedFrame, codec_of
+from anatomynet.client.decoder_process import LONGEST_DECODE_S, MOST_CHILD_BYTES, DecoderProcesses
+from anatomynet.client.study import read_ct_series
+from anatomynet.engine.errors import StudyError
+from anatomynet.engine.volume import HounsfieldArray
+from tests.dicom_studies import random_volume, write_study
+from tests.test_codecs import SHAPE, compress
+
+ORPHAN = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from anatomynet.client.decoder_process import DecoderProcesses
+from anatomynet.client.study import read_ct_series
+series = read_ct_series(Path(sys.argv[1]))
+DecoderProcesses().decode(series.slices[0].pixels.frame, np.empty((series.rows, series.columns), np.int16))
+print(Path("/proc/self/task", Path("/proc/self").resolve().name, "children").read_text(), flush=True)
+time.sleep(60)
+"""
+STARTS_IN_S = 10
+
+pytest.importorskip("gdcm", reason="no decoder for lossless JPEG: pip install 'anatomynet[codecs]'")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    for path in write_study(folder, random_volume(SHAPE)):
+        compress(path, JPEGLosslessSV1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def frames(study: Path) -> list[EncodedFrame]:
+    return [s.pixels.frame for s in read_ct_series(study).slices if s.pixels.frame]
+
+
+@pytest.fixture
+def decoders() -> Iterator[DecoderProcesses]:
+    with DecoderProcesses() as decoders:
+        yield decoders
+
+
+def decoded(decoders: DecoderProcesses, frame: EncodedFrame) -> HounsfieldArray:
+    out = np.empty((frame.rows, frame.columns), np.int16)
+    decoders.decode(frame, out)
+    return out
+
+
+def children() -> list[int]:
+    """Processes that this one started and that run a decoder."""
+    pids = [int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
+    return [pid for pid in pids if b"decoder_process" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("syntax", "apart"),
+    [(JPEGLosslessSV1, True), (JPEG2000Lossless, False), (JPEGLSLossless, False), (RLELossless, False)],
+    ids=["JPEG", "JPEG 2000", "JPEG-LS", "RLE"],
+)
+def test_only_what_may_abort_is_decoded_apart(syntax: str, apart: bool) -> None:
+    assert codec_of(syntax).may_abort == apart
+
+
+def test_one_child_decodes_a_series_and_goes_with_it(frames: list[EncodedFrame]) -> None:
+    with DecoderProcesses() as decoders:
+        assert not children()  # none before it is needed
+        hu = np.stack([decoded(decoders, frame) for frame in frames])
+        (child,) = children()
+    assert not Path(f"/proc/{child}").exists()
+    np.testing.assert_array_equal(hu, random_volume(SHAPE).hu)
+
+
+def test_one_that_died_is_replaced(decoders: DecoderProcesses, frames: list[EncodedFrame]) -> None:
+    expected = decoded(decoders, frames[0])
+    (child,) = children()
+    os.kill(child, signal.SIGSEGV)
+    with pytest.raises(StudyError, match=r"CT0001.dcm is damaged: .* \(the decoder died of SIGSEGV\)"):
+        decoded(decoders, frames[0])
+    np.testing.assert_array_equal(decoded(decoders, frames[0]), expected)
+
+
+def test_a_refused_frame_costs_no_child(decoders: DecoderProcesses, frames: list[EncodedFrame]) -> None:
+    decoded(decoders, frames[0])
+    before = children()
+    with pytest.raises(StudyError, match="its pixels cannot be decoded; export"):
+        decoded(decoders, replace(frames[1], rows=40))
+    decoded(decoders, frames[1])
+    assert children() == before
+
+
+def test_one_that_hangs_is_stopped_in_time(
+    tmp_path: Path, decoders: DecoderProcesses, frames: list[EncodedFrame]
+) -> None:
+    os.mkfifo(tmp_path / "CT.dcm")  # nobody ever writes to it
+    start = time.monotonic()
+    with pytest.raises(StudyError, match=rf"the decoder was stopped after {LONGEST_DECODE_S} s"):
+        decoded(decoders, replace(frames[0], path=str(tmp_path / "CT.dcm")))
+    assert time.monotonic() - start < LONGEST_DECODE_S + STARTS_IN_S
+
+
+def test_memory_is_bounded_and_no_core_is_left(decoders: DecoderProcesses, frames: list[EncodedFrame]) -> None:
+    decoded(decoders, frames[0])
+    limits = Path(f"/proc/{children()[0]}/limits").read_text().splitlines()
+    limit = {line[:26].strip(): line[26:].split()[0] for line in limits[1:]}
+    assert limit["Max address space"] == str(MOST_CHILD_BYTES)
+    assert limit["Max core file size"] == "0"
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_that_is_sent_to_all_is_left_to_the_parent(
+    decoders: DecoderProcesses, frames: list[EncodedFrame], stop: signal.Signals
+) -> None:
+    expected = decoded(decoders, frames[0])
+    os.kill(children()[0], stop)
+    np.testing.assert_array_equal(decoded(decoders, frames[0]), expected)
+    assert not {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} & signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_it_ends_with_a_parent_that_is_killed(study: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ORPHAN, study], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout
+        child = Path("/proc", parent.stdout.readline().strip())
+        assert b"decoder_process" in (child / "cmdline").read_bytes()
+        parent.kill()
+    deadline = time.monotonic() + STARTS_IN_S
+    while child.exists() and "Z" not in (child / "stat").read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not child.exists() or "Z" in (child / "stat").read_text()
