@@ -22,10 +22,12 @@ from pydicom.datadict import dictionary_VR
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.errors import BytesLengthException, InvalidDicomError
+from pydicom.filereader import _read_file_meta_info, read_preamble
 from pydicom.tag import Tag
 from pydicom.uid import (
     UID,
     CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
     EnhancedCTImageStorage,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -89,6 +91,10 @@ CT_CLASSES = FRAME_CLASSES | {CTImageStorage}
 # A header has no longer value than this but the pixels, which stay on disk until they are asked for.
 LONGEST_HEADER_VALUE = 65536
 PREAMBLE_LENGTH = 128
+# Of a file that is deflated as a whole; a slice of 4096 x 4096 is half of it. Deflate makes at most 1032 bytes of one.
+LARGEST_INFLATED_BYTES = 64 << 20
+DEFLATE_RATIO = 1032
+INFLATED_CHUNK = 1 << 20
 UID_TAIL_LENGTH = 8
 # A UID that may stand in a message: in a damaged file anything may stand in its place.
 PLAIN_UID = re.compile(r"[0-9.]{1,64}")
@@ -309,7 +315,10 @@ def read_header(path: Path) -> CTHeader | None:
             head = file.read(PREAMBLE_LENGTH + 4)
             has_preamble = head[PREAMBLE_LENGTH:] == b"DICM"
             if has_preamble or _starts_without_preamble(head):
-                header = _parse_header(path, file, size)
+                if _inflates_well(file, size):
+                    header = _parse_header(path, file, size)
+                else:
+                    damage = f"it does not inflate to at most {LARGEST_INFLATED_BYTES >> 20} MiB"
     except OSError as error:
         raise StudyError(f"{path.name} cannot be read: {error.strerror or error}") from error
     if header and CT_CLASSES & {*header.sop_class_uids}:
@@ -325,11 +334,29 @@ def read_header(path: Path) -> CTHeader | None:
     return header
 
 
+def _inflates_well(file: BinaryIO, size: int) -> bool:
+    """Whether an open file is safe to parse: where it is deflated, pydicom inflates it whole."""
+    if size * DEFLATE_RATIO <= LARGEST_INFLATED_BYTES:
+        return True
+    file.seek(0)
+    inflater, left = zlib.decompressobj(-zlib.MAX_WBITS), LARGEST_INFLATED_BYTES
+    try:
+        read_preamble(file, force=True)
+        if _read_file_meta_info(file).get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+            return True
+        while left >= 0 and (packed := inflater.unconsumed_tail or file.read(INFLATED_CHUNK)):
+            left -= len(inflater.decompress(packed, INFLATED_CHUNK))
+    except DAMAGED:
+        return False
+    return left >= 0
+
+
 def _parse_header(path: Path, file: BinaryIO, size: int) -> CTHeader | None:
     """The header of an open file; None where it is damaged."""
     file.seek(0)
     try:
         dataset = pydicom.dcmread(file, defer_size=LONGEST_HEADER_VALUE, specific_tags=list(TAGS.values()), force=True)
+        dataset.buffer = None  # of a file that was deflated: all of it
         list(dataset.file_meta)  # converts its values: what is damaged there shows here
     except DAMAGED:
         return None

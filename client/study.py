@@ -122,7 +122,12 @@ def volume_from_series(series: CTSeries) -> CTVolume:
         StudyError: pixels that cannot be read or decoded.
     """
     check_codecs(s.pixels.transfer_syntax_uid for s in series.slices if s.pixels.offset is None)
-    hu = np.empty(series.geometry.shape, np.int16)
+    try:
+        hu = np.empty(series.geometry.shape, np.int16)
+    except MemoryError as error:
+        raise StudyError(
+            f"{series.geometry.shape} voxels (z, y, x) are more than this machine has memory for; expected one CT series"
+        ) from error
     # pydicom's warnings quote values: a patient's name among them.
     with warnings.catch_warnings(), DecoderProcesses() as decoders, ThreadPoolExecutor(READ_THREADS) as pool:
         warnings.simplefilter("ignore")
@@ -136,7 +141,8 @@ def _read_slice(series: CTSeries, hu: HounsfieldArray, decoders: DecoderProcesse
     try:
         read_hu(found.path, found.pixels, hu[z], decoders)
     except StudyError as error:
-        raise StudyError(f"slice {z + 1} of {len(hu)}, {error}") from error
+        # The cause stays: a node tries again what was the disk's fault.
+        raise StudyError(f"slice {z + 1} of {len(hu)}, {error}") from error.__cause__
 
 
 def _read_stacks(study_dir: Path) -> dict[str, list[CTHeader]]:

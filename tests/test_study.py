@@ -12,6 +12,7 @@ import pydicom
 import pytest
 import SimpleITK
 from pydicom.pixels.decoders.base import get_decoder
+from pydicom.tag import Tag
 from pydicom.uid import (
     UID,
     CTImageStorage,
@@ -28,6 +29,7 @@ from pydicom.uid import (
 )
 
 from anatomynet.client.ct_writer import write_ct_series
+from anatomynet.client.headers import LARGEST_INFLATED_BYTES
 from anatomynet.client.study import CTSeries, read_ct_series, volume_from_series
 from anatomynet.engine.errors import AnatomyNetError, GeometryError, StudyError
 from anatomynet.engine.geometry import Direction
@@ -201,6 +203,20 @@ def test_transfer_syntaxes_bring_the_same_volume(study: Study, syntax: UID) -> N
         fresh.file_meta = dataset.file_meta
         fresh.save_as(path, enforce_file_format=True)
     np.testing.assert_array_equal(volume_from_series(read_ct_series(folder)).hu, expected)
+
+
+@pytest.mark.parametrize("preamble", [True, False])
+def test_a_slice_that_inflates_without_end_is_refused(study: Study, preamble: bool) -> None:
+    folder, paths = study
+    dataset = pydicom.dcmread(paths[0])
+    dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    dataset.add_new(Tag(0xFFFC, 0xFFFC), "OB", bytes(LARGEST_INFLATED_BYTES))  # padding, which nobody reads
+    dataset.save_as(paths[0], implicit_vr=False, little_endian=True)
+    assert paths[0].stat().st_size < LARGEST_INFLATED_BYTES / 900
+    if not preamble:
+        paths[0].write_bytes(paths[0].read_bytes()[132:])
+    with pytest.raises(StudyError, match=r"CT0001.dcm is damaged: it does not inflate to at most 64 MiB"):
+        read_ct_series(folder)
 
 
 def test_files_without_preamble_are_read(study: Study) -> None:
