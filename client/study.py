@@ -126,7 +126,7 @@ def volume_from_series(series: CTSeries) -> CTVolume:
         hu = np.empty(series.geometry.shape, np.int16)
     except MemoryError as error:
         raise StudyError(
-            f"{series.geometry.shape} voxels (z, y, x) are more than this machine has memory for; expected one CT series"
+            f"{series.geometry.shape} voxels (z, y, x) are more than this machine has memory for; expected one CT"
         ) from error
     # pydicom's warnings quote values: a patient's name among them.
     with warnings.catch_warnings(), DecoderProcesses() as decoders, ThreadPoolExecutor(READ_THREADS) as pool:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from anatomynet.client.ct_writer import write_ct_series
+from anatomynet.client.study import CTSeries
 from anatomynet.engine.geometry import Direction, VolumeGeometry
 from anatomynet.engine.volume import CTVolume
 
@@ -88,6 +89,13 @@ def complaints(judge: str, *paths: Path) -> list[str]:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{judge} is not installed: apt install dicom3tools")
     result = subprocess.run([judge, *map(str, paths)], capture_output=True, text=True, check=False)
     return [line for line in result.stderr.splitlines() if line.startswith(("Error", "Warning", "(0x"))]
+
+
+def errors_of_judges(series: CTSeries, *results: Path) -> list[str]:
+    """What dciodvfy calls an error in each of a series' results, and dcentvfy in all of them together with the CT."""
+    found = [f"{path.name}: {line}" for path in results for line in complaints("dciodvfy", path)]
+    found += complaints("dcentvfy", *results, *dict.fromkeys(s.path for s in series.slices))
+    return [line for line in found if "Error" in line]
 
 
 def masks_by_plastimatch(rtstruct: Path, study: Path, folder: Path) -> dict[str, tuple[Mask, VolumeGeometry]]:
