@@ -5,7 +5,6 @@ before each for the one ahead of it. A study that cannot be drawn is an outcome 
 """
 
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ from anatomynet.client.connection import connected
 from anatomynet.client.headers import UID_TAIL_LENGTH
 from anatomynet.client.outputs import output_paths
 from anatomynet.client.pipeline import DEFAULTS, SegmentOptions, Task, draw_series, task_for, write_drawing
+from anatomynet.client.quiet import quiet_libraries
 from anatomynet.client.records import files_of, is_done, record_of, write_recorded
 from anatomynet.client.report import StageClock
 from anatomynet.client.structure_table import load_structure_table
@@ -105,9 +105,8 @@ def segment_found(
 
     def outcomes() -> Iterator[StudyOutcome]:
         with ExitStack() as stack:
-            # pydicom's warnings quote values, and threads that turn them off and on would do so for each other.
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")
+            # Threads that turn warnings off and on would do so for each other.
+            stack.enter_context(quiet_libraries())
             task = task_for(options, runtime or stack.enter_context(connected(options.server)), table)
             run = _Run(task, all_series)
             pool = stack.enter_context(ThreadPoolExecutor(IN_FLIGHT))

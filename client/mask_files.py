@@ -3,7 +3,6 @@
 Nothing is resampled: a file whose voxels are not those of the CT is refused.
 """
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import SegmentationStorage
 
 from anatomynet.client.headers import DAMAGED
+from anatomynet.client.quiet import quiet_libraries
 from anatomynet.client.structure_set import (
     Mask,
     StructureSet,
@@ -73,8 +73,7 @@ def _sop_class_uid(path: Path) -> str:
 def _read_seg(path: Path, series: CTSeries, wanted: Wanted) -> StructureSet:
     """A segmentation's segments (PS3.3 C.8.20), each frame on the slice at its position."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom's warnings quote values: a patient's name among them
+        with quiet_libraries():
             dataset = pydicom.dcmread(path)
             _check_seg_grid(dataset, series, path)
             names = {int(s.SegmentNumber): str(s.SegmentLabel) for s in dataset.SegmentSequence}

@@ -3,7 +3,6 @@
 Every point is placed by its own slice's ImagePositionPatient and the orientation that all slices share.
 """
 
-import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from io import BytesIO
@@ -19,6 +18,7 @@ from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_
 
 from anatomynet import __version__
 from anatomynet.client.contours import Contour, StructureContours
+from anatomynet.client.quiet import quiet_libraries
 from anatomynet.client.structure_table import RoiStyle, StructureTable, load_structure_table
 from anatomynet.client.study import CTSeries, CTSlice
 from anatomynet.engine.errors import GeometryError, OutputError
@@ -73,9 +73,7 @@ def write_rtstruct(
         if remarks := remarks_on(found.structure, findings, notes):
             dataset.StructureSetROISequence[-1].ROIDescription = remarks
     buffer = BytesIO()
-    # pydicom's warnings quote values: a patient's name among them.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_libraries():
         dataset.save_as(buffer, enforce_file_format=True)
     write_whole(path, buffer.getvalue(), overwrite=overwrite)
 
@@ -122,13 +120,18 @@ def _structure_set(series: CTSeries, model_description: str) -> Dataset:
         ROIContourSequence=[],
         RTROIObservationsSequence=[],
     )
-    dataset.update(series.header)
-    for keyword in TYPE_2_KEYWORDS:
-        if keyword not in dataset:
-            setattr(dataset, keyword, "")
+    copy_patient_and_study(series, dataset)
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     return dataset
+
+
+def copy_patient_and_study(series: CTSeries, dataset: Dataset) -> None:
+    """Puts what a CT says of patient and study into an object of the same study, byte for byte."""
+    dataset.update(series.header)
+    for keyword in TYPE_2_KEYWORDS:
+        if keyword not in series.header:
+            setattr(dataset, keyword, "")
 
 
 # Attributes that must be there, empty where the CT has none (PS3.3 C.7.1.1, C.7.2.1, C.7.4.1).

@@ -1,6 +1,5 @@
 """LabelMap -> a DICOM Segmentation (PS3.3 A.51), one binary segment a structure, beside the RTSTRUCT."""
 
-import warnings
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -15,7 +14,9 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 
 from anatomynet import __version__
-from anatomynet.client.rtstruct import remarks_on
+from anatomynet.client.headers import PATIENT_AND_STUDY_KEYWORDS
+from anatomynet.client.quiet import quiet_libraries
+from anatomynet.client.rtstruct import TYPE_2_KEYWORDS, copy_patient_and_study, remarks_on
 from anatomynet.client.structure_table import RoiStyle, StructureTable, load_structure_table
 from anatomynet.client.study import CTSeries
 from anatomynet.engine.errors import GeometryError, OutputError
@@ -93,9 +94,7 @@ def write_seg(
         if remarks := remarks_on(structure, findings, label_map.notes):
             segment.SegmentDescription = remarks
     buffer = BytesIO()
-    # pydicom's and highdicom's warnings quote values: a patient's name among them.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_libraries():
         segmentation = highdicom.seg.Segmentation(
             **_source(highdicom, series, numbers[label_map.labels]),
             segmentation_type="BINARY",
@@ -112,6 +111,7 @@ def write_seg(
             content_description="AnatomyNet automatic contours",
         )
         segmentation.SeriesDescription = "AnatomyNet automatic segments"
+        copy_patient_and_study(series, segmentation)
         segmentation.save_as(buffer, enforce_file_format=True)
     write_whole(path, buffer.getvalue(), overwrite=overwrite)
 
@@ -119,7 +119,7 @@ def write_seg(
 def _source(highdicom: Any, series: CTSeries, labels: NDArray[np.uint8]) -> dict[str, Any]:
     """The images that were segmented, and their labels in the same order: of a file of frames, its own."""
     paths = list(dict.fromkeys(s.path for s in series.slices))
-    images = [pydicom.dcmread(path, stop_before_pixels=True) for path in paths]
+    images = [_without_patient(pydicom.dcmread(path, stop_before_pixels=True)) for path in paths]
     first = series.slices[0]
     if not first.frame:
         return {"source_images": images, "pixel_array": labels}
@@ -137,6 +137,18 @@ def _source(highdicom: Any, series: CTSeries, labels: NDArray[np.uint8]) -> dict
     shared[0].PixelMeasuresSequence = highdicom.PixelMeasuresSequence((row_spacing, column_spacing), slice_spacing)
     images[0].SharedFunctionalGroupsSequence = shared
     return {"source_images": images, "pixel_array": planes}
+
+
+def _without_patient(image: Dataset) -> Dataset:
+    """An image that names nobody: highdicom logs a name that it finds odd, and fails on a date that is none."""
+    for tag in tuple(image.group_dataset(0x0010).keys()):
+        del image[tag]
+    for keyword in (*PATIENT_AND_STUDY_KEYWORDS, *TYPE_2_KEYWORDS):
+        if keyword in image and not keyword.endswith("UID"):
+            del image[keyword]
+    for keyword in TYPE_2_KEYWORDS:
+        setattr(image, keyword, "^" if keyword == "PatientName" else "")
+    return image
 
 
 def _segment(highdicom: Any, number: int, structure: Structure, style: RoiStyle) -> Dataset:

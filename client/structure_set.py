@@ -5,7 +5,6 @@ are taken together by the even-odd rule: a keyhole leaves its hole, and so does 
 systems write and read them.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from pydicom.uid import UID, RTStructureSetStorage
 
 from anatomynet.client.contours import Contour
 from anatomynet.client.headers import DAMAGED, uid_tail
+from anatomynet.client.quiet import quiet_libraries
 from anatomynet.client.study import CTSeries
 from anatomynet.engine.errors import StudyError
 from anatomynet.engine.geometry import Index, VolumeGeometry
@@ -139,9 +139,7 @@ def fill_contours(polygons: Sequence[Contour], shape: Index) -> tuple[Index, Mas
 
 def _read_rtstruct(path: Path) -> Dataset:
     try:
-        # pydicom's warnings quote values: a patient's name among them.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet_libraries():
             dataset = pydicom.dcmread(path)
             found = dataset.get("SOPClassUID", UID(""))
     except OSError as error:

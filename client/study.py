@@ -4,7 +4,6 @@ Whatever would let a contour land in the wrong place is refused here, once: what
 axis-aligned stack of CT slices, each with its own position in the patient.
 """
 
-import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from anatomynet.client.decoder_process import DecoderProcesses
 from anatomynet.client.frames import check_parts, frame_headers
 from anatomynet.client.headers import UID_TAIL_LENGTH, CTHeader, patient_and_study, read_headers, uid_tail
 from anatomynet.client.pixels import StoredPixels, read_hu, stored_pixels
+from anatomynet.client.quiet import quiet_libraries
 from anatomynet.client.stack import sorted_slices
 from anatomynet.engine.errors import GeometryError, StudyError
 from anatomynet.engine.geometry import Point, VolumeGeometry
@@ -128,9 +128,7 @@ def volume_from_series(series: CTSeries) -> CTVolume:
         raise StudyError(
             f"{series.geometry.shape} voxels (z, y, x) are more than this machine has memory for; expected one CT"
         ) from error
-    # pydicom's warnings quote values: a patient's name among them.
-    with warnings.catch_warnings(), DecoderProcesses() as decoders, ThreadPoolExecutor(READ_THREADS) as pool:
-        warnings.simplefilter("ignore")
+    with quiet_libraries(), DecoderProcesses() as decoders, ThreadPoolExecutor(READ_THREADS) as pool:
         deque(pool.map(partial(_read_slice, series, hu, decoders), range(len(hu))), maxlen=0)
     return CTVolume(hu, series.geometry)
 
@@ -146,9 +144,7 @@ def _read_slice(series: CTSeries, hu: HounsfieldArray, decoders: DecoderProcesse
 
 
 def _read_stacks(study_dir: Path) -> dict[str, list[CTHeader]]:
-    # pydicom's warnings quote values: a patient's name among them.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_libraries():
         files, others = read_headers(Path(study_dir))
         headers = [header for file in files for header in (frame_headers(file) if file.enhanced else [file])]
     if not headers:

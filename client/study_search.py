@@ -10,7 +10,6 @@ One CT file of each folder is asked for its patient and study. So two patients n
 CT beside studies becomes one that is refused by its name, and nothing is passed over in silence.
 """
 
-import warnings
 import zipfile
 import zlib
 from collections import Counter
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anatomynet.client.headers import CT_CLASSES, PREAMBLE_LENGTH, read_header
+from anatomynet.client.quiet import quiet_libraries
 from anatomynet.engine.errors import StudyError
 
 # Patient and study of one CT file, or a zip file's path.
@@ -87,9 +87,7 @@ def _distinct_names(paths: Sequence[tuple[Path, int]]) -> list[str]:
 def _studies_in(given: Path, skipped: frozenset[Path]) -> Iterator[Path]:
     if not given.is_dir():
         return iter([given])
-    # pydicom's warnings quote values: a patient's name among them.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_libraries():
         return _studies_of(_scanned(given, skipped, above=frozenset()))
 
 

@@ -1,6 +1,7 @@
 """RTSTRUCT, SEG and NIfTI say the same, voxel for voxel, to tools that no one here wrote."""
 
 import builtins
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import pydicom
 import pytest
 
 from anatomynet.client.contours import exact_tolerance_mm, trace_contours
+from anatomynet.client.headers import PATIENT_AND_STUDY_KEYWORDS
 from anatomynet.client.mask_files import read_structures
 from anatomynet.client.nifti import write_nifti
 from anatomynet.client.outputs import output_paths
-from anatomynet.client.rtstruct import write_rtstruct
+from anatomynet.client.rtstruct import TYPE_2_KEYWORDS, write_rtstruct
 from anatomynet.client.seg import ANATOMY, write_seg
 from anatomynet.client.structure_table import load_structure_table
 from anatomynet.client.study import CTSeries, read_ct_series
@@ -20,7 +22,7 @@ from anatomynet.engine.errors import GeometryError, OutputError
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.structures import STRUCTURES
 from anatomynet.engine.volume import LabelMap
-from tests.dicom_studies import DIRECTIONS, complaints, masks_by_plastimatch, on_grid, random_volume, write_study
+from tests.dicom_studies import DIRECTIONS, complaints, edit, masks_by_plastimatch, on_grid, random_volume, write_study
 from tests.test_rtstruct import CATALOGUE, SHAPE, hard_labels
 
 pytest.importorskip("highdicom")
@@ -100,6 +102,38 @@ def test_the_segmentation_refers_to_its_series(tmp_path: Path, series: CTSeries,
     (kind,) = parotid.SegmentedPropertyTypeCodeSequence
     assert (kind.CodeValue, kind.SegmentedPropertyTypeModifierCodeSequence[0].CodeMeaning) == ("45289007", "Right")
     assert not [line for line in complaints("dciodvfy", tmp_path / "seg.dcm") if line.startswith("Error")]
+
+
+ODD_HEADERS: dict[str, dict[str, Any]] = {
+    "a name without a caret": {"PatientName": "Secret"},  # highdicom warns of it, by its value
+    "nothing that may be empty": dict.fromkeys(TYPE_2_KEYWORDS),
+    "a sex that is none": {"PatientSex": "W"},
+    "more than a SEG needs": {"PatientComments": "Secret", "StudyDescription": "Secret", "PatientAge": "064Y"},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
+@pytest.mark.parametrize("case", ODD_HEADERS)
+def test_of_the_patient_a_segmentation_says_what_the_rtstruct_says(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], case: str
+) -> None:
+    paths = write_study(tmp_path / "study", random_volume(SHAPE))
+    for path in paths:
+        edit(path, **ODD_HEADERS[case])
+        path.write_bytes(path.read_bytes().replace(b"19610102", b"1961.1.2"))
+    series = read_ct_series(tmp_path / "study")
+    label_map = LabelMap(hard_labels(), series.geometry, CATALOGUE)
+    caplog.set_level(logging.DEBUG)
+    caplog.clear()
+    write_seg(tmp_path / "seg.dcm", series, label_map)
+    assert caplog.records == []
+    assert capfd.readouterr() == ("", "")
+    write_rtstruct(tmp_path / "rs.dcm", series, trace_contours(label_map))
+    seg, rtstruct = (pydicom.dcmread(tmp_path / name) for name in ("seg.dcm", "rs.dcm"))
+    for keyword in (*PATIENT_AND_STUDY_KEYWORDS, "PatientComments", "PatientAge"):
+        assert (keyword in seg) == (keyword in rtstruct), keyword
+        if keyword in seg:
+            assert seg.get_item(keyword).value == rtstruct.get_item(keyword).value, keyword
 
 
 def test_every_structure_has_a_code() -> None:
