@@ -131,6 +131,7 @@ def _check_options(found: Sequence[FoundStudy], options: SegmentOptions) -> None
     for name in ("report", "picture", "review"):
         if getattr(options, name):
             raise OutputError(f"--{name} names one file, and there may be many studies; leave it out")
+    options.validate()
 
 
 def _output_names(found: Sequence[FoundStudy], options: SegmentOptions, folder: Path | None) -> list[Path]:

@@ -5,6 +5,7 @@
 `draw_series` and `write_drawing` are its two halves, for who reads and writes studies otherwise.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from anatomynet.client.structure_table import (
 from anatomynet.client.study import CTSeries, read_ct_series, volume_from_series
 from anatomynet.client.study_files import opened_study
 from anatomynet.client.unvalidated import unvalidated_findings, without_unvalidated
+from anatomynet.engine.errors import OutputError
 from anatomynet.engine.findings import Finding, find_warnings
 from anatomynet.engine.output import refuse_existing
 from anatomynet.engine.regions import Region, regions_from_label_map
@@ -66,6 +68,17 @@ class SegmentOptions:
     picture: Path | None = None
     review: Path | None = None
     overwrite: bool = False
+
+    def validate(self) -> None:
+        """Refuses what would fail, or mislead, after the work is done.
+
+        Raises:
+            OutputError: a tolerance below 0, files that are there.
+        """
+        if self.tolerance_mm is not None and not 0 <= self.tolerance_mm < math.inf:
+            raise OutputError(f"a tolerance of {self.tolerance_mm} mm; expected 0 or more")
+        for path in filter(None, (self.report, self.picture, self.review)):
+            refuse_existing(path, overwrite=self.overwrite)
 
 
 DEFAULTS = SegmentOptions()
@@ -148,8 +161,7 @@ def segment_study(
     """
     study = Path(study)
     outputs = output_paths(",".join(options.output_types), study, output=options.output, overwrite=options.overwrite)
-    for path in filter(None, (options.report, options.picture, options.review)):
-        refuse_existing(path, overwrite=options.overwrite)
+    options.validate()
     clock = StageClock()
     with ExitStack() as stack:
         table = load_structure_table(options.structure_table)
