@@ -17,6 +17,12 @@ from anatomynet.engine.errors import StudyError
 from anatomynet.engine.volume import HounsfieldArray
 
 BYTES_PER_PIXEL = 2
+# Beside its pixels: tables, comments, offsets.
+LONGEST_STREAM_HEADER = 64 << 10
+START_OF_CODESTREAM = b"\xff\x4f\xff\x51"
+JP2_SIGNATURE = b"\0\0\0\x0cjP  \r\n\x87\n"
+# Bits of a sample, rows, columns, components.
+StreamSize = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -34,19 +40,21 @@ class Codec:
     may_abort: bool = False
 
 
+UNKNOWN = Codec("")
+
 # By the beginning of a transfer syntax's name. The licences are permissive: pylibjpeg-libjpeg, the usual answer for
 # lossless JPEG, is GPL. gdcm answers some damages with abort() or a segmentation fault, so it decodes in a process
 # apart (decoder_process.py), which costs its start and a copy of each slice. The others need not pay that: OpenJPEG and
 # CharLS hand every error back, and thousands of damaged streams ended in none otherwise (tests/fuzz_reader.py); RLE is
 # decoded by pydicom in Python. Never a second decoder after the first failed: gdcm reads JPEG 2000 and JPEG-LS too.
 CODECS = {
+    "JPEG Extended": UNKNOWN,  # 12 bits, lossy: gdcm's is built for 8
     "JPEG 2000": Codec("pylibjpeg", "pylibjpeg-openjpeg"),
     "High-Throughput JPEG 2000": Codec("pylibjpeg", "pylibjpeg-openjpeg"),
     "JPEG-LS": Codec("pyjpegls", "pyjpegls"),
     "JPEG": Codec("gdcm", "python-gdcm", may_abort=True),
     "RLE": Codec("pydicom"),
 }
-UNKNOWN = Codec("")
 
 
 @dataclass(frozen=True)
@@ -147,27 +155,65 @@ def _decoded(frame: EncodedFrame) -> NDArray[np.generic]:
         if uid.is_encapsulated:
             options["decoding_plugin"] = plugin = codec_of(uid).plugin
             file.seek(frame.start)
-            if plugin == "gdcm":
-                _check_jpeg(get_frame(file, frame.index, number_of_frames=frame.count), frame)
+            _check_stream(get_frame(file, frame.index, number_of_frames=frame.count), frame, plugin)
         file.seek(frame.start)
         found: NDArray[np.generic] = get_decoder(uid).as_array(file, index=frame.index, **options)[0]
     return found
 
 
-def _check_jpeg(stream: bytes, frame: EncodedFrame) -> None:
-    """Refuse what gdcm would write beyond its buffer for, which need not show."""
-    header = jpeg_header(stream)
-    if header is None or header[1:] != (frame.rows, frame.columns) or not 8 < header[0] <= 16:
-        raise ValueError("the JPEG stream is of another size than its header says")
+def _check_stream(stream: bytes, frame: EncodedFrame, plugin: str) -> None:
+    """Refuse what a decoder would fill the memory with, or write beyond its buffer: it goes by the stream's own size.
+
+    Raises:
+        ValueError: a stream that cannot hold this frame.
+    """
+    if len(stream) > 2 * BYTES_PER_PIXEL * frame.rows * frame.columns + LONGEST_STREAM_HEADER:
+        raise ValueError("the stream is longer than its pixels")  # and RLE makes up to 64 bytes of each of its own
+    if plugin == CODECS["RLE"].plugin:  # which says nothing of its size
+        return
+    size = j2k_size(stream) if plugin == CODECS["JPEG 2000"].plugin else jpeg_size(stream)
+    if size is None or size[1:] != (frame.rows, frame.columns, 1):
+        raise ValueError("the stream is of another size than its header says")
+    if plugin == CODECS["JPEG"].plugin and not 8 < size[0] <= 16:
+        raise ValueError("the stream's samples are of another size than its header says")
 
 
-def jpeg_header(stream: bytes) -> tuple[int, int, int] | None:
-    """Bits of a sample, rows and columns, as a JPEG's own frame header has them (ISO 10918-1 B.2.2), or None."""
+def jpeg_size(stream: bytes) -> StreamSize | None:
+    """What a JPEG's or JPEG-LS's own frame header says (ISO 10918-1 B.2.2, ISO 14495-1 C.2.2), or None without one."""
     place = 2  # after the start of image
-    while place + 9 <= len(stream) and stream[place] == 0xFF:
+    while place + 10 <= len(stream) and stream[place] == 0xFF:
         marker = stream[place + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # those are no frame headers
-            bits, rows, columns = struct.unpack_from(">BHH", stream, place + 4)
-            return bits, rows, columns
-        place += 2 + int.from_bytes(stream[place + 2 : place + 4], "big")
+        if marker == 0xFF:  # fills up
+            place += 1
+        # Of this range three are no frame headers; 0xF7 is JPEG-LS's.
+        elif marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            bits, rows, columns, components = struct.unpack_from(">BHHB", stream, place + 4)
+            return bits, rows, columns, components
+        else:
+            place += 2 + int.from_bytes(stream[place + 2 : place + 4], "big")
     return None
+
+
+def j2k_size(stream: bytes) -> StreamSize | None:
+    """What a JPEG 2000 codestream says in its SIZ segment (ISO 15444-1 A.5.1), or None without one."""
+    place = _codestream_place(stream)
+    if stream[place : place + 4] != START_OF_CODESTREAM or len(stream) < place + 43:
+        return None
+    # Width and height reach to the end of the grid, and the image begins at an offset in it.
+    right, bottom, left, top = struct.unpack_from(">IIII", stream, place + 8)
+    (components,) = struct.unpack_from(">H", stream, place + 40)
+    bits = (stream[place + 42] & 0x7F) + 1
+    return bits, bottom - top, right - left, components
+
+
+def _codestream_place(stream: bytes) -> int:
+    """Where a codestream begins: at once, as DICOM wants it, or in a JP2 file's box "jp2c" (ISO 15444-1 I.4)."""
+    place = 0
+    while stream.startswith(JP2_SIGNATURE) and place + 8 <= len(stream):
+        length = int.from_bytes(stream[place : place + 4], "big")
+        if stream[place + 4 : place + 8] == b"jp2c":
+            return place + (16 if length == 1 else 8)
+        if length < 8:  # the last box, or one of a length that no slice has
+            break
+        place += length
+    return 0

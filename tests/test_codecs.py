@@ -1,6 +1,7 @@
 """Compressed slices bring the same Hounsfield units; who compressed them is pydicom's plugins and dcmtk."""
 
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -9,17 +10,30 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import UID, JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
+from pydicom.uid import UID, JPEG2000Lossless, JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
 
+from anatomynet.client.codecs import JP2_SIGNATURE
 from anatomynet.client.study import read_ct_series, volume_from_series
 from anatomynet.engine.volume import HounsfieldArray
-from tests.dicom_studies import random_volume, write_study
+from tests.dicom_studies import edit, random_volume, write_study
 
 SHAPE = (3, 72, 80)  # JPEG 2000 halves a slice five times
 SEGMENT = "import sys; from anatomynet.client.cli import main; main(['segment', sys.argv[1]])"
 # Bytes from a JPEG's start whose damage ends gdcm's process: in the JFIF segment by SIGABRT, in its table of Huffman
 # codes too, in its precision by SIGSEGV.
 DEADLY_PLACES = {"JFIF": (11, 0xFE), "Huffman table": (33, 0x83), "precision": (24, 0x50)}
+# The error of a study, and the process' peak memory in MB.
+PEAK = """
+import resource, sys
+from pathlib import Path
+from anatomynet.client.study import read_ct_series, volume_from_series
+from anatomynet.engine.errors import StudyError
+try:
+    volume_from_series(read_ct_series(Path(sys.argv[1])))
+except StudyError as error:
+    print(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+"""
 WITHOUT_CODECS = """
 import sys
 sys.modules.update(dict.fromkeys(["gdcm", "pylibjpeg", "openjpeg", "jpeg_ls", "PIL"]))
@@ -84,6 +98,51 @@ def test_a_stream_of_another_size_than_its_header_says_is_refused(tmp_path: Path
     assert "CT0001.dcm" in refused(tmp_path / "study")
 
 
+def larger(stream: bytearray, syntax: UID) -> None:
+    """A few kilobytes say that they are gigabytes."""
+    if syntax == JPEG2000Lossless:
+        siz = stream.index(b"\xff\x4f\xff\x51")
+        struct.pack_into(">IIIIII", stream, siz + 8, 20_000, 20_000, 0, 0, 20_000, 20_000)
+    elif syntax == RLELossless:
+        start = stream.rindex(b"\xe0\x7f\x10\x00OB")
+        pixels = pydicom.encaps.encapsulate([struct.pack("<16I", 2, 64, 66, *[0] * 13) + b"\x81\0" * 8_000_000])
+        stream[start + 12 :] = pixels + b"\xfe\xff\xdd\xe0\0\0\0\0"
+    else:
+        struct.pack_into(">HH", stream, stream.index(b"\xff\xf7") + 5, 30_000, 30_000)
+
+
+@pytest.mark.parametrize("syntax", [JPEG2000Lossless, JPEGLSLossless, RLELossless], ids=lambda uid: uid.name)
+def test_a_stream_that_would_fill_the_memory_is_refused(tmp_path: Path, syntax: UID) -> None:
+    if not get_decoder(syntax).is_available:
+        pytest.skip(f"no decoder for {syntax.name}: pip install 'anatomynet[codecs]'")
+    paths = write_study(tmp_path / "study", random_volume(SHAPE))
+    for path in paths:
+        compress(path, syntax)
+    data = bytearray(paths[1].read_bytes())
+    larger(data, syntax)
+    paths[1].write_bytes(data)
+    run = subprocess.run([sys.executable, "-c", PEAK, tmp_path / "study"], capture_output=True, text=True, check=True)
+    error, megabytes = run.stdout.splitlines()
+    assert error.startswith("slice 2 of 3, CT0002.dcm is damaged: its pixels cannot be decoded")
+    assert int(megabytes) < 300
+
+
+@pytest.mark.parametrize("boxed", [False, True], ids=["codestream", "JP2 file"])
+def test_a_jpeg_2000_may_lie_in_a_jp2_file(tmp_path: Path, boxed: bool) -> None:
+    """DICOM wants the codestream alone; some archives keep the file."""
+    openjpeg = pytest.importorskip("openjpeg.utils", reason="pip install 'anatomynet[codecs]'")
+    volume = random_volume(SHAPE)
+    for path, plane in zip(write_study(tmp_path / "study", volume), volume.hu, strict=True):
+        dataset = pydicom.dcmread(path)
+        stream = openjpeg.encode_array(plane, codec_format=int(boxed))
+        assert stream.startswith(JP2_SIGNATURE) == boxed
+        dataset.PixelData = pydicom.encaps.encapsulate([stream])
+        dataset["PixelData"].is_undefined_length = True
+        dataset.file_meta.TransferSyntaxUID = JPEG2000Lossless
+        dataset.save_as(path, implicit_vr=False, little_endian=True)
+    np.testing.assert_array_equal(volume_from_series(read_ct_series(tmp_path / "study")).hu, volume.hu)
+
+
 @pytest.mark.parametrize("place", DEADLY_PLACES)
 def test_a_stream_that_ends_its_decoder_is_one_line_that_says_where(tmp_path: Path, place: str) -> None:
     paths = write_study(tmp_path / "study", random_volume(SHAPE))
@@ -94,6 +153,28 @@ def test_a_stream_that_ends_its_decoder_is_one_line_that_says_where(tmp_path: Pa
     data[data.index(b"\xff\xd8\xff\xe0") + offset] = value
     paths[1].write_bytes(data)
     assert refused(tmp_path / "study").startswith("error: slice 2 of 3, CT0002.dcm is damaged: its pixels cannot be")
+
+
+def test_lossy_jpeg_of_12_bits_is_told_as_what_it_is(tmp_path: Path) -> None:
+    """dcmtk writes it, gdcm does not read it: no slice is damaged."""
+    if shutil.which("dcmcjpeg") is None:
+        pytest.skip("dcmcjpeg is not installed: apt install dcmtk")
+    for path in write_study(tmp_path / "study", random_volume(SHAPE)):
+        edit(path, BitsStored=12, HighBit=11, PixelRepresentation=0)
+        subprocess.run(["dcmcjpeg", "+ee", "+un", path, path], check=True, capture_output=True)
+    line = refused(tmp_path / "study")
+    assert "compressed as JPEG Extended (Process 2 and 4), for which no decoder is installed: export" in line
+
+
+@pytest.mark.parametrize("selection", range(1, 8))
+def test_lossless_jpeg_of_every_prediction(tmp_path: Path, selection: int) -> None:
+    if shutil.which("dcmcjpeg") is None or not get_decoder(JPEGLossless).is_available:
+        pytest.skip("needs dcmcjpeg (apt install dcmtk) and anatomynet[codecs]")
+    volume = random_volume(SHAPE)
+    for path in write_study(tmp_path, volume):
+        subprocess.run(["dcmcjpeg", "+el", "+sv", str(selection), "+un", path, path], check=True, capture_output=True)
+        assert pydicom.dcmread(path, stop_before_pixels=True).file_meta.TransferSyntaxUID == JPEGLossless
+    np.testing.assert_array_equal(volume_from_series(read_ct_series(tmp_path)).hu, volume.hu)
 
 
 def refused(study: Path) -> str:
