@@ -44,7 +44,7 @@ UNKNOWN = Codec("")
 
 # By the beginning of a transfer syntax's name. The licences are permissive: pylibjpeg-libjpeg, the usual answer for
 # lossless JPEG, is GPL. gdcm answers some damages with abort() or a segmentation fault, so it decodes in a process
-# apart (decoder_process.py), which costs its start and a copy of each slice. The others need not pay that: OpenJPEG and
+# apart (decoder_process.py), which costs its start and copies of each slice. The others need not pay that: OpenJPEG and
 # CharLS hand every error back, and thousands of damaged streams ended in none otherwise (tests/fuzz_reader.py); RLE is
 # decoded by pydicom in Python. Never a second decoder after the first failed: gdcm reads JPEG 2000 and JPEG-LS too.
 CODECS = {
@@ -133,6 +133,22 @@ def decode_frame(frame: EncodedFrame, out: HounsfieldArray) -> None:
     out[...] = found.astype(found.dtype.newbyteorder("="), copy=False).view(np.int16)
 
 
+def encoded_stream(frame: EncodedFrame) -> bytes:
+    """A frame as it is encoded, of the size that its header says.
+
+    Raises:
+        StudyError: what cannot be read, or is of another size.
+    """
+    try:
+        with Path(frame.path).open("rb") as file:
+            file.seek(frame.start)
+            stream = get_frame(file, frame.index, number_of_frames=frame.count)
+        _check_stream(stream, frame)
+    except (OSError, *DAMAGED) as error:
+        raise undecodable(frame) from error
+    return stream
+
+
 def undecodable(frame: EncodedFrame, why: str = "") -> StudyError:
     """What to raise where a frame's pixels cannot be decoded, for a reason or without."""
     return StudyError(f"{frame.name} is damaged: its pixels cannot be decoded{why}; export the series again")
@@ -153,15 +169,15 @@ def _decoded(frame: EncodedFrame) -> NDArray[np.generic]:
     uid = UID(frame.transfer_syntax_uid)
     with Path(frame.path).open("rb") as file:
         if uid.is_encapsulated:
-            options["decoding_plugin"] = plugin = codec_of(uid).plugin
+            options["decoding_plugin"] = codec_of(uid).plugin
             file.seek(frame.start)
-            _check_stream(get_frame(file, frame.index, number_of_frames=frame.count), frame, plugin)
+            _check_stream(get_frame(file, frame.index, number_of_frames=frame.count), frame)
         file.seek(frame.start)
         found: NDArray[np.generic] = get_decoder(uid).as_array(file, index=frame.index, **options)[0]
     return found
 
 
-def _check_stream(stream: bytes, frame: EncodedFrame, plugin: str) -> None:
+def _check_stream(stream: bytes, frame: EncodedFrame) -> None:
     """Refuse what a decoder would fill the memory with, or write beyond its buffer: it goes by the stream's own size.
 
     Raises:
@@ -169,6 +185,7 @@ def _check_stream(stream: bytes, frame: EncodedFrame, plugin: str) -> None:
     """
     if len(stream) > 2 * BYTES_PER_PIXEL * frame.rows * frame.columns + LONGEST_STREAM_HEADER:
         raise ValueError("the stream is longer than its pixels")  # and RLE makes up to 64 bytes of each of its own
+    plugin = codec_of(frame.transfer_syntax_uid).plugin
     if plugin == CODECS["RLE"].plugin:  # which says nothing of its size
         return
     size = j2k_size(stream) if plugin == CODECS["JPEG 2000"].plugin else jpeg_size(stream)

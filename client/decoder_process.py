@@ -1,7 +1,7 @@
 """A decoder that may end its process gets one of its own: bounded in time and memory, it dies alone.
 
-A child lives for a series, not for a slice: it is asked by a line of JSON, and answers by one byte and the pixels.
-Nothing that it sends is taken for more than numbers: a damaged stream may have made it anyone's.
+A child (gdcm_child.py) lives for a series, not for a slice. It gets streams alone, not their files, and nothing that it
+sends is taken for more than numbers: a damaged stream may have made it anyone's.
 """
 
 import json
@@ -13,21 +13,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from io import BufferedReader
+from pathlib import Path
 from threading import Lock
 from types import TracebackType
 from typing import IO, cast
 
 import numpy as np
 
-from anatomynet.client.codecs import EncodedFrame, decode_frame, undecodable
-from anatomynet.engine.errors import AnatomyNetError, StudyError
+from anatomynet.client import gdcm_child
+from anatomynet.client.codecs import EncodedFrame, encoded_stream, undecodable
+from anatomynet.client.gdcm_child import DECODED, REFUSED
+from anatomynet.engine.errors import StudyError
 from anatomynet.engine.volume import HounsfieldArray
 
-# For one slice, which takes a hundredth of a second.
-LONGEST_DECODE_S = 10
-# Of addresses: Python with numpy takes 0.3 GB of them.
-MOST_CHILD_BYTES = 2 << 30
-DECODED, REFUSED = b"+", b"-"
+CHILD = Path(gdcm_child.__file__)
 
 
 class DecoderProcesses:
@@ -57,8 +56,9 @@ class DecoderProcesses:
         Raises:
             StudyError: the child cannot decode it, or died of it.
         """
+        stream = encoded_stream(frame)
         child = self._take()
-        status = _asked(child, frame, out)
+        status = _asked(child, frame, stream, out)
         if not status:
             raise undecodable(frame, f" ({_how_it_ended(child)})")
         with self._lock:
@@ -76,8 +76,9 @@ class DecoderProcesses:
 
 def _start_child() -> "subprocess.Popen[bytes]":
     # -P: no module is taken from the working directory, which may be a folder that came by post.
-    command = [sys.executable, "-P", "-m", __name__]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"}
+    # -S: all paths are in PYTHONPATH, and what hooks into Python's start takes longer than the child.
+    command = [sys.executable, "-P", "-S", str(CHILD)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
     try:
         with _stops_are_for_the_parent():
@@ -103,11 +104,11 @@ def _stops_are_for_the_parent() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _asked(child: "subprocess.Popen[bytes]", frame: EncodedFrame, out: HounsfieldArray) -> bytes:
+def _asked(child: "subprocess.Popen[bytes]", frame: EncodedFrame, stream: bytes, out: HounsfieldArray) -> bytes:
     """DECODED, and `out` is filled; REFUSED; nothing where the child is gone."""
     question, answer = cast(IO[bytes], child.stdin), cast(BufferedReader, child.stdout)
     try:
-        question.write(json.dumps(asdict(frame)).encode() + b"\n")
+        question.write(json.dumps({**asdict(frame), "path": "", "stream_bytes": len(stream)}).encode() + b"\n" + stream)
         question.flush()
     except BrokenPipeError:
         return b""
@@ -122,51 +123,4 @@ def _how_it_ended(child: "subprocess.Popen[bytes]") -> str:
     if status >= 0:
         return f"the decoder left with {status}"
     name = signal.Signals(-status).name
-    return f"the decoder was stopped after {LONGEST_DECODE_S} s" if name == "SIGALRM" else f"the decoder died of {name}"
-
-
-def main() -> None:
-    """The child: decodes what its standard input names until that ends."""
-    _limit_itself()
-    for line in sys.stdin.buffer:
-        frame = EncodedFrame(**json.loads(line))
-        out = np.empty((frame.rows, frame.columns), np.int16)
-        try:
-            with _bounded_in_time():
-                decode_frame(frame, out)
-        except AnatomyNetError:
-            answer = REFUSED
-        else:
-            answer = DECODED + out.tobytes()
-        sys.stdout.buffer.write(answer)
-        sys.stdout.buffer.flush()
-
-
-@contextmanager
-def _bounded_in_time() -> Iterator[None]:
-    """The process ends where the block takes too long, in the middle of a decoder's code too."""
-    if sys.platform == "win32":
-        yield
-        return
-    signal.alarm(LONGEST_DECODE_S)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-
-
-def _limit_itself() -> None:
-    if sys.platform == "win32":
-        return
-    import resource
-
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a parent may have chosen to ignore it
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # else a patient's slice lies in a core file
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
-    limit = MOST_CHILD_BYTES if most == resource.RLIM_INFINITY else min(MOST_CHILD_BYTES, most)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, most))
-
-
-if __name__ == "__main__":
-    main()
+    return "the decoder took too long" if name == "SIGALRM" else f"the decoder died of {name}"
