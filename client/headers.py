@@ -174,7 +174,7 @@ class CTHeader:
         """
         text = self.required_text(keyword)
         try:
-            values = tuple(float(part) for part in text.split("\\"))
+            values = tuple(float(part) for part in text.split("\\")) if "_" not in text else ()  # Python takes 1_0
         except ValueError:
             values = ()
         if len(values) != count or not all(map(math.isfinite, values)):

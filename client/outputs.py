@@ -102,6 +102,14 @@ def write_outputs(
             )
     with clock.stage("write"):
         if "seg" in paths:
-            write_seg(paths["seg"], series, label_map, findings=findings, table=table, overwrite=overwrite)
+            write_seg(
+                paths["seg"],
+                series,
+                label_map,
+                findings=findings,
+                model_description=style.model_description,
+                table=table,
+                overwrite=overwrite,
+            )
         if "nifti" in paths:
             write_nifti(paths["nifti"], label_map, table=table, overwrite=overwrite)

@@ -59,6 +59,7 @@ def write_seg(
     label_map: LabelMap,
     *,
     findings: Sequence[Finding] = (),
+    model_description: str = "",
     table: StructureTable | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -71,6 +72,7 @@ def write_seg(
         series: the CT that was segmented; patient, study and frame of reference are copied from it.
         label_map: on that CT's own grid.
         findings: what to look at; kept in the description of the segment that each is about, or of every segment.
+        model_description: name, version and hash of the model; kept as the parameters of each segment's algorithm.
         table: names and colours; the catalogue's without.
         overwrite: replace a file that is there.
 
@@ -89,7 +91,13 @@ def write_seg(
     numbers[present + 1] = np.arange(1, present.size + 1)
     styles = load_structure_table() if table is None else table
     structures = [label_map.structures[p] for p in present]
-    segments = [_segment(highdicom, n, s, styles[s.name]) for n, s in enumerate(structures, start=1)]
+    algorithm = highdicom.AlgorithmIdentificationSequence(
+        name="AnatomyNet",
+        family=codes.DCM.ArtificialIntelligence,
+        version=__version__,
+        parameters={"model": model_description} if model_description else None,
+    )
+    segments = [_segment(highdicom, n, s, styles[s.name], algorithm) for n, s in enumerate(structures, start=1)]
     for segment, structure in zip(segments, structures, strict=True):
         if remarks := remarks_on(structure, findings, label_map.notes):
             segment.SegmentDescription = remarks
@@ -151,7 +159,7 @@ def _without_patient(image: Dataset) -> Dataset:
     return image
 
 
-def _segment(highdicom: Any, number: int, structure: Structure, style: RoiStyle) -> Dataset:
+def _segment(highdicom: Any, number: int, structure: Structure, style: RoiStyle, algorithm: Any) -> Dataset:
     """One segment's description (PS3.3 C.8.20.4)."""
     side = SIDES.get(structure.name[-2:])
     value, meaning = ANATOMY[structure.name[:-2] if side else structure.name]
@@ -161,9 +169,7 @@ def _segment(highdicom: Any, number: int, structure: Structure, style: RoiStyle)
         segmented_property_category=codes.SCT.AnatomicalStructure,
         segmented_property_type=highdicom.sr.CodedConcept(value, "SCT", meaning),
         algorithm_type="AUTOMATIC",
-        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
-            name="AnatomyNet", family=codes.DCM.ArtificialIntelligence, version=__version__
-        ),
+        algorithm_identification=algorithm,
         display_color=highdicom.color.CIELabColor.from_rgb(*style.colour),
     )
     if side:

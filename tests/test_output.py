@@ -1,3 +1,6 @@
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -5,6 +8,16 @@ import pytest
 from anatomynet.engine.errors import OutputError
 from anatomynet.engine.output import prepare_folder, refuse_existing, write_whole
 from tests.full_disk import largest_file
+
+WRITER_BYTES = 8 << 20
+WRITER = f"""
+import itertools, sys
+from pathlib import Path
+from anatomynet.engine.output import write_whole
+print("begun", flush=True)
+for number in itertools.count():
+    write_whole(Path(sys.argv[1]), bytes([number % 256]) * {WRITER_BYTES}, overwrite=True)
+"""
 
 
 def test_a_file_is_written_whole(tmp_path: Path) -> None:
@@ -33,6 +46,23 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> Non
         write_whole(path, bytes(4096), overwrite=True)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_killed_at_any_moment_it_leaves_the_old_file_or_the_new(tmp_path: Path) -> None:
+    path = tmp_path / "result.bin"
+    found = set()
+    for moment in range(20):
+        with subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE) as writer:
+            assert writer.stdout
+            writer.stdout.readline()  # it has begun
+            time.sleep(0.003 * moment)
+            writer.kill()
+        if path.exists():
+            data = path.read_bytes()
+            assert len(data) == WRITER_BYTES
+            found |= {*data}
+            assert len({*data}) == 1
+    assert found  # some were quick enough
 
 
 def test_a_folder_that_is_not_there_is_named_before_any_work(tmp_path: Path) -> None:

@@ -22,7 +22,16 @@ from anatomynet.engine.errors import GeometryError, OutputError
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.structures import STRUCTURES
 from anatomynet.engine.volume import LabelMap
-from tests.dicom_studies import DIRECTIONS, complaints, edit, masks_by_plastimatch, on_grid, random_volume, write_study
+from tests.dicom_studies import (
+    DIRECTIONS,
+    complaints,
+    edit,
+    errors_of_judges,
+    masks_by_plastimatch,
+    on_grid,
+    random_volume,
+    write_study,
+)
 from tests.test_rtstruct import CATALOGUE, SHAPE, hard_labels
 
 pytest.importorskip("highdicom")
@@ -134,6 +143,15 @@ def test_of_the_patient_a_segmentation_says_what_the_rtstruct_says(
         assert (keyword in seg) == (keyword in rtstruct), keyword
         if keyword in seg:
             assert seg.get_item(keyword).value == rtstruct.get_item(keyword).value, keyword
+
+
+def test_every_segment_says_which_model_drew_it(tmp_path: Path, series: CTSeries, label_map: LabelMap) -> None:
+    write_seg(tmp_path / "seg.dcm", series, label_map, model_description="oar9, checkpoint 0123456789ab")
+    for segment in pydicom.dcmread(tmp_path / "seg.dcm").SegmentSequence:
+        (algorithm,) = segment.SegmentationAlgorithmIdentificationSequence
+        assert (algorithm.AlgorithmName, segment.SegmentAlgorithmName) == ("AnatomyNet", "AnatomyNet")
+        assert "oar9, checkpoint 0123456789ab" in algorithm.AlgorithmParameters
+    assert errors_of_judges(series, tmp_path / "seg.dcm") == []
 
 
 def test_every_structure_has_a_code() -> None:

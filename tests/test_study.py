@@ -11,6 +11,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK
+from pydicom.dataelem import RawDataElement
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.tag import Tag
 from pydicom.uid import (
@@ -233,6 +234,37 @@ def test_positions_rounded_to_a_tenth_are_even(tmp_path: Path) -> None:
     for k, path in enumerate(write_study(tmp_path)):
         edit(path, ImagePositionPatient=[-100.3, 45.1, round(-312.7 + 0.625 * k, 1)])
     assert read_ct_series(tmp_path).geometry.spacing[2] == pytest.approx(0.625, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"+1.171875E0\.9765625",
+        r"1.171875  \0.9765625 ",
+        r" 1171875e-6\9765.625E-4",
+        r"01.1718750000000\.97656250000000",
+    ],
+)
+def test_decimals_may_be_written_oddly(study: Study, text: str) -> None:
+    folder, paths = study
+    expected = read_ct_series(folder).geometry
+    for path in paths:
+        dataset = pydicom.dcmread(path)
+        dataset["PixelSpacing"] = RawDataElement(Tag("PixelSpacing"), "DS", len(text), text.encode(), 0, False, True)
+        dataset.save_as(path)
+    assert read_ct_series(folder).geometry == expected
+
+
+@pytest.mark.parametrize("text", [r"1_0\1", r"0x10\1", r"1,5\1", r"1\inf", r"1", r"1\2\3", "\\", "1\\\u0661"])
+def test_what_is_no_decimal_is_refused(study: Study, text: str) -> None:
+    folder, paths = study
+    for path in paths:
+        dataset = pydicom.dcmread(path)
+        data = text.encode()
+        dataset["PixelSpacing"] = RawDataElement(Tag("PixelSpacing"), "DS", len(data), data, 0, False, True)
+        dataset.save_as(path)
+    with pytest.raises(StudyError, match="PixelSpacing is not 2 finite numbers"):
+        read_ct_series(folder)
 
 
 def test_nothing_of_the_patient_is_shown(study: Study) -> None:
