@@ -105,17 +105,21 @@ def check_codecs(transfer_syntax_uids: Iterable[str]) -> None:
         StudyError: no decoder.
     """
     for text in set(transfer_syntax_uids):
-        uid, codec = UID(text), codec_of(text)
-        try:
-            decoder = get_decoder(uid)
-            available = codec.plugin in decoder.available_plugins if uid.is_encapsulated else decoder.is_available
-        except (NotImplementedError, ValueError):
-            available = False
-        if not available:
-            name = uid.name if PLAIN_UID.fullmatch(text) else "nothing that is known"
-            install = f"pip install 'anatomynet[codecs]' ({codec.package})"
-            advice = install if codec.package else "export the series uncompressed"
+        if not is_readable(text):
+            name = UID(text).name if PLAIN_UID.fullmatch(text) else "nothing that is known"
+            package = codec_of(text).package
+            advice = f"pip install 'anatomynet[codecs]' ({package})" if package else "export the series uncompressed"
             raise StudyError(f"the slices are compressed as {name}, for which no decoder is installed: {advice}")
+
+
+def is_readable(transfer_syntax_uid: str) -> bool:
+    """Whether the one decoder of a transfer syntax is installed."""
+    uid = UID(transfer_syntax_uid)
+    try:
+        decoder = get_decoder(uid)
+        return codec_of(uid).plugin in decoder.available_plugins if uid.is_encapsulated else decoder.is_available
+    except (NotImplementedError, ValueError):
+        return False
 
 
 def decode_frame(frame: EncodedFrame, out: HounsfieldArray) -> None:

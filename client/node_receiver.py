@@ -16,7 +16,6 @@ from typing import Any
 
 import pydicom
 from pydicom.dataset import Dataset
-from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import (
     JPEG2000,
     CTImageStorage,
@@ -36,6 +35,7 @@ from pynetdicom.pdu import P_DATA_TF
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 from pynetdicom.transport import ThreadedAssociationServer
 
+from anatomynet.client.codecs import is_readable
 from anatomynet.client.headers import DAMAGED, uid_tail
 from anatomynet.client.node_arrivals import STARTED, STORED, Arrivals, Instance
 from anatomynet.client.node_config import NodeConfig
@@ -111,7 +111,7 @@ def listening(config: NodeConfig, arrivals: Arrivals) -> Iterator[tuple[str, int
 
 def readable_syntaxes() -> tuple[str, ...]:
     """Transfer syntaxes that can be read here: what needs a codec that is not installed, a sender must unpack."""
-    return (*RAW_SYNTAXES, *(uid for uid in COMPRESSED_SYNTAXES if get_decoder(uid).is_available))
+    return (*RAW_SYNTAXES, *(uid for uid in COMPRESSED_SYNTAXES if is_readable(uid)))
 
 
 def _server_for(knows_address: Callable[[str], bool]) -> type[ThreadedAssociationServer]:

@@ -24,7 +24,7 @@ SEGMENT = "import sys; from anatomynet.client.cli import main; main(['segment', 
 DEADLY_PLACES = {"JFIF": (11, 0xFE), "Huffman table": (33, 0x83), "precision": (24, 0x50)}
 # The error of a study, and the process' peak memory in MB.
 PEAK = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from anatomynet.client.study import read_ct_series, volume_from_series
 from anatomynet.engine.errors import StudyError
@@ -32,7 +32,7 @@ try:
     volume_from_series(read_ct_series(Path(sys.argv[1])))
 except StudyError as error:
     print(error)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+print(int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10)
 """
 WITHOUT_CODECS = """
 import sys
