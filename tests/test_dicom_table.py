@@ -127,6 +127,7 @@ def on_media(folder: Path, paths: list[Path]) -> None:
     for path in paths:
         media.add(path)
     media.write(folder)
+    media._tmpdir.cleanup()  # else Python warns of it, whenever it comes to that
     for path in paths:
         path.unlink()
 

@@ -45,6 +45,8 @@ PRIVATE = {
     "InstitutionName": "Klinikum Hinterwald",
 }
 UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID")
+# What may be asked, and its input: the second finds the box in which the first draws.
+MODELS = {"anatomynet": "CT", "anatomynet_region": "CT_COARSE"}
 # Of a UID, where only its last digits may be told.
 TAIL_LENGTH = 8
 ALLOWED_HEADERS = {":path", "user-agent", "grpc-accept-encoding", "accept-encoding", "grpc-timeout", "te"}
@@ -114,14 +116,16 @@ def test_only_voxels_and_the_models_name_go_to_a_server(
 ) -> None:
     with recorded(triton_server.grpc_port) as (port, recording):
         segmented(study, tmp_path / "rs.dcm", port)
-    (request,) = infer_requests(recording.messages())
-    (ct,) = request.inputs
-    (sent,) = request.raw_input_contents
-    assert request.model_name == "anatomynet"
-    assert filled(request) == {"model_name", "parameters", "inputs", "outputs", "raw_input_contents"}
-    assert list(request.parameters) == ["timeout"]
-    assert (filled(ct), ct.name, ct.datatype) == ({"name", "datatype", "shape"}, "CT", "INT16")
-    assert {output.name for output in request.outputs} == {"LABEL_MAP", "CONFIDENCE"}
+    requests = {request.model_name: request for request in infer_requests(recording.messages())}
+    assert {"anatomynet"} <= requests.keys() <= MODELS.keys()
+    for name, request in requests.items():
+        assert filled(request) == {"model_name", "parameters", "inputs", "outputs", "raw_input_contents"}
+        assert list(request.parameters) == ["timeout"]
+        (ct,) = request.inputs
+        assert (filled(ct), ct.name, ct.datatype) == ({"name", "datatype", "shape"}, MODELS[name], "INT16")
+        assert {output.name for output in request.outputs} <= {"LABEL_MAP", "CONFIDENCE", "BOX"}
+    (ct,) = requests["anatomynet"].inputs
+    (sent,) = requests["anatomynet"].raw_input_contents
     assert is_part_of(np.frombuffer(sent, np.int16).reshape(ct.shape), smooth_hu(SHAPE))
     assert traces(secrets, recording.everything) == []
     assert traces(secrets, log.text.encode()) == []
@@ -144,7 +148,7 @@ def test_shared_memory_holds_voxels_and_nothing_else(
     seen: list[bytes] = []
     with recorded(triton_server.grpc_port, lambda: seen.extend(mapped_regions())) as (port, recording):
         segmented(study, tmp_path / "rs.dcm", port, shared_memory="on")
-    (request,) = infer_requests(recording.messages())
+    (request,) = (r for r in infer_requests(recording.messages()) if r.model_name == "anatomynet")
     (ct,) = request.inputs
     shape = tuple(ct.shape)
     size = 2 * int(np.prod(shape))
