@@ -4,6 +4,8 @@ The numbers are those of a list of thirty, in its order of harm and frequency. W
 dcentvfy judge it too.
 """
 
+import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from pydicom.fileset import FileSet
 from pydicom.uid import MPEG2MPML, UID, JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless, generate_uid
 
 from anatomynet.client.connection import ServerOptions
@@ -122,14 +123,14 @@ def add_second_series(folder: Path, paths: list[Path]) -> None:
 
 
 def on_media(folder: Path, paths: list[Path]) -> None:
-    """As a CD has it: a DICOMDIR, and files without a suffix in a folder."""
-    media = FileSet()
-    for path in paths:
-        media.add(path)
-    media.write(folder)
-    media._tmpdir.cleanup()  # else Python warns of it, whenever it comes to that
-    for path in paths:
-        path.unlink()
+    """As a CD has it: files without a suffix in a folder, and dcmtk's DICOMDIR of them."""
+    if shutil.which("dcmmkdir") is None:
+        pytest.skip("dcmmkdir is not installed: apt install dcmtk")
+    (folder / "CT").mkdir()
+    for k, path in enumerate(paths):
+        path.rename(folder / "CT" / f"IM{k}")
+    subprocess.run(["dcmmkdir", "+I", "+r", "CT"], cwd=folder, check=True, capture_output=True)
+    assert len(pydicom.dcmread(folder / "DICOMDIR").DirectoryRecordSequence) >= len(paths)
 
 
 def without_suffix_in_folders(folder: Path, paths: list[Path]) -> None:
