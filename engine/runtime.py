@@ -98,7 +98,8 @@ def load_runtime(path: Path | None = None) -> Runtime:
 class OpenVinoRuntime:
     """An ONNX file on this machine's CPU, in FP32; one volume at a time, on every core.
 
-    A compiled model is not cached on disk: compiling takes a fifth of a second.
+    A compiled model is not cached on disk: compiling takes a fifth of a second. At native resolution memory is short,
+    and what is compiled for one size needs less of it: there it is compiled for each size.
 
     Raises:
         ImportError: OpenVINO is not installed.
@@ -113,16 +114,21 @@ class OpenVinoRuntime:
         key = ["framework", METADATA_KEY]  # where OpenVINO keeps an ONNX file's metadata
         self.model = _config_from_metadata(path, graph.get_rt_info(key).value if graph.has_rt_info(key) else None)
         threads = available_cores()
-        options = {
+        self._options = {
             properties.hint.performance_mode(): properties.hint.PerformanceMode.LATENCY,
             # On CPUs with AMX or AVX512-BF16 the default is bfloat16, which moves contours.
             properties.hint.inference_precision(): openvino.Type.f32,
             properties.inference_num_threads(): threads,
         }
-        try:
-            self._request = openvino.Core().compile_model(graph, "CPU", options).create_infer_request()
-        except RuntimeError as error:
-            raise _damaged(path, error) from error
+        self._core = openvino.Core()
+        self._graph, self._one_size = graph, self.model.in_plane_stride == 1
+        self._shape: tuple[int, ...] = ()
+        self._request: openvino.InferRequest | None = None
+        if not self._one_size:
+            try:
+                self._request = self._compiled(graph)
+            except RuntimeError as error:
+                raise _damaged(path, error) from error
         self.description = f"OpenVINO {openvino.__version__.split('-')[0]} on {threads} CPU threads"
         self._lock = threading.Lock()
 
@@ -131,11 +137,23 @@ class OpenVinoRuntime:
         _check_input(hu, self.model)
         with self._lock:
             try:
-                results = self._request.infer({INPUT_NAME: np.ascontiguousarray(hu)}, share_inputs=True)
+                request = self._request_for(hu.shape)
+                results = request.infer({INPUT_NAME: np.ascontiguousarray(hu)}, share_inputs=True)
             except RuntimeError as error:
                 raise _failed(hu, self.description, error) from error
             label_map, confidence = (results[name] for name in OUTPUT_NAMES)
         return label_map, confidence
+
+    def _request_for(self, shape: tuple[int, ...]) -> openvino.InferRequest:
+        if self._request is None or (self._one_size and shape != self._shape):
+            self._request = None  # its memory goes before the next one's comes
+            graph = self._graph.clone()
+            graph.reshape({INPUT_NAME: list(shape)})
+            self._request, self._shape = self._compiled(graph), shape
+        return self._request
+
+    def _compiled(self, graph: openvino.Model) -> openvino.InferRequest:
+        return self._core.compile_model(graph, "CPU", self._options).create_infer_request()
 
 
 class OnnxRuntime:

@@ -4,6 +4,7 @@
     network   AnatomyNet -> logits; its BatchNorm folded into the convolutions
     finish    logits -> LABEL_MAP, UINT8 [z, y, x], and CONFIDENCE, FP32 [n]
 
+At stride 1 the network's end and finish are computed in slabs: see export.slabs.
 Each part is a graph of its own, then `served_model` puts them together. prepare and finish are written below as ONNX
 text; what they must compute is engine.network.ServedNetwork, line for line. The ModelConfig goes with the file.
 """
@@ -26,12 +27,10 @@ from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import ExportError, ModelError
 from anatomynet.engine.network import AnatomyNet, ResidualBlock
 from anatomynet.engine.runtime import METADATA_KEY, OnnxRuntime
+from anatomynet.export.onnx_text import BOX_OF_FOREGROUND, HEADER, IR_VERSION, OPSET, border_confidence_nodes
+from anatomynet.export.slabs import slab_finish_model, split_network
 
 Module = TypeVar("Module", bound=nn.Module)
-# What OpenVINO, ONNX Runtime and TensorRT from 10 on all read.
-OPSET = 18
-IR_VERSION = 10
-HEADER = f'<ir_version: {IR_VERSION}, opset_import: ["" : {OPSET}]>'
 TRIAL_SIDES = (11, 37, 43)  # times the stride in plane, and odd: padding and cropping both happen
 
 
@@ -75,8 +74,12 @@ def served_model(network: onnx.ModelProto, config: ModelConfig, *, fp16: bool) -
         network: what `network_model` gave, in FP32.
     """
     middle = half_model(network) if fp16 else network
-    parts = (prepare_model(config, fp16=fp16), middle, finish_model(config, fp16=fp16))
-    model = _joined(parts, inputs=parts[0].graph.input, outputs=parts[2].graph.output)
+    finish = finish_model(config, fp16=fp16)
+    if config.in_plane_stride == 1:
+        middle, head = split_network(middle)
+        finish = slab_finish_model(head, config, fp16=fp16)
+    parts = (prepare_model(config, fp16=fp16), middle, finish)
+    model = _joined(parts, inputs=parts[0].graph.input, outputs=finish.graph.output)
     helper.set_model_props(model, {METADATA_KEY: config.to_json()})
     return model
 
@@ -260,65 +263,6 @@ def interpolation_nodes(stride: int) -> str:
         return "fine = Identity (boxed)"
     return f"""scales = Constant <value_floats = [1.0, 1.0, {stride}.0, {stride}.0]> ()
     fine = Resize <mode = "linear", coordinate_transformation_mode = "half_pixel"> (boxed, , scales)"""
-
-
-# coarse, FLOAT [classes, z, y, x] -> start and stop, INT64 [3], and boxed, the logits between them.
-BOX_OF_FOREGROUND = f"""# The box of all that is not background, and one voxel around; one voxel if nothing is.
-    winner = ArgMax <axis = 0, keepdims = 0> (coarse)
-    foreground = Min (winner, one)
-    found = Cast <to = {TensorProto.INT32}> (foreground)
-    z_y = Constant <value_ints = [0, 1]> ()
-    z_x = Constant <value_ints = [0, 2]> ()
-    y_x = Constant <value_ints = [1, 2]> ()
-    found_at_z = ReduceMax <keepdims = 0> (found, y_x)
-    found_at_y = ReduceMax <keepdims = 0> (found, z_x)
-    found_at_x = ReduceMax <keepdims = 0> (found, z_y)
-    first_z = ArgMax (found_at_z)
-    first_y = ArgMax (found_at_y)
-    first_x = ArgMax (found_at_x)
-    last_z = ArgMax <select_last_index = 1> (found_at_z)
-    last_y = ArgMax <select_last_index = 1> (found_at_y)
-    last_x = ArgMax <select_last_index = 1> (found_at_x)
-    first = Concat <axis = 0> (first_z, first_y, first_x)
-    last_or_end = Concat <axis = 0> (last_z, last_y, last_x)
-    any_found = ReduceMax <keepdims = 0> (foreground)
-    last = Mul (last_or_end, any_found)
-    first_less_one = Sub (first, one)
-    start = Max (first_less_one, zero)
-    last_and_two = Add (last, two)
-    coarse_size = Shape <start = 1> (coarse)
-    stop = Min (last_and_two, coarse_size)
-    boxed = Slice (coarse, start, stop, sides)"""
-
-
-def border_confidence_nodes(classes: int) -> str:
-    """ONNX text: boxed, FLOAT [classes, z, y, x] -> CONFIDENCE: engine.network.border_confidence.
-
-    Exact on the box of the foreground too: what touches the box from outside is background like the box's own rim.
-    """
-    window = "kernel_shape = [3, 3, 3], pads = [1, 1, 1, 1, 1, 1]"
-    return f"""# The mean top probability over each structure's voxels that touch another label.
-    probabilities = Softmax <axis = 0> (boxed)
-    top = ReduceMax <keepdims = 0> (probabilities, zero)
-    label = ArgMax <axis = 0> (boxed)
-    label_in_float = Cast <to = {TensorProto.FLOAT}> (label)
-    image = Unsqueeze (label_in_float, zero)
-    negative_image = Neg (image)
-    highest = MaxPool <{window}> (image)
-    negative_lowest = MaxPool <{window}> (negative_image)
-    lowest = Neg (negative_lowest)
-    touches_in_batch = Greater (highest, lowest)
-    touches = Squeeze (touches_in_batch, zero)
-    structures = Constant <value = int64[{classes - 1}, 1, 1, 1] {{{", ".join(map(str, range(1, classes)))}}}> ()
-    inside = Equal (label, structures)
-    on_border = And (inside, touches)
-    border = Cast <to = {TensorProto.FLOAT}> (on_border)
-    top_on_border = Mul (border, top)
-    total = ReduceSum <keepdims = 0> (top_on_border, sides)
-    voxels = ReduceSum <keepdims = 0> (border, sides)
-    at_least_one = Constant <value_floats = [1.0]> ()
-    divisor = Max (voxels, at_least_one)
-    CONFIDENCE = Div (total, divisor)"""
 
 
 def _joined(
