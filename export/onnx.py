@@ -73,11 +73,12 @@ def served_model(network: onnx.ModelProto, config: ModelConfig, *, fp16: bool) -
     Args:
         network: what `network_model` gave, in FP32.
     """
-    middle = half_model(network) if fp16 else network
-    finish = finish_model(config, fp16=fp16)
+    in_precision = half_model if fp16 else copy.deepcopy
     if config.in_plane_stride == 1:
-        middle, head = split_network(middle)
+        middle, head = map(in_precision, split_network(network))
         finish = slab_finish_model(head, config, fp16=fp16)
+    else:
+        middle, finish = in_precision(network), finish_model(config, fp16=fp16)
     parts = (prepare_model(config, fp16=fp16), middle, finish)
     model = _joined(parts, inputs=parts[0].graph.input, outputs=finish.graph.output)
     helper.set_model_props(model, {METADATA_KEY: config.to_json()})
