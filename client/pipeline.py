@@ -25,10 +25,14 @@ from anatomynet.client.structure_table import (
 )
 from anatomynet.client.study import CTSeries, read_ct_series, volume_from_series
 from anatomynet.client.study_files import opened_study
+from anatomynet.client.triton import TritonRuntime
 from anatomynet.client.unvalidated import unvalidated_findings, without_unvalidated
 from anatomynet.engine.errors import OutputError
 from anatomynet.engine.findings import Finding, find_warnings
+from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.limits import check_size
 from anatomynet.engine.output import refuse_existing
+from anatomynet.engine.preprocess import trained_grid
 from anatomynet.engine.regions import Region, regions_from_label_map
 from anatomynet.engine.runtime import Runtime
 from anatomynet.engine.segment import segment
@@ -199,6 +203,7 @@ def draw_series(
         StudyError, GeometryError: voxels that cannot be read, or not drawn on.
         ServerError, ModelError: the runtime fails.
     """
+    check_fits(series.geometry, task.runtime)
     with clock.stage("read"):
         volume = volume_from_series(series)
     if announce:
@@ -210,6 +215,22 @@ def draw_series(
         regions = regions_from_label_map(label_map)
         findings = (*unvalidated_findings(task.wanted, task.runtime.model), *find_warnings(volume, regions))
     return Drawing(series, volume, label_map, regions, findings)
+
+
+def check_fits(geometry: VolumeGeometry, runtime: Runtime) -> None:
+    """Whether a runtime would take a CT, before a voxel of it is read or sent.
+
+    Its own grid counts, which this process holds in memory, and the one that it would be resampled to.
+
+    Raises:
+        GeometryError: it is too large, or oblique.
+    """
+    own = geometry.canonical()
+    for grid in (own, trained_grid(own, runtime.model)):
+        if isinstance(runtime, TritonRuntime):
+            runtime.check_size(grid.shape)
+        else:
+            check_size(grid.shape, runtime.model)
 
 
 def write_drawing(drawing: Drawing, outputs: Mapping[str, Path], task: Task, *, clock: StageClock) -> None:

@@ -88,9 +88,11 @@ class TritonRuntime:
         """See Runtime; may be called from several threads at once.
 
         Raises:
+            GeometryError: a volume larger than a server takes; nothing is sent.
             ServerError: no server answered in time, one refused a volume that none would take, an answer does not fit
                 the volume, or the model changed meanwhile; a ServerBusyError where a queue was full to the end.
         """
+        self.check_size(hu.shape)
         hu = np.ascontiguousarray(hu)
         deadline = time.monotonic() + self._timeout_s
         given_up: set[TritonServer] = set()
@@ -114,6 +116,16 @@ class TritonRuntime:
             self._tell(f"{server.url}: {failure.reason}; trying again in {pause_s:.1f} s")
             time.sleep(pause_s)
         raise AssertionError("pauses have no end")
+
+    def check_size(self, shape: tuple[int, ...]) -> None:
+        """Whether all servers take a CT of this shape (z, y, x): volumes go to them in turn.
+
+        Raises:
+            GeometryError: one does not.
+        """
+        for server in self._servers:
+            if server.size_limit:
+                server.size_limit.check(shape, self.model)
 
     def is_shared_memory_open(self) -> bool:
         """Whether a server maps shared memory for whoever reaches it; right only where no other machine does."""

@@ -23,6 +23,7 @@ from anatomynet.client.shared_memory import (
 )
 from anatomynet.engine.config import ModelConfig, model_config_from_json
 from anatomynet.engine.errors import ServerError
+from anatomynet.engine.limits import SizeLimit, size_limit_from_parameters
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class TritonServer:
         url: as given.
         version: the server's, once it has answered.
         shares: whether volumes go through shared memory.
+        size_limit: the largest CT that it takes; None before it has answered.
 
     Raises:
         ServerError: no address.
@@ -64,6 +66,7 @@ class TritonServer:
         self._answer_timeout_s = answer_timeout_s
         self._client = open_client(address)
         self._served: tuple[str, ModelConfig] | None = None
+        self.size_limit: SizeLimit | None = None
 
     def close(self) -> None:
         """Ends the connection."""
@@ -123,6 +126,8 @@ class TritonServer:
         text = served.parameters["model_config"].string_value
         if self._served is None or self._served[0] != text:
             self._served = (text, model_config_from_json(text))
+        parameters = {key: value.string_value for key, value in served.parameters.items()}
+        self.size_limit = size_limit_from_parameters(parameters, self._served[1])
         return self._served[1]
 
     def maps_regions(self) -> bool:

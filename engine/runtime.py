@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from anatomynet.engine.config import ModelConfig, model_config_from_json, shipped_weights
 from anatomynet.engine.errors import GeometryError, ModelError
+from anatomynet.engine.limits import MemoryGuard, check_size
 from anatomynet.engine.preprocess import SMALLEST_NETWORK_SIDE
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
 
@@ -34,6 +35,9 @@ OUTPUT_NAMES = ("LABEL_MAP", "CONFIDENCE")
 INSTALL_HINT = "pip install 'anatomynet[local]'"
 CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
+# Measured (benchmarks.native_resolution): of a voxel of the CT, and of one of the network, which are fewer; OpenVINO
+# needs less where it compiles for one size.
+CT_BYTES, NETWORK_BYTES, ONE_SIZE_BYTES, ONNX_RUNTIME_BYTES = 12, 320, 170, 400
 PROVIDER_OPTIONS: dict[str, dict[str, str]] = {
     # By default every new shape first times every algorithm of every convolution, the arena doubles when it grows, and
     # FP32 is computed in TF32, which moves contours: who wants speed takes the FP16 file.
@@ -68,8 +72,8 @@ class Runtime(Protocol):
             The label map, uint8 (z, y, x), and the confidence, float32 (structures,), 0 where absent.
 
         Raises:
-            GeometryError: an array of another type, or too small for the network.
-            ModelError: a volume that could not be computed, as for want of memory.
+            GeometryError: an array of another type, too small for the network, or too large for any runtime.
+            ModelError: a volume that cannot be computed, as for want of memory.
         """
         ...
 
@@ -123,6 +127,7 @@ class OpenVinoRuntime:
         self._core = openvino.Core()
         self._graph, self._one_size = graph, self.model.in_plane_stride == 1
         self._shape: tuple[int, ...] = ()
+        self._memory = MemoryGuard(_bytes_a_voxel(self.model, ONE_SIZE_BYTES if self._one_size else NETWORK_BYTES))
         self._request: openvino.InferRequest | None = None
         if not self._one_size:
             try:
@@ -136,6 +141,7 @@ class OpenVinoRuntime:
         """See Runtime; releases the GIL while it computes."""
         _check_input(hu, self.model)
         with self._lock:
+            self._memory.check(hu.shape)
             try:
                 request = self._request_for(hu.shape)
                 results = request.infer({INPUT_NAME: np.ascontiguousarray(hu)}, share_inputs=True)
@@ -199,10 +205,13 @@ class OnnxRuntime:
             else self.providers[0].removesuffix("ExecutionProvider")
         )
         self.description = f"ONNX Runtime {onnxruntime.__version__} on {device}"
+        self._memory = MemoryGuard(_bytes_a_voxel(self.model, ONNX_RUNTIME_BYTES))
 
     def infer(self, hu: HounsfieldArray) -> tuple[LabelArray, NDArray[np.float32]]:
         """See Runtime; releases the GIL while it computes."""
         _check_input(hu, self.model)
+        if self.providers[0] == CPU_PROVIDER:
+            self._memory.check(hu.shape)
         try:
             label_map, confidence = self._session.run(list(OUTPUT_NAMES), {INPUT_NAME: np.ascontiguousarray(hu)})
         except self._failures as error:
@@ -294,6 +303,11 @@ def _check_input(hu: HounsfieldArray, config: ModelConfig) -> None:
         raise GeometryError(
             f"expected int16 of at least {smallest} voxels (z, y, x), found {hu.dtype} of shape {hu.shape}"
         )
+    check_size(hu.shape, config)
+
+
+def _bytes_a_voxel(config: ModelConfig, network_bytes: int) -> float:
+    return CT_BYTES + network_bytes / config.in_plane_stride**2
 
 
 def _damaged(path: Path, error: Exception) -> ModelError:

@@ -73,13 +73,12 @@ def served_model(network: onnx.ModelProto, config: ModelConfig, *, fp16: bool) -
     Args:
         network: what `network_model` gave, in FP32.
     """
-    in_precision = half_model if fp16 else copy.deepcopy
     if config.in_plane_stride == 1:
-        middle, head = map(in_precision, split_network(network))
-        finish = slab_finish_model(head, config, fp16=fp16)
+        middle, head = split_network(network)
+        finish = slab_finish_model(half_model(head) if fp16 else head, config, fp16=fp16)
     else:
-        middle, finish = in_precision(network), finish_model(config, fp16=fp16)
-    parts = (prepare_model(config, fp16=fp16), middle, finish)
+        middle, finish = network, finish_model(config, fp16=fp16)
+    parts = (prepare_model(config, fp16=fp16), half_model(middle) if fp16 else middle, finish)
     model = _joined(parts, inputs=parts[0].graph.input, outputs=finish.graph.output)
     helper.set_model_props(model, {METADATA_KEY: config.to_json()})
     return model

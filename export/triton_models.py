@@ -17,7 +17,7 @@ from pathlib import Path
 from anatomynet import __version__
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import ExportError
-from anatomynet.engine.limits import largest_voxels
+from anatomynet.engine.limits import SIDES_KEY, VOXELS_KEY, largest_voxels
 
 MODEL_NAME = "anatomynet"
 PREPARE_NAME, PLAN_NAME, FINISH_NAME = (f"{MODEL_NAME}_{step}" for step in ("prepare", "plan", "finish"))
@@ -79,7 +79,7 @@ class PlanFile:
         """The parameters of config.pbtxt that tell of it."""
         return {
             **{f"plan_{key}": value for key, value in self.requirements.items()},
-            "largest_shape_zyx": " ".join(map(str, self.largest_shape)),
+            SIDES_KEY: " ".join(map(str, self.largest_shape)),
         }
 
 
@@ -290,7 +290,7 @@ def _parameters(config: ModelConfig) -> dict[str, str]:
         "in_plane_stride": str(config.in_plane_stride),
         "smallest_spacing_mm_xyz": " ".join(map(str, config.smallest_spacing)),
         "largest_spacing_mm_xyz": " ".join(map(str, config.largest_spacing)),
-        "largest_voxels": str(largest_voxels(config)),
+        VOXELS_KEY: str(largest_voxels(config)),
         "checkpoint_sha256": config.checkpoint_sha256,
         "anatomynet_version": __version__,
     }

@@ -20,11 +20,16 @@ import pytest
 from google.protobuf import json_format, text_format
 from numpy.typing import NDArray
 
+from anatomynet.client import pipeline
+from anatomynet.client.connection import ServerOptions
+from anatomynet.client.ct_writer import write_ct_series
 from anatomynet.client.shared_memory import REGION_PREFIX, SHARED_MEMORY_FOLDER
 from anatomynet.client.triton import TritonRuntime, probe_local
 from anatomynet.engine.config import ModelConfig
-from anatomynet.engine.errors import ServerError
+from anatomynet.engine.errors import GeometryError, ServerError
+from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.runtime import Runtime, load_runtime
+from anatomynet.engine.volume import CTVolume
 from anatomynet.export.triton_models import LARGEST_QUEUE
 from tests.random_network import smooth_hu
 from tests.triton_servers import RunningServer, ServerStarter, free_ports
@@ -348,13 +353,48 @@ def test_model_that_is_not_ours(closed_server: RunningServer) -> None:
 
 
 def test_size_limit(closed_server: RunningServer, random_repository: Path) -> None:
+    """The client keeps to what the served model says of itself; from others the server refuses it."""
     config = config_of(random_repository)
-    depth, height, width = config["modelWarmup"][0]["inputs"]["CT"]["dims"]
-    config["parameters"]["largest_voxels"] = {"stringValue": str(int(depth) * int(height) * int(width))}
+    depth, height, width = map(int, config["modelWarmup"][0]["inputs"]["CT"]["dims"])
+    config["parameters"]["largest_voxels"] = {"stringValue": str(depth * height * width)}
+    too_large = np.zeros((depth + 1, height, width), np.int16)
     with loaded_with(closed_server, config), TritonRuntime(closed_server.url) as runtime:
-        with pytest.raises(ServerError, match=r"at most \d+ in all"):
-            runtime.infer(np.zeros((int(depth) + 1, int(height), int(width)), np.int16))
+        with pytest.raises(GeometryError, match=r"at most \d+ in all"):
+            runtime.infer(too_large)
+        with pytest.raises(utils.InferenceServerException, match=r"at most \d+ in all"):
+            called(closed_server.url, too_large)
         runtime.infer(smooth_hu(SHAPES[0]))
+
+
+def test_study_that_is_too_large_is_refused_before_a_voxel_is_read(
+    closed_server: RunningServer, random_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume = CTVolume(np.zeros((16, 64, 64), np.int16), VolumeGeometry((16, 64, 64), (1.0, 1.0, 2.5)))
+    write_ct_series(tmp_path / "study", volume)
+    monkeypatch.setattr(pipeline, "volume_from_series", lambda series: pytest.fail("its voxels were read"))
+    config = config_of(random_repository)
+    del config["modelWarmup"]  # larger than that; Triton 2.51 dies of a warm-up that is refused
+    config["parameters"]["largest_voxels"] = {"stringValue": str(15 * 64 * 64)}
+    options = pipeline.SegmentOptions(server=ServerOptions(urls=(closed_server.url,)), output=tmp_path / "rs.dcm")
+    with (
+        loaded_with(closed_server, config),
+        pytest.raises(GeometryError, match=r"CT of \(16, 64, 64\) voxels .* at most 61440 in all"),
+    ):
+        pipeline.segment_study(tmp_path / "study", options)
+    assert not (tmp_path / "rs.dcm").exists()
+
+
+def test_one_slice_and_two_thousand(triton_server: RunningServer) -> None:
+    """Refused in one line, and the server goes on."""
+    with TritonRuntime(triton_server.url) as runtime:
+        start = time.monotonic()
+        with pytest.raises(GeometryError, match="1022 slices of 512 x 512") as large:
+            runtime.infer(np.zeros((2000, 512, 512), np.int16))
+        assert time.monotonic() - start < 0.5
+        with pytest.raises(ServerError, match=r"at least \(8, 32, 32\) voxels") as small:
+            runtime.infer(np.zeros((1, 512, 512), np.int16))
+        assert all("\n" not in str(caught.value) for caught in (large, small))
+        assert runtime.infer(smooth_hu(SHAPES[0]))[0].shape == SHAPES[0]
 
 
 def test_configuration_of_another_checkpoint_is_not_served(

@@ -13,8 +13,8 @@ import triton_python_backend_utils as pb_utils
 
 from anatomynet.engine.config import model_config_from_json
 from anatomynet.engine.errors import AnatomyNetError, ModelError
+from anatomynet.engine.limits import size_limit_from_parameters
 from anatomynet.engine.runtime import CUDA_PROVIDER, OnnxRuntime, Runtime, load_runtime
-from anatomynet.engine.volume import HounsfieldArray
 from anatomynet.export.manifest import check_files
 
 
@@ -37,7 +37,8 @@ class TritonPythonModel:
                 raise ModelError("config.pbtxt and the ONNX file beside it are of two models: run anatomynet-export")
         except AnatomyNetError as error:
             raise pb_utils.TritonModelException(str(error)) from error
-        self.largest_voxels = int(parameters["largest_voxels"]["string_value"])
+        values = {key: value["string_value"] for key, value in parameters.items()}
+        self.size_limit = size_limit_from_parameters(values, self.runtime.model)
         pb_utils.Logger.log_info(f"anatomynet runs on {self.runtime.description}")
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -51,7 +52,7 @@ class TritonPythonModel:
             )
         hu = pb_utils.get_input_tensor_by_name(request, "CT").as_numpy()
         try:
-            self._check_size(hu)
+            self.size_limit.check(hu.shape, self.runtime.model)
             label_map, confidence = self.runtime.infer(hu)
         except AnatomyNetError as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
@@ -61,10 +62,6 @@ class TritonPythonModel:
                 pb_utils.Tensor("CONFIDENCE", np.ascontiguousarray(confidence)),
             ]
         )
-
-    def _check_size(self, hu: HounsfieldArray) -> None:
-        if hu.size > self.largest_voxels:
-            raise ModelError(f"CT of {hu.shape} voxels (z, y, x): expected at most {self.largest_voxels} in all")
 
 
 def fastest_runtime(folder: Path) -> Runtime:
