@@ -13,6 +13,7 @@ import math
 import os
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -125,15 +126,13 @@ class OpenVinoRuntime:
             properties.inference_num_threads(): threads,
         }
         self._core = openvino.Core()
-        self._graph, self._one_size = graph, self.model.in_plane_stride == 1
+        self._path, self._graph = path, graph
+        one_size = self.model.in_plane_stride == 1
+        self._memory = MemoryGuard(_bytes_a_voxel(self.model, ONE_SIZE_BYTES if one_size else NETWORK_BYTES))
         self._shape: tuple[int, ...] = ()
-        self._memory = MemoryGuard(_bytes_a_voxel(self.model, ONE_SIZE_BYTES if self._one_size else NETWORK_BYTES))
         self._request: openvino.InferRequest | None = None
-        if not self._one_size:
-            try:
-                self._request = self._compiled(graph)
-            except RuntimeError as error:
-                raise _damaged(path, error) from error
+        # Compiled in a thread, beside the reading of the first volume.
+        self._any_size = None if one_size else ThreadPoolExecutor(1).submit(self._compiled, graph)
         self.description = f"OpenVINO {openvino.__version__.split('-')[0]} on {threads} CPU threads"
         self._lock = threading.Lock()
 
@@ -142,8 +141,8 @@ class OpenVinoRuntime:
         _check_input(hu, self.model)
         with self._lock:
             self._memory.check(hu.shape)
+            request = self._request_for(hu.shape)
             try:
-                request = self._request_for(hu.shape)
                 results = request.infer({INPUT_NAME: np.ascontiguousarray(hu)}, share_inputs=True)
             except RuntimeError as error:
                 raise _failed(hu, self.description, error) from error
@@ -151,12 +150,17 @@ class OpenVinoRuntime:
         return label_map, confidence
 
     def _request_for(self, shape: tuple[int, ...]) -> openvino.InferRequest:
-        if self._request is None or (self._one_size and shape != self._shape):
-            self._request = None  # its memory goes before the next one's comes
-            graph = self._graph.clone()
-            graph.reshape({INPUT_NAME: list(shape)})
-            self._request, self._shape = self._compiled(graph), shape
-        return self._request
+        try:
+            if self._any_size:
+                return self._any_size.result()
+            if self._request is None or shape != self._shape:
+                self._request = None  # its memory goes before the next one's comes
+                graph = self._graph.clone()
+                graph.reshape({INPUT_NAME: list(shape)})
+                self._request, self._shape = self._compiled(graph), shape
+            return self._request
+        except RuntimeError as error:
+            raise _damaged(self._path, error) from error
 
     def _compiled(self, graph: openvino.Model) -> openvino.InferRequest:
         return self._core.compile_model(graph, "CPU", self._options).create_infer_request()
