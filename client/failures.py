@@ -21,8 +21,17 @@ REMEDIES = {
 }
 # A closed API, and shared memory that is switched off: UNAVAILABLE by their status, and so they stay.
 REFUSALS = ("protocol is restricted", "allow-client-shm", "allow_client_shm")
+TOO_LITTLE_MEMORY = "GB of memory"  # engine.limits.MemoryGuard at the server; another may have more
 # However gRPC's status calls them: they would fail again at the same server.
-LASTING_SYMPTOMS = ("handshake failed", "CERTIFICATE", "SSL_ERROR", "DNS resolution failed", "Check failed", *REFUSALS)
+LASTING_SYMPTOMS = (
+    "handshake failed",
+    "CERTIFICATE",
+    "SSL_ERROR",
+    "DNS resolution failed",
+    "Check failed",
+    TOO_LITTLE_MEMORY,
+    *REFUSALS,
+)
 # A server that went away in the middle, a model that is being reloaded, a server that has been restarted since it
 # was given a region of shared memory.
 PASSING_SYMPTOMS = ("RST_STREAM", "Stream removed", "no available versions", "find shared memory region")

@@ -23,11 +23,13 @@ from numpy.typing import NDArray
 from anatomynet.client import pipeline
 from anatomynet.client.connection import ServerOptions
 from anatomynet.client.ct_writer import write_ct_series
+from anatomynet.client.failures import Outlook, outlook_of
 from anatomynet.client.shared_memory import REGION_PREFIX, SHARED_MEMORY_FOLDER
 from anatomynet.client.triton import TritonRuntime, probe_local
 from anatomynet.engine.config import ModelConfig
-from anatomynet.engine.errors import GeometryError, ServerError
+from anatomynet.engine.errors import GeometryError, ModelError, ServerError
 from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.limits import MemoryGuard
 from anatomynet.engine.runtime import Runtime, load_runtime
 from anatomynet.engine.volume import CTVolume
 from anatomynet.export.triton_models import LARGEST_QUEUE
@@ -395,6 +397,13 @@ def test_one_slice_and_two_thousand(triton_server: RunningServer) -> None:
             runtime.infer(np.zeros((1, 512, 512), np.int16))
         assert all("\n" not in str(caught.value) for caught in (large, small))
         assert runtime.infer(smooth_hu(SHAPES[0]))[0].shape == SHAPES[0]
+
+
+def test_another_server_may_have_the_memory() -> None:
+    with pytest.raises(ModelError) as caught:
+        MemoryGuard(1e12).check((1000, 1000, 1000))
+    refusal = utils.InferenceServerException(msg=str(caught.value), status="StatusCode.INVALID_ARGUMENT")
+    assert outlook_of(refusal) is Outlook.ELSEWHERE
 
 
 def test_configuration_of_another_checkpoint_is_not_served(
