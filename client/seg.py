@@ -10,7 +10,6 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 
 from anatomynet import __version__
@@ -161,6 +160,8 @@ def _without_patient(image: Dataset) -> Dataset:
 
 def _segment(highdicom: Any, number: int, structure: Structure, style: RoiStyle, algorithm: Any) -> Dataset:
     """One segment's description (PS3.3 C.8.20.4)."""
+    from pydicom.sr.codedict import codes  # 0.07 s, which an RTSTRUCT alone need not wait for
+
     side = SIDES.get(structure.name[-2:])
     value, meaning = ANATOMY[structure.name[:-2] if side else structure.name]
     segment: Dataset = highdicom.seg.SegmentDescription(
