@@ -1,15 +1,28 @@
-"""What every benchmark shares: the machine in words, and where results go."""
+"""What every benchmark shares: the machine in words, a study, a command's time and memory, tables, where results go."""
 
 import json
 import os
 import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import click
+
+BIN = Path(sys.executable).parent
 RESULTS = Path(__file__).resolve().parent / "results"
-PACKAGES = ("anatomynet", "numpy", "torch", "onnxruntime", "openvino", "tritonclient", "nvidia-pytriton", "pydicom")
+PACKAGES = (
+    *("anatomynet", "numpy", "torch", "onnxruntime", "openvino", "tritonclient", "nvidia-pytriton", "pydicom"),
+    *("monai", "SimpleITK", "rt-utils", "nnunetv2"),
+)
+KIB_PER_GB = 1e6
 
 
 def machine() -> dict[str, Any]:
@@ -35,6 +48,47 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+@contextmanager
+def study_or_phantom(study: Path | None) -> Iterator[Path]:
+    """The study that was given, else the phantom's, 178 x 512 x 512, for as long as the block lasts."""
+    if study is not None:
+        yield study
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        phantom = Path(folder) / "study"
+        subprocess.run([BIN / "anatomynet-client", "phantom", phantom], check=True, stdout=subprocess.DEVNULL)
+        yield phantom
+
+
+def run_and_measure(command: Sequence[str | Path]) -> dict[str, float]:
+    """Runs a command: its wall-clock seconds as "wall", its largest resident memory as "peak_gb".
+
+    Raises:
+        click.ClickException: it leaves with another status than 0; says its last line.
+    """
+    with tempfile.TemporaryFile("w+") as errors:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        errors.seek(0)
+        said = errors.read().strip().splitlines()
+    if process.returncode:
+        words = " ".join(map(str, command[:4]))
+        raise click.ClickException(f"{words} left with status {process.returncode}: {said[-1] if said else ''}")
+    return {"wall": wall, "peak_gb": usage.ru_maxrss / KIB_PER_GB}
+
+
+def table_lines(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """A table as Markdown has it, its columns aligned."""
+    cells = [tuple(map(str, row)) for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
+    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
+    return lines
 
 
 def write_result(name: str, result: dict[str, Any]) -> None:

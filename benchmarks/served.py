@@ -13,9 +13,9 @@ from anatomynet.engine.runtime import load_runtime
 from anatomynet.engine.volume import HounsfieldArray
 from anatomynet.export.repository import write_repository
 from anatomynet.export.triton_models import python_model
+from benchmarks.common import KIB_PER_GB
 
 FIELD_MM = (500.0, 500.0, 356.0)  # x, y, z: what a phantom's scan shows, whatever its voxels
-KIB_PER_GB = 1e6
 SMALL, WHOLE = (64, 256, 256), (178, 512, 512)
 
 

@@ -7,24 +7,19 @@ Without --study, the phantom. Prints a table of medians, writes benchmarks/resul
 """
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import click
 from tqdm import tqdm
 
-from benchmarks.common import machine, write_result
+from benchmarks.common import BIN, KIB_PER_GB, machine, run_and_measure, study_or_phantom, table_lines, write_result
+from benchmarks.served import write_shipped_repository
 from tests.triton_servers import running_server
 
-BIN = Path(sys.executable).parent
 STAGES = ("read", "connect", "infer", "check", "contours", "write")
-KIB_PER_GB = 1e6
 
 
 @click.command()
@@ -32,15 +27,9 @@ KIB_PER_GB = 1e6
 @click.option("--repeats", default=5, show_default=True, help="Timed runs each, after one to warm up.")
 def main(study: Path | None, repeats: int) -> None:
     """Time `anatomynet-client segment` by stage."""
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, study_or_phantom(study) as study:
         folder = Path(temporary)
-        if study is None:
-            study = folder / "study"
-            subprocess.run([BIN / "anatomynet-client", "phantom", study], check=True, stdout=subprocess.DEVNULL)
-        repository = folder / "repository"
-        export: list[str | Path] = [BIN / "anatomynet-export", "--output", repository]
-        subprocess.run(export, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        with running_server(repository, folder=folder) as server:
+        with running_server(write_shipped_repository(folder / "repository"), folder=folder) as server:
             rows = {
                 "Triton, shared memory": measure(study, ["--url", server.url, "--shared-memory", "on"], repeats),
                 "Triton, gRPC": measure(study, ["--url", server.url, "--shared-memory", "off"], repeats),
@@ -48,11 +37,16 @@ def main(study: Path | None, repeats: int) -> None:
             server_gb = peak_gb_of_tree(server.process.pid)
         # With the server gone, and on a port that nothing listens on, the embedded engine is what is left.
         rows["embedded engine"] = measure(study, [], repeats)
-    for name, row in rows.items():
-        stages = "  ".join(f"{stage} {row['seconds'][stage]:.2f}" for stage in STAGES)
-        click.echo(f"{name:<22} {stages}  whole process {row['wall']:.2f} s  peak {row['peak_gb']:.2f} GB")
-    click.echo(f"server's peak {server_gb:.2f} GB")
+    header = ("through", *STAGES, "whole process", "client's peak memory")
+    for line in table_lines(header, [(name, *cells_of(row)) for name, row in rows.items()]):
+        click.echo(line)
+    click.echo(f"seconds; server's peak {server_gb:.2f} GB")
     write_result("stages", {"machine": machine(), "rows": rows, "server_peak_gb": server_gb, "repeats": repeats})
+
+
+def cells_of(row: dict[str, Any]) -> list[str]:
+    """A row of the table, in seconds and GB."""
+    return [*(f"{row['seconds'][stage]:.2f}" for stage in STAGES), f"{row['wall']:.2f}", f"{row['peak_gb']:.2f} GB"]
 
 
 def measure(study: Path, options: list[str], repeats: int) -> dict[str, Any]:
@@ -73,14 +67,9 @@ def run_once(study: Path, options: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command: list[str | Path] = [BIN / "anatomynet-client", "segment", study, "--output", Path(folder) / "rs.dcm"]
-        start = time.perf_counter()
-        process = subprocess.Popen([*command, "--report", report, *options], stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        wall = time.perf_counter() - start
-        if status:
-            raise click.ClickException(f"segment left with status {os.waitstatus_to_exitcode(status)}")
+        measured = run_and_measure([*command, "--report", report, *options])
         run: dict[str, Any] = json.loads(report.read_text())
-    return run | {"wall": wall, "peak_gb": usage.ru_maxrss / KIB_PER_GB}
+    return run | measured
 
 
 def peak_gb_of_tree(pid: int) -> float:
