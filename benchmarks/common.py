@@ -62,7 +62,7 @@ def study_or_phantom(study: Path | None) -> Iterator[Path]:
         yield phantom
 
 
-def run_and_measure(command: Sequence[str | Path]) -> dict[str, float]:
+def run_and_measure(command: Sequence[Any]) -> dict[str, float]:
     """Runs a command: its wall-clock seconds as "wall", its largest resident memory as "peak_gb".
 
     Raises:
@@ -70,7 +70,7 @@ def run_and_measure(command: Sequence[str | Path]) -> dict[str, float]:
     """
     with tempfile.TemporaryFile("w+") as errors:
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=errors)
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)

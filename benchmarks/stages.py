@@ -35,7 +35,6 @@ def main(study: Path | None, repeats: int) -> None:
                 "Triton, gRPC": measure(study, ["--url", server.url, "--shared-memory", "off"], repeats),
             }
             server_gb = peak_gb_of_tree(server.process.pid)
-        # With the server gone, and on a port that nothing listens on, the embedded engine is what is left.
         rows["embedded engine"] = measure(study, [], repeats)
     header = ("through", *STAGES, "whole process", "client's peak memory")
     for line in table_lines(header, [(name, *cells_of(row)) for name, row in rows.items()]):
@@ -63,12 +62,20 @@ def measure(study: Path, options: list[str], repeats: int) -> dict[str, Any]:
 
 
 def run_once(study: Path, options: list[str]) -> dict[str, Any]:
-    """One run of the command, in a process of its own."""
+    """One run of the command, in a process of its own; embedded, unless the options name a server.
+
+    Raises:
+        click.ClickException: it fails, or finds a server where none was named.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command: list[str | Path] = [BIN / "anatomynet-client", "segment", study, "--output", Path(folder) / "rs.dcm"]
         measured = run_and_measure([*command, "--report", report, *options])
         run: dict[str, Any] = json.loads(report.read_text())
+    if not options and run["runtime"].startswith("Triton"):
+        raise click.ClickException(
+            "a server answers on this machine's port 8001: stop it to measure the embedded engine"
+        )
     return run | measured
 
 
