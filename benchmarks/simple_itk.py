@@ -1,6 +1,8 @@
 """SimpleITK and rt-utils as their users read a study and write contours: what benchmarks hold our own against."""
 
 import importlib.util
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -41,4 +43,5 @@ def write_with_rt_utils(path: Path, study: Path, label_map: LabelMap) -> None:
         mask = label_map.labels == label
         if mask.any():
             builder.add_roi(mask=np.moveaxis(mask, 0, -1), color=list(structure.colour), name=structure.tg263_name)
-    builder.save(str(path))
+    with redirect_stdout(StringIO()):  # it tells which file it writes
+        builder.save(str(path))
