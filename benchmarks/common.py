@@ -6,7 +6,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -23,6 +22,15 @@ PACKAGES = (
     *("monai", "SimpleITK", "rt-utils", "nnunetv2"),
 )
 KIB_PER_GB = 1e6
+# A process that was just started counts the largest memory of the one that started it as its own: so a small one does.
+SMALL_STARTER = """
+import json, os, sys, time
+silent = os.open(os.devnull, os.O_WRONLY)
+start = time.perf_counter()
+pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, silent, 1)])
+_, status, usage = os.wait4(pid, 0)
+print(json.dumps([os.waitstatus_to_exitcode(status), time.perf_counter() - start, usage.ru_maxrss]))
+"""
 
 
 def machine() -> dict[str, Any]:
@@ -68,18 +76,14 @@ def run_and_measure(command: Sequence[Any]) -> dict[str, float]:
     Raises:
         click.ClickException: it leaves with another status than 0; says its last line.
     """
-    with tempfile.TemporaryFile("w+") as errors:
-        start = time.perf_counter()
-        process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=errors)
-        _, status, usage = os.wait4(process.pid, 0)
-        wall = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        errors.seek(0)
-        said = errors.read().strip().splitlines()
-    if process.returncode:
-        words = " ".join(map(str, command[:4]))
-        raise click.ClickException(f"{words} left with status {process.returncode}: {said[-1] if said else ''}")
-    return {"wall": wall, "peak_gb": usage.ru_maxrss / KIB_PER_GB}
+    words = [*map(str, command)]
+    starter = [sys.executable, "-I", "-S", "-c", SMALL_STARTER, *words]
+    run = subprocess.run(starter, capture_output=True, text=True, check=True)
+    status, wall, peak_kib = json.loads(run.stdout.splitlines()[-1])
+    if status:
+        said = run.stderr.strip().splitlines()
+        raise click.ClickException(f"{' '.join(words[:4])} left with status {status}: {said[-1] if said else ''}")
+    return {"wall": wall, "peak_gb": peak_kib / KIB_PER_GB}
 
 
 def table_lines(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:

@@ -9,7 +9,6 @@ each curve y = a + b x the R2, and the exponent p of the best y = a + b x^p. Wri
 growth.png.
 """
 
-import math
 import statistics
 import tempfile
 import threading
@@ -166,7 +165,7 @@ def fit(points: Sequence[Point], name: str) -> dict[str, float]:
     a, b, left = line_through(x, y)
     spread = float(((y - y.mean()) ** 2).sum())
     exponent = min(EXPONENTS, key=lambda p: line_through((x / x.max()) ** p, y)[2])
-    return {"a": a, "b": b, "r2": 1 - left / spread if spread else math.nan, "exponent": round(float(exponent), 2)}
+    return {"a": a, "b": b, "r2": 1 - left / spread if spread else 1.0, "exponent": round(float(exponent), 2)}
 
 
 def line_through(x: Any, y: Any) -> tuple[float, float, float]:
@@ -191,6 +190,7 @@ def tell(fits: dict[str, dict[str, dict[str, float]]]) -> None:
 def draw(curves: dict[str, list[Point]], fits: dict[str, dict[str, dict[str, float]]]) -> None:
     """Every curve and its line as growth.png: seconds above, memory below."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(11, 6), layout="constrained")
     panels = figure.subplots(2, len(curves), squeeze=False, sharex="col")
@@ -207,7 +207,8 @@ def draw(curves: dict[str, list[Point]], fits: dict[str, dict[str, dict[str, flo
     for row, unit in zip(panels, ("seconds", "GB"), strict=True):
         row[0].set_ylabel(unit)
         for panel in row:
-            panel.set(xlim=(0, None), ylim=(0, None))
+            panel.set(xlim=(0, None), ylim=(0, 1.3 * panel.get_ylim()[1]))  # room for the legend
+            panel.xaxis.set_major_formatter(EngFormatter())
             panel.legend(fontsize="small", loc="upper left")
             panel.grid(alpha=0.3)
     common.RESULTS.mkdir(exist_ok=True)
