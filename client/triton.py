@@ -10,8 +10,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 
-import numpy as np
-
 from anatomynet.client.address import DEFAULT_URL, address_from_url
 from anatomynet.client.failures import AttemptError, Outlook
 from anatomynet.client.triton_server import Answer, SharedMemory, TritonServer
@@ -93,7 +91,6 @@ class TritonRuntime:
                 the volume, or the model changed meanwhile; a ServerBusyError where a queue was full to the end.
         """
         self.check_size(hu.shape)
-        hu = np.ascontiguousarray(hu)
         deadline = time.monotonic() + self._timeout_s
         given_up: set[TritonServer] = set()
         for pause_s in _pauses():

@@ -138,7 +138,7 @@ class TritonServer:
         """One volume, once; may be called from several threads at once.
 
         Args:
-            hu: int16 (z, y, x), C-contiguous; see Runtime.
+            hu: int16 (z, y, x); see Runtime.
             structures: how many the answer should have a confidence of.
             timeout_s: its wait in the server's queue included; then it is cancelled there.
 

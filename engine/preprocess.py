@@ -31,7 +31,8 @@ class NetworkInput:
     """What a runtime is given, and what it takes to put its answer back.
 
     Attributes:
-        hu: int16 (z, y, x), contiguous, canonical axes: z to the head, y to the back, x to the patient's left.
+        hu: int16 (z, y, x), canonical axes: z to the head, y to the back, x to the patient's left. A view of the CT
+            where nothing was resampled: a runtime copies it once, to where it is computed.
         start: of `hu` in `grid`, (z, y, x).
         grid: the whole volume's canonical grid, at a spacing that was trained.
         canonical: the whole volume's canonical grid at its own spacing; the same as `grid` unless resampled.
@@ -67,7 +68,7 @@ def prepare(volume: CTVolume, config: ModelConfig) -> NetworkInput:
         raise GeometryError(f"volume of {grid.shape} voxels (z, y, x): expected at least {smallest} for {config.name}")
     start, stop = body_box(hu, in_plane_stride=stride)
     box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-    return NetworkInput(np.ascontiguousarray(hu[box]), start, grid, canonical, notes)
+    return NetworkInput(hu[box], start, grid, canonical, notes)
 
 
 def body_box(hu: HounsfieldArray, *, in_plane_stride: int) -> tuple[Index, Index]:

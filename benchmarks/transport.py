@@ -1,0 +1,185 @@
+"""What does a volume's way to a server and back cost? By shared memory, gRPC and HTTP, the network excluded.
+
+    python -m benchmarks.transport [--repeats 5]
+
+A real server on this machine with a model that answers at once (benchmarks.echo_model). Shared memory and gRPC are our
+client's; HTTP is tritonclient's own, binary. Three volumes: a head-and-neck box and the body's box, each cut from a
+whole study as `segment` cuts them, and the study itself. Beside them what one copy of the box into the region costs:
+a tensor in shared memory has no gaps and the box is known only once the study is read, so decoding slices straight
+into the region could save that copy at most, and only by sending the whole. Prints a table of medians, writes
+benchmarks/results/transport.json.
+"""
+
+import mmap
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from tqdm import tqdm
+
+from anatomynet.client.shared_memory import SHARED_MEMORY_FOLDER
+from anatomynet.client.triton import TritonRuntime
+from anatomynet.engine.config import shipped_weights
+from anatomynet.engine.runtime import load_runtime
+from anatomynet.engine.volume import HounsfieldArray
+from anatomynet.export.repository import write_repository
+from anatomynet.export.triton_models import MODEL_SOURCE, python_model
+from benchmarks.common import machine, table_lines, write_result
+from benchmarks.served import WHOLE
+from tests.triton_servers import RunningServer, running_server
+
+SHARED, GRPC, HTTP = WAYS = ("shared memory", "gRPC", "HTTP")
+# Of a study's own sides (z, y, x): what the phantom's head and neck take, its body, all.
+VOLUMES = {"head-and-neck box": (178, 288, 336), "body box": (178, 288, 512), "whole study": WHOLE}
+GOALS_S = {(SHARED, "body box"): 0.1, (GRPC, "head-and-neck box"): 0.5}
+FACTOR_FOR_HTTP = 2.0
+ECHO_MODEL = Path(__file__).with_name("echo_model.py")
+
+# Our `tritonserver` starts no code but its own, so this starts the same server without asking.
+PROGRAM = """#!{python}
+import os, sys
+from anatomynet.export.launcher import server_command
+arguments = ["--model-repository=" + os.environ["ANATOMYNET_REPOSITORY"], *sys.argv[1:]]
+command, environment = server_command(arguments, os.environ)
+os.execve(command[0], command, environment)
+"""
+
+Seconds = dict[str, dict[str, float]]
+
+
+@click.command()
+@click.option("--repeats", default=5, show_default=True, help="Timed runs each, after one to warm up.")
+@click.option("--scale", default=1.0, show_default=True, help="Of every side: smaller is sooner.")
+def main(repeats: int, scale: float) -> None:
+    """Time every way for every volume."""
+    whole = np.random.default_rng(0).integers(-1000, 2000, scaled(WHOLE, scale), dtype=np.int16)
+    volumes = {name: box_of(whole, scaled(shape, scale)) for name, shape in VOLUMES.items()}
+    seconds: Seconds = {name: {} for name in volumes}
+    copies: Seconds = {}
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        folder = Path(temporary)
+        repository, program = write_echo_repository(folder / "repository"), write_program(folder / "server")
+        server = stack.enter_context(running_server(repository, folder=folder, program=program))
+        askers = {way: stack.enter_context(asker(server, way)) for way in WAYS}
+        for name, hu in tqdm(volumes.items(), desc="volumes"):
+            for way, ask in askers.items():
+                seconds[name][way] = median_seconds(partial(ask, hu), repeats)
+            copies[name] = time_copies(hu, repeats)
+    result = {"machine": machine(), "repeats": repeats, "seconds": seconds, "copies": copies}
+    result["shapes"] = {name: hu.shape for name, hu in volumes.items()}
+    tell(result)
+    write_result("transport", result)
+
+
+def tell(result: dict[str, Any]) -> None:
+    """The tables, the goals, and whether HTTP would be worth it."""
+    seconds, copies = result["seconds"], result["copies"]
+    header = ("volume", "voxels", *(f"{way} s" for way in WAYS), "copy into the region s", "the same pages again s")
+    rows = [
+        (
+            name,
+            " x ".join(map(str, result["shapes"][name])),
+            *(f"{seconds[name][way]:.3f}" for way in WAYS),
+            f"{copies[name]['fresh']:.3f}",
+            f"{copies[name]['again']:.3f}",
+        )
+        for name in seconds
+    ]
+    for line in table_lines(header, rows):
+        click.echo(line)
+    for (way, name), goal in GOALS_S.items():
+        found = seconds[name][way]
+        click.echo(f"{way}, {name}: {found:.3f} s, goal {goal:g} s{'' if found <= goal else ': missed'}")
+    ratio = seconds["head-and-neck box"][GRPC] / seconds["head-and-neck box"][HTTP]
+    verdict = "gRPC stays" if ratio < FACTOR_FOR_HTTP else "HTTP would pay"
+    click.echo(f"gRPC takes {ratio:.2f} times as long as HTTP for the head-and-neck box: {verdict}")
+
+
+def scaled(shape: tuple[int, int, int], scale: float) -> tuple[int, int, int]:
+    """Every side times `scale`."""
+    z, y, x = (max(8, round(side * scale)) for side in shape)
+    return (z, y, x)
+
+
+def box_of(whole: HounsfieldArray, shape: tuple[int, int, int]) -> HounsfieldArray:
+    """A view of that shape in the middle of a volume."""
+    starts = [(side - part) // 2 for side, part in zip(whole.shape, shape, strict=True)]
+    return whole[tuple(slice(start, start + part) for start, part in zip(starts, shape, strict=True))]
+
+
+def write_echo_repository(folder: Path) -> Path:
+    """A repository in which `anatomynet` answers at once."""
+    onnx_file = shipped_weights(".onnx")
+    model = python_model(load_runtime(onnx_file).model, [onnx_file])
+    write_repository(folder, [replace(model, files={MODEL_SOURCE: ECHO_MODEL})])
+    return folder
+
+
+def write_program(path: Path) -> Path:
+    """What starts the server."""
+    path.write_text(PROGRAM.format(python=sys.executable))
+    path.chmod(0o755)
+    return path
+
+
+@contextmanager
+def asker(server: RunningServer, way: str) -> Iterator[Callable[[HounsfieldArray], object]]:
+    """What sends a volume and waits for its label map."""
+    if way != HTTP:
+        with TritonRuntime(server.url, shared_memory="on" if way == SHARED else "off") as runtime:
+            yield runtime.infer
+        return
+    from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
+
+    client = InferenceServerClient(server.http_url.removeprefix("http://"))
+
+    def ask(hu: HounsfieldArray) -> object:
+        ct = InferInput("CT", hu.shape, "INT16")
+        ct.set_data_from_numpy(hu)
+        outputs = [InferRequestedOutput(name, binary_data=True) for name in ("LABEL_MAP", "CONFIDENCE")]
+        return client.infer("anatomynet", [ct], outputs=outputs).as_numpy("LABEL_MAP")
+
+    try:
+        yield ask
+    finally:
+        client.close()
+
+
+def time_copies(hu: HounsfieldArray, repeats: int) -> dict[str, float]:
+    """Median seconds to copy a volume into a region that was just made, and once more into the same."""
+    taken = []
+    for _ in range(repeats + 1):
+        with tempfile.TemporaryFile(dir=SHARED_MEMORY_FOLDER) as file:
+            os.posix_fallocate(file.fileno(), 0, hu.nbytes)
+            with mmap.mmap(file.fileno(), hu.nbytes) as memory:
+                target = np.frombuffer(memory, np.int16).reshape(hu.shape)
+                taken.append([seconds_of(partial(np.copyto, target, hu)) for _ in range(2)])
+                del target  # a mapping that is looked at cannot be closed
+    fresh, again = (statistics.median(pair) for pair in zip(*taken[1:], strict=True))
+    return {"fresh": fresh, "again": again}
+
+
+def median_seconds(work: Callable[[], object], repeats: int) -> float:
+    """After one run to warm up."""
+    return statistics.median([seconds_of(work) for _ in range(repeats + 1)][1:])
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Of one run."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
