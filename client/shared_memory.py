@@ -1,9 +1,14 @@
-"""Memory that this process and a Triton server on the same machine share: how a volume crosses without a copy.
+"""Memory that this process and a Triton server on the same machine share: how a volume crosses by one copy.
+
+A tensor in shared memory has no gaps, and the box that is sent is known only once the study is read, so decoding slices
+straight into a region could save that copy only by sending the whole volume. It is written as a file, slice by slice:
+that takes half of what a mapping does, whose every page is first zeroed and then faulted in (benchmarks.transport).
 
 Nothing stays in /dev/shm however this process ends: a region's file has no name any more before a voxel is in it, and
 while it has one a small shell waits beside to remove it.
 """
 
+import errno
 import mmap
 import os
 import secrets
@@ -11,10 +16,14 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from anatomynet.client.failures import Outlook, attempt_error, outlook_of, reason_of
+from anatomynet.engine.volume import HounsfieldArray, LabelArray
 
 if TYPE_CHECKING:
     from tritonclient.grpc import InferenceServerClient
@@ -23,6 +32,7 @@ SHARED_MEMORY_FOLDER = Path("/dev/shm")
 REGION_PREFIX = "anatomynet-"
 # So long after its time-out a cancelled request may still write to its region.
 REGION_GRACE_S = 600
+LARGEST_READ = 2**30  # one call reads 2 GiB at most
 RELEASE_PAUSES_S = (0.0, 0.01, 0.04)
 # What Triton says of a region that it would have mapped, were it there; a server that refuses says something else.
 ALLOWED_BUT_NOT_THERE = "Unable to open shared memory region"
@@ -35,14 +45,65 @@ class NotSharedError(Exception):
     """Shared memory cannot be used with this server; gRPC can."""
 
 
+@dataclass(frozen=True)
+class SharedRegion:
+    """Memory for one volume and its label map, one after the other, that the server has mapped.
+
+    Attributes:
+        name: at the server.
+        descriptor: of its file, which has no name any more.
+        shape: of the volume, (z, y, x).
+    """
+
+    name: str
+    descriptor: int
+    shape: tuple[int, ...]
+
+    @property
+    def hu_bytes(self) -> int:
+        """Of the volume; the label map begins after them."""
+        return 2 * self.label_bytes
+
+    @property
+    def label_bytes(self) -> int:
+        """Of the label map."""
+        return int(np.prod(self.shape))
+
+    def write(self, hu: HounsfieldArray) -> None:
+        """Copies the volume in.
+
+        Args:
+            hu: int16 (z, y, x), of the region's shape; may be a view.
+
+        Raises:
+            NotSharedError: there is too little memory.
+        """
+        plane = np.empty(self.shape[1:], np.int16)  # stays in the processor's cache
+        try:
+            for k, ct_slice in enumerate(hu):
+                np.copyto(plane, ct_slice)
+                if os.pwrite(self.descriptor, plane.data, k * plane.nbytes) < plane.nbytes:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise _too_small(error, self.hu_bytes) from error
+
+    def read_labels(self) -> LabelArray:
+        """Copies the label map out, uint8 (z, y, x)."""
+        labels = np.empty(self.shape, np.uint8)
+        bytes_ = labels.data.cast("B")
+        for start in range(0, self.label_bytes, LARGEST_READ):
+            os.preadv(self.descriptor, [bytes_[start : start + LARGEST_READ]], self.hu_bytes + start)
+        return labels
+
+
 @contextmanager
 def shared_region(
-    client: "InferenceServerClient", size: int, *, timeout_s: float, answer_timeout_s: float
-) -> Iterator[tuple[str, mmap.mmap]]:
-    """Memory that this process and the server have mapped, and its name at the server, for as long as the block lasts.
+    client: "InferenceServerClient", shape: tuple[int, ...], *, timeout_s: float, answer_timeout_s: float
+) -> Iterator[SharedRegion]:
+    """A region that this process and the server share for as long as the block lasts.
 
     Args:
-        size: bytes.
+        shape: of the volume, (z, y, x).
         timeout_s: after which no request uses it any more.
         answer_timeout_s: for the server to map it, and to let go of it.
 
@@ -51,13 +112,15 @@ def shared_region(
         AttemptError: the server is gone.
     """
     name = f"{REGION_PREFIX}{int(time.time() + timeout_s) + REGION_GRACE_S}-{secrets.token_hex(8)}"
-    memory = _registered(client, name, size, answer_timeout_s)
+    region = _registered(client, name, shape, answer_timeout_s)
     try:
-        yield name, memory
+        yield region
     finally:
         if not _unregister(client, name, answer_timeout_s):
             # A cancelled request that still computes holds on to the region; its pages can go.
-            memory.madvise(mmap.MADV_REMOVE)
+            with mmap.mmap(region.descriptor, region.hu_bytes + region.label_bytes) as memory:
+                memory.madvise(mmap.MADV_REMOVE)
+        os.close(region.descriptor)
 
 
 def free_abandoned_regions(client: "InferenceServerClient", answer_timeout_s: float) -> None:
@@ -87,24 +150,31 @@ def maps_regions(client: "InferenceServerClient", answer_timeout_s: float) -> bo
     return True
 
 
-def _registered(client: "InferenceServerClient", name: str, size: int, answer_timeout_s: float) -> mmap.mmap:
+def _registered(
+    client: "InferenceServerClient", name: str, shape: tuple[int, ...], answer_timeout_s: float
+) -> SharedRegion:
     from tritonclient.utils import InferenceServerException
 
     try:
         with _named_file(SHARED_MEMORY_FOLDER / name) as descriptor:
+            region = SharedRegion(name, descriptor, shape)
+            size = region.hu_bytes + region.label_bytes
             os.truncate(descriptor, size)
-            memory = mmap.mmap(descriptor, size)
             client.register_system_shared_memory(name, f"/{name}", size, client_timeout=answer_timeout_s)
-            # Else a full /dev/shm (Docker's has 64 MB) would end this process at the first voxel that is too many.
-            os.posix_fallocate(descriptor, 0, size)
+            # Else a full /dev/shm (Docker's has 64 MB) would end the server at the first voxel that is too many.
+            os.posix_fallocate(descriptor, region.hu_bytes, region.label_bytes)
+            return replace(region, descriptor=os.dup(descriptor))
     except InferenceServerException as error:
         if outlook_of(error) is Outlook.LATER or error.status() == "StatusCode.DEADLINE_EXCEEDED":
             raise attempt_error(error, "the server went away") from error
         raise NotSharedError(reason_of(error)) from error
     except OSError as error:
         _unregister(client, name, answer_timeout_s)
-        raise NotSharedError(f"{SHARED_MEMORY_FOLDER}: {error.strerror} for {size >> 20} MiB") from error
-    return memory
+        raise _too_small(error, 3 * int(np.prod(shape))) from error
+
+
+def _too_small(error: OSError, size: int) -> NotSharedError:
+    return NotSharedError(f"{SHARED_MEMORY_FOLDER}: {error.strerror} for {size >> 20} MiB")
 
 
 @contextmanager

@@ -173,14 +173,11 @@ class TritonServer:
 
         ct, label_map = InferInput("CT", hu.shape, "INT16"), InferRequestedOutput("LABEL_MAP")
         with shared_region(
-            self._client,
-            hu.nbytes + hu.size,
-            timeout_s=timeout_s,
-            answer_timeout_s=min(timeout_s, self._answer_timeout_s),
-        ) as (name, memory):
-            np.frombuffer(memory, np.int16, hu.size).reshape(hu.shape)[:] = hu
-            ct.set_shared_memory(name, hu.nbytes)
-            label_map.set_shared_memory(name, hu.size, hu.nbytes)
+            self._client, hu.shape, timeout_s=timeout_s, answer_timeout_s=min(timeout_s, self._answer_timeout_s)
+        ) as region:
+            region.write(hu)
+            ct.set_shared_memory(region.name, region.hu_bytes)
+            label_map.set_shared_memory(region.name, region.label_bytes, region.hu_bytes)
             try:
                 result = self._ask(ct, label_map, timeout_s)
             except AttemptError as error:
@@ -190,7 +187,7 @@ class TritonServer:
             described = result.get_output("LABEL_MAP")
             if described is None or described.datatype != "UINT8" or tuple(described.shape) != hu.shape:
                 raise self._unfit("LABEL_MAP", hu, structures)
-            labels = np.frombuffer(memory, np.uint8, hu.size, hu.nbytes).reshape(hu.shape).copy()
+            labels = region.read_labels()
         return labels, self._confidence(result, hu, structures)
 
     def _ask(self, ct: Any, label_map: Any, timeout_s: float) -> "InferResult":
