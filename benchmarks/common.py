@@ -16,7 +16,8 @@ from typing import Any
 import click
 
 BIN = Path(sys.executable).parent
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS_VARIABLE = "ANATOMYNET_BENCHMARK_RESULTS"  # another folder for what is written
+RESULTS = Path(os.environ.get(RESULTS_VARIABLE) or Path(__file__).resolve().parent / "results")
 PACKAGES = (
     *("anatomynet", "numpy", "torch", "onnxruntime", "openvino", "tritonclient", "nvidia-pytriton", "pydicom"),
     *("monai", "SimpleITK", "rt-utils", "nnunetv2"),
@@ -97,5 +98,5 @@ def table_lines(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list
 
 def write_result(name: str, result: dict[str, Any]) -> None:
     """Writes benchmarks/results/NAME.json."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -211,7 +211,7 @@ def draw(curves: dict[str, list[Point]], fits: dict[str, dict[str, dict[str, flo
             panel.xaxis.set_major_formatter(EngFormatter())
             panel.legend(fontsize="small", loc="upper left")
             panel.grid(alpha=0.3)
-    common.RESULTS.mkdir(exist_ok=True)
+    common.RESULTS.mkdir(parents=True, exist_ok=True)
     figure.savefig(common.RESULTS / "growth.png", dpi=120)
 
 
