@@ -46,6 +46,7 @@ def main(way: str, study: Path, result: Path, roi: tuple[int, int, int]) -> None
     """Time the stages of one way; what was drawn lies beside RESULT as .npy, the RTSTRUCT as .dcm."""
     clock = StageClock()
     output = result.with_suffix(".dcm")
+    output.unlink(missing_ok=True)
     if way == "simple-itk":
         labels = run_simple_itk(study, output, clock)
     else:

@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from benchmarks.simple_itk import has_rt_utils
 from benchmarks.stages import run_once
 
 OURS = "anatomynet-client segment"
+OUR_WAYS: dict[str, list[str]] = {OURS: []}  # row -> options of the command
 EAGER = "PyTorch eager, whole volume"
 MONAI = "MONAI sliding_window_inference"
 SIMPLE_ITK = "SimpleITK, our engine, rt-utils"
@@ -48,29 +50,28 @@ def main(study: Path | None, repeats: int, warm_ups: int, tiles: int, roi: tuple
     not_measured: dict[str, str] = {}
     with study_or_phantom(study) as study, tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        runs = repeats + warm_ups
-        rows = {OURS: median_row([our_row(study) for _ in tqdm(range(runs), desc=OURS)][warm_ups:])}
-        ways = {EAGER: ["eager"], MONAI: ["monai", "--roi", *map(str, roi)]}
+        peers: dict[str, list[str]] = {EAGER: ["eager"], MONAI: ["monai", "--roi", *map(str, roi)]}
         if has_rt_utils():
-            ways[SIMPLE_ITK] = ["simple-itk"]
+            peers[SIMPLE_ITK] = ["simple-itk"]
         else:
             not_measured[SIMPLE_ITK] = "not installed: pip install rt-utils"
-        for name, (way, *options) in ways.items():
-            result = folder / f"{way}.json"
-            measured = [peer_row(way, study, result, options) for _ in tqdm(range(runs), desc=name)]
-            rows[name] = median_row(measured[warm_ups:])
-        if EAGER in rows and MONAI in rows:
-            rows[MONAI]["agreement_with_whole"] = agreement(folder / "monai.npy", folder / "eager.npy")
+        runs = {name: partial(our_row, study, options) for name, options in OUR_WAYS.items()}
+        runs |= {name: partial(peer_row, study, folder, words) for name, words in peers.items()}
+        rows = {
+            name: median_row([run() for _ in tqdm(range(warm_ups + repeats), desc=name)][warm_ups:])
+            for name, run in runs.items()
+        }
+        rows[MONAI]["agreement_with_whole"] = agreement(folder / "monai.npy", folder / "eager.npy")
         if has_nnunet():
             rows |= nnunet_rows(study, folder / "nnunet.json", tiles)
         else:
             not_measured[NNUNET] = not_measured[MIRRORED] = "not installed: pip install -c constraints.txt nnunetv2"
-    ours = rows[OURS]["wall"]
-    rows = {name: row | {"ratio_to_ours": row["wall"] / ours} for name, row in rows.items()}
+    for row in rows.values():
+        row["ratio_to_ours"] = row["wall"] / rows[OURS]["wall"]
     tell(rows, not_measured)
     settings = {"roi": roi, "windows_at_once": WINDOWS_AT_ONCE, "overlap": OVERLAP}
-    result_json = {"machine": machine(), "repeats": repeats, "monai": settings, "rows": rows}
-    write_result("peers", result_json | {"not_measured": not_measured})
+    result = {"machine": machine(), "repeats": repeats, "monai": settings, "rows": rows}
+    write_result("peers", result | {"not_measured": not_measured})
 
 
 def has_nnunet() -> bool:
@@ -107,9 +108,9 @@ def tell(rows: dict[str, Row], not_measured: dict[str, str]) -> None:
         click.echo(f"not measured: {name}: {reason}")
 
 
-def our_row(study: Path) -> Row:
+def our_row(study: Path, options: list[str]) -> Row:
     """One run of our command, embedded, its stages named as the peers' are."""
-    run = run_once(study, [])
+    run = run_once(study, options)
     seconds = run["seconds"]
     named = {
         "read": seconds["read"],
@@ -120,9 +121,10 @@ def our_row(study: Path) -> Row:
     return {"seconds": named, "wall": run["wall"], "peak_gb": run["peak_gb"], "runtime": run["runtime"]}
 
 
-def peer_row(way: str, study: Path, result: Path, options: list[str]) -> Row:
-    """One run of a peer."""
-    result.with_suffix(".dcm").unlink(missing_ok=True)
+def peer_row(study: Path, folder: Path, words: list[str]) -> Row:
+    """One run of a peer: its name and options."""
+    way, *options = words
+    result = folder / f"{way}.json"
     measured = run_and_measure([sys.executable, "-m", "benchmarks.one_peer", way, study, result, *options])
     return {"seconds": json.loads(result.read_text()), **measured}
 

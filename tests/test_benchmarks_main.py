@@ -17,6 +17,13 @@ def test_it_promises_a_quarter_of_an_hour() -> None:
     assert sum(script.seconds for script in SCRIPTS.values()) < QUARTER_OF_AN_HOUR_S
 
 
+def test_readme_lists_every_script() -> None:
+    folder = Path(benchmarks.__file__).parent
+    scripts = {path.stem for path in folder.glob("*.py") if '__name__ == "__main__"' in path.read_text()}
+    readme = (folder / "README.md").read_text()
+    assert {name for name in scripts if f"`{name}`" not in readme} == {"__main__"}
+
+
 def test_tables_results_and_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("SimpleITK", reason="a peer reads with it")
     small = Script(1, ("--repeats", "1", "--shape", "24", "96", "96"))
