@@ -42,6 +42,7 @@ QUANTITIES = {
     "server_gb": "server's peak, GB",
 }
 AXES = {"slices": "slices of 512 x 512", "pixels": "pixels of each of 178 slices", "clients": "clients at once"}
+CONNECT_S = 60.0
 EXPONENTS = np.arange(0.5, 2.51, 0.01)
 
 Point = dict[str, float]
@@ -133,7 +134,7 @@ def seconds_of_all(count: int, server: RunningServer, box: HounsfieldArray) -> f
             runtime.infer(box)
             answered.append(True)
 
-    ready = threading.Barrier(count + 1)
+    ready = threading.Barrier(count + 1, timeout=CONNECT_S)
     threads = [threading.Thread(target=ask) for _ in range(count)]
     for thread in threads:
         thread.start()
