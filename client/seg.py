@@ -81,6 +81,8 @@ def write_seg(
             there, a full disk.
     """
     highdicom = seg_library()
+    from pydicom.sr.codedict import codes
+
     if label_map.geometry != series.geometry:
         raise GeometryError(f"expected a label map on the series' own grid, {series.geometry.shape} (z, y, x)")
     present = np.flatnonzero(np.bincount(label_map.labels.ravel(), minlength=len(label_map.structures) + 1)[1:])
