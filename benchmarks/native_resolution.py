@@ -23,8 +23,8 @@ from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.config import load_config
 from anatomynet.engine.network import AnatomyNet
 from anatomynet.export.onnx import export_onnx
-from benchmarks.common import machine, write_result
-from benchmarks.served import KIB_PER_GB, phantom_hu
+from benchmarks.common import KIB_PER_GB, machine, write_result
+from benchmarks.served import phantom_hu
 
 KFLOP_A_VOXEL = 218  # of 10 classes
 RUNTIMES = {"openvino": "OpenVinoRuntime", "onnx": "OnnxRuntime"}
