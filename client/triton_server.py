@@ -26,7 +26,7 @@ from anatomynet.engine.errors import ServerError
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
 
 if TYPE_CHECKING:
-    from tritonclient.grpc import InferResult
+    from tritonclient.grpc import InferenceServerClient, InferResult
     from tritonclient.utils import InferenceServerException
 
 MODEL_NAME = "anatomynet"
@@ -64,6 +64,11 @@ class TritonServer:
         self._answer_timeout_s = answer_timeout_s
         self._client = open_client(address)
         self._served: tuple[str, ModelConfig] | None = None
+
+    @property
+    def client(self) -> "InferenceServerClient":
+        """The connection, for questions to its other models."""
+        return self._client
 
     def close(self) -> None:
         """Ends the connection."""
