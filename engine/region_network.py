@@ -64,9 +64,13 @@ class ServedRegion(nn.Module):
 
     def forward(self, hu: Tensor) -> Tensor:
         """CT_COARSE -> BOX."""
+        return box_of(self.logits(hu) > self.config.threshold, self.config.margin)
+
+    def logits(self, hu: Tensor) -> Tensor:
+        """CT_COARSE -> logits, float (z, y, x), of "a structure is in this voxel"."""
         depth, height, width = hu.shape
-        logits = self.network(input_from_coarse(hu, self.config))[0, 0, :depth, :height, :width]
-        return box_of(logits > self.config.threshold, self.config.margin)
+        logits: Tensor = self.network(input_from_coarse(hu, self.config))[0, 0, :depth, :height, :width]
+        return logits
 
 
 def box_of(found: Tensor, margin: tuple[int, int, int]) -> Tensor:

@@ -1,6 +1,6 @@
 """How the region finder learns: cases -> its checkpoint. `python -m anatomynet.engine.train_region --data DIR`.
 
-    complete_case   physicians' contours and what a checkpoint draws, in one mask: what is not annotated is there too
+    training_case   physicians' contours and what a checkpoint draws, in one mask: what is not annotated is there too
     sample_of       other scan ranges, more trunk, other sizes: what other departments scan
     loss_of         a missed voxel costs more than a larger box
     choose_margins  threshold and margin with which the fewest voxels are computed, on the validation patients
@@ -30,9 +30,9 @@ from anatomynet.engine.data import Case, cut_to_body
 from anatomynet.engine.geometry import Index, Point
 from anatomynet.engine.network import normalised_from_hu
 from anatomynet.engine.postprocess import drop_strays
-from anatomynet.engine.preprocess import prepare
+from anatomynet.engine.preprocess import body_box, prepare
 from anatomynet.engine.region import RegionConfig, box_from_coarse, coarse_factors, coarse_from_hu
-from anatomynet.engine.region_network import RegionNetwork, ServedRegion, input_from_coarse
+from anatomynet.engine.region_network import RegionNetwork, ServedRegion, box_of, input_from_coarse
 from anatomynet.engine.resolution import enlarged
 from anatomynet.engine.survey import survey_cases
 from anatomynet.engine.train import phantom_case
@@ -51,8 +51,8 @@ PHANTOM_SHARE = 0.1
 VOXEL_WEIGHT = 4.0
 PLANE_WEIGHT = 4.0
 # What `choose_margins` tries.
-THRESHOLDS = (-4.0, -3.0, -2.0, -1.0, 0.0)
-MARGINS = ((0, 0, 0), (1, 0, 0), (1, 1, 1), (2, 1, 1))
+THRESHOLDS = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0)
+MARGINS = ((0, 0, 0), (0, 1, 1), (1, 1, 1))
 
 CUT_SHARE = 0.4  # of samples lose slices above and below
 LEAST_MM = 80.0  # of which this much is left
@@ -94,7 +94,7 @@ class HeldOut:
         coarse: int16 (z, y, x), what the finder is given.
         factors: voxels (z, y, x) in each of its own.
         shape: of the body box, voxels (z, y, x).
-        first, last: of the box that a structure fills, in voxels (z, y, x); last is exclusive.
+        first, last: of the box that what is drawn fills, in voxels (z, y, x); last is exclusive.
     """
 
     coarse: HounsfieldArray
@@ -104,37 +104,37 @@ class HeldOut:
     last: NDArray[np.float64]
 
 
-def complete_case(case: Case, network: nn.Module, model: ModelConfig) -> Mask:
-    """Where any structure is, bool (z, y, x) on the case's grid: as contoured, or as the network draws it."""
-    body = cut_to_body(case)
-    image = normalised_from_hu(torch.from_numpy(body.volume.hu), model.hu_window)[None, None]
+def drawn_mask(case: Case, network: nn.Module, model: ModelConfig) -> Mask:
+    """Where a network draws any structure, bool (z, y, x) on the case's grid."""
+    start, stop = body_box(case.volume.hu, in_plane_stride=1)
+    body = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+    image = normalised_from_hu(torch.from_numpy(case.volume.hu[body]), model.hu_window)[None, None]
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):  # a target needs no more
         drawn = network(image)[0].argmax(dim=0).to(torch.uint8).numpy()
-    inside = case.labels > 0
-    start = np.rint(case.volume.geometry.indices_from_points(body.volume.geometry.origin)).astype(int)[::-1]
-    box = tuple(slice(a, a + side) for a, side in zip(start.tolist(), drawn.shape, strict=True))
-    inside[box] |= drop_strays(drawn) > 0
-    return inside
+    mask = np.zeros(case.labels.shape, np.bool_)
+    mask[body] = drop_strays(drawn) > 0
+    return mask
 
 
-def training_case(case: Case, inside: Mask) -> RegionCase:
-    """A case and its complete mask, cut to the body."""
-    body = cut_to_body(dataclasses.replace(case, labels=inside.astype(np.uint8)))
+def training_case(case: Case, drawn: Mask) -> RegionCase:
+    """What is learnt from a case: the physicians' contours, and what is drawn where they did not contour."""
+    complete = ((case.labels > 0) | drawn).astype(np.uint8)
+    body = cut_to_body(dataclasses.replace(case, labels=complete))
     return RegionCase(body.volume.hu, body.labels > 0, body.volume.geometry.spacing)
 
 
-def held_out_case(case: Case, inside: Mask, model: ModelConfig, config: RegionConfig) -> HeldOut:
-    """A case as the served model is given it, enlarged to full resolution, and where its structures are."""
+def held_out_case(case: Case, drawn: Mask, model: ModelConfig, config: RegionConfig) -> HeldOut:
+    """A case as the served model is given it, enlarged to full resolution, and where it draws."""
     given = prepare(enlarged(case.volume, model.in_plane_stride), model)
     factors, (depth, height, width) = coarse_factors(given.grid.spacing, config), given.hu.shape
-    voxels = np.argwhere(inside)
+    voxels = np.argwhere(drawn)
     scale = np.divide(given.grid.shape, case.labels.shape)
     first, last = voxels.min(axis=0) * scale - given.start, (voxels.max(axis=0) + 1) * scale - given.start
     return HeldOut(coarse_from_hu(given.hu, factors), factors, (depth, height, width), first, last)
 
 
 def sample_of(case: RegionCase, config: RegionConfig, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """An augmented case at the coarse spacing: what the network sees, and 1 where a structure is, each (1, 1, z, y, x)."""
+    """An augmented case at the coarse spacing: the network's input, 1 where a structure is; both (1, 1, z, y, x)."""
     hu, inside = case.hu, case.inside
     x, y, z = case.spacing
     if random.random() < CUT_SHARE:
@@ -195,36 +195,27 @@ def learn(
     return network.eval()
 
 
-def computed_shares(
-    network: RegionNetwork, config: RegionConfig, held_out: Sequence[HeldOut], model: ModelConfig
-) -> tuple[NDArray[np.float64], Mask]:
-    """For each patient the box's share of the body box, and whether it cuts a structure, so that it has to grow."""
-    served = ServedRegion(network, config)
-    shares, cut = [], []
-    for case in held_out:
-        with torch.inference_mode():
-            found = served(torch.from_numpy(case.coarse)).numpy()
-        box = box_from_coarse(found, case.factors, case.shape, in_plane_stride=model.in_plane_stride)
-        shares.append(np.prod(np.subtract(box.stop, box.start)) / math.prod(case.shape))
-        inside = (case.first >= box.start) & (case.last <= box.stop)
-        cut.append(not inside.all())
-    return np.array(shares), np.array(cut)
-
-
 def choose_margins(
     network: RegionNetwork, config: RegionConfig, held_out: Sequence[HeldOut], model: ModelConfig
 ) -> RegionConfig:
-    """The threshold and margin with which the fewest voxels are computed: a box that cuts is drawn on twice."""
+    """The threshold and margin with which the fewest voxels are computed: where a box cuts, all is drawn twice."""
+    served = ServedRegion(network, config)
+    with torch.inference_mode():
+        logits = [served.logits(torch.from_numpy(case.coarse)) for case in held_out]
     tried = []
     for threshold, margin in itertools.product(THRESHOLDS, MARGINS):
-        choice = dataclasses.replace(config, threshold=threshold, margin=margin)
-        shares, cut = computed_shares(network, choice, held_out, model)
-        computed = float(np.mean(shares + cut * 1.0))  # at worst the second time on the whole body
+        shares, cut = [], []
+        for case, found in zip(held_out, logits, strict=True):
+            coarse_box = box_of(found > threshold, margin).numpy()
+            box = box_from_coarse(coarse_box, case.factors, case.shape, in_plane_stride=model.in_plane_stride)
+            shares.append(np.prod(np.subtract(box.stop, box.start)) / math.prod(case.shape))
+            cut.append((case.first < box.start).any() or (case.last > box.stop).any())
+        computed = float(np.mean(shares) + np.mean(cut))  # the second time at worst on the whole body
         click.echo(
-            f"threshold {threshold:4.1f}, margin {margin}: share of the body box {shares.mean():.3f}, median "
-            f"{np.median(shares):.3f}, worst {shares.max():.3f}; {cut.sum()} of {len(cut)} cut; computed {computed:.3f}"
+            f"threshold {threshold:4.1f}, margin {margin}: share of the body box {np.mean(shares):.3f}, median "
+            f"{np.median(shares):.3f}, worst {max(shares):.3f}; {sum(cut)} of {len(cut)} cut; computed {computed:.3f}"
         )
-        tried.append((computed, choice))
+        tried.append((computed, dataclasses.replace(config, threshold=threshold, margin=margin)))
     return min(tried, key=lambda pair: pair[0])[1]
 
 
@@ -280,7 +271,7 @@ def main(data: Path, checkpoint: Path | None, output: Path, steps: int) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     train, validation = (
         [
-            (case, complete_case(case, network, model))
+            (case, drawn_mask(case, network, model))
             for case in tqdm(survey_cases(data / name, model).cases, desc="drawing", unit="case")
         ]
         for name in ("train", "validation")
@@ -289,7 +280,7 @@ def main(data: Path, checkpoint: Path | None, output: Path, steps: int) -> None:
     phantoms = []
     for seed in range(PHANTOMS):
         phantom = phantom_case(model, spacing=cases[seed % len(cases)].spacing, seed=seed)
-        phantoms.append(training_case(phantom, phantom.labels > 0))
+        phantoms.append(RegionCase(phantom.volume.hu, phantom.labels > 0, phantom.volume.geometry.spacing))
     finder = learn(cases, phantoms, config, steps)
     config = choose_margins(finder, config, [held_out_case(*pair, model, config) for pair in validation], model)
     save_region_checkpoint(output, finder, config)
