@@ -196,12 +196,16 @@ def coarse_from_hu(hu: HounsfieldArray, factors: Index) -> HounsfieldArray:
 
 
 def _side(first: int, last: int, *, factor: int, size: int, unit: int, multiple: int) -> tuple[int, int]:
-    """One side of a box, from coarse voxels to voxels: rounded outwards, and lengthened on both sides to a multiple."""
+    """One side of a box, from coarse voxels to voxels: rounded outwards, as far on the one side as on the other."""
     # What is left over beyond the last coarse voxel goes with it.
     low, high = first * factor, size if last == size // factor else last * factor
-    length = min(size, -(-(high - low) // multiple) * multiple)
-    low = min(max(0, low - (length - (high - low)) // 2), size - length) // unit * unit
-    return (low, low + length) if low + length >= high else (low, min(size, low + length + multiple))
+    length = -(-(high - low // unit * unit) // multiple) * multiple
+    if length >= size:
+        return 0, size
+    # The first of the starts that reach `high`, and the last that is not beyond `low`; between them, the middle.
+    earliest, latest = max(0, -(-(high - length) // unit)), low // unit
+    start = (earliest + latest + 1) // 2 * unit
+    return start, min(size, start + length)
 
 
 def _box(start: Sequence[int], stop: Sequence[int]) -> Box:
