@@ -17,15 +17,17 @@ from onnx import TensorProto, helper, numpy_helper
 from anatomynet.engine.checkpoint import load_region_checkpoint
 from anatomynet.engine.command import reports_errors
 from anatomynet.engine.errors import ExportError, ParityError
+from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.output import write_whole
 from anatomynet.engine.phantom import make_phantom
-from anatomynet.engine.region import REGION_METADATA_KEY, RegionConfig, coarse_factors, coarse_from_hu
+from anatomynet.engine.region import REGION_METADATA_KEY, RegionConfig
 from anatomynet.engine.region_network import POOLED, SLOPE, RegionNetwork, ServedRegion
 from anatomynet.engine.region_runtime import EmbeddedRegionFinder, shipped_region
 from anatomynet.export.onnx import HEADER
 
 TRIALS = 4  # parts of a phantom that each form must find the same box in
 PHANTOM_SEED = 0
+PHANTOM_SHAPE = (59, 63, 63)  # coarse voxels (z, y, x): a planning CT
 
 
 def export_region(network: RegionNetwork, config: RegionConfig, path: Path) -> None:
@@ -56,11 +58,10 @@ def check_region_parity(network: RegionNetwork, finder: EmbeddedRegionFinder) ->
     Raises:
         ParityError: another box.
     """
-    volume, _ = make_phantom(seed=PHANTOM_SEED)
-    coarse = coarse_from_hu(volume.hu, coarse_factors(volume.geometry.spacing, finder.config))
+    volume, _ = make_phantom(VolumeGeometry(PHANTOM_SHAPE, finder.config.coarse_spacing), seed=PHANTOM_SEED)
     served = ServedRegion(network, finder.config)
     for trial in range(TRIALS):
-        part = np.ascontiguousarray(coarse[7 * trial :, trial : -1 - trial, 5 * trial :])
+        part = np.ascontiguousarray(volume.hu[7 * trial :, trial : -1 - trial, 5 * trial :])
         with torch.inference_mode():
             expected = served(torch.from_numpy(part)).tolist()
         found = finder.find(part).tolist()
