@@ -110,6 +110,9 @@ def split_names(_context: click.Context, _parameter: click.Parameter, text: str 
     help="Which to draw, by name, with commas between; all that the model knows without.",
 )
 @click.option("--allow-unvalidated", is_flag=True, help="Draw those too that no patient taught the network.")
+@click.option(
+    "--whole-volume", is_flag=True, help="Show the network the whole body; without, head and neck if they can be found."
+)
 @click.option("--structure-table", type=click.Path(path_type=Path), help="Your names, colours and types: a TOML file.")
 @click.option(
     "--tolerance-mm",
@@ -389,6 +392,8 @@ def echo_result(result: "SegmentedStudy") -> None:
     label_map = result.drawing.label_map
     for note in label_map.notes:
         click.echo(f"note: {note}")
+    if label_map.computed_share is not None:
+        click.echo(f"computed: {label_map.computed_share:.0%} of the scan's voxels")
     confidence = label_map.confidence or ()
     for (name, volume_ml), sure in zip(structure_volumes_ml(label_map).items(), confidence, strict=True):
         found = f"{volume_ml:8.2f} ml   border confidence {sure:.2f}" if volume_ml else "   not found"

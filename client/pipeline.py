@@ -50,6 +50,7 @@ class SegmentOptions:
         structures: names of those to draw; all that the model knows where there is none.
         allow_unvalidated: draw those too that no patient taught the network.
         structure_table: a department's names, colours and types, a TOML file.
+        whole_volume: the network sees the whole body, not only head and neck where these can be found.
         tolerance_mm: how far a thinned contour may run beside the full one; None is as far as leaves every voxel in
             its structure, 0 keeps every point.
         output: file of the first type, the others beside it; None is beside the study, called after it.
@@ -65,6 +66,7 @@ class SegmentOptions:
     structures: tuple[str, ...] = ()
     allow_unvalidated: bool = False
     structure_table: Path | None = None
+    whole_volume: bool = False
     tolerance_mm: float | None = None
     output: Path | None = None
     output_types: tuple[str, ...] = ("rtstruct",)
@@ -209,7 +211,8 @@ def draw_series(
     if announce:
         announce(f"{volume.geometry.shape[0]} slices; {describe_runtime(task.runtime)}")
     with clock.stage("infer"):
-        label_map = only_structures(segment(volume, task.runtime), task.wanted)
+        drawn = segment(volume, task.runtime, whole_volume=task.options.whole_volume)
+        label_map = only_structures(drawn, task.wanted)
         label_map = replace(label_map, notes=(*label_map.notes, *task.notes))
     with clock.stage("check"):
         regions = regions_from_label_map(label_map)

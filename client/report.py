@@ -73,6 +73,7 @@ def write_report(
             {"name": name, "volume_ml": round(ml, 2), "confidence": round(sure, 3)}
             for (name, ml), sure in zip(volumes.items(), confidence, strict=True)
         ],
+        "computed_share": label_map.computed_share and round(label_map.computed_share, 3),
         "notes": list(label_map.notes),
         "findings": [{"structure": f.name, "text": f.text, "index_zyx": f.index} for f in findings],
         "seconds": {stage: round(seconds, 3) for stage, seconds in clock.seconds.items()},

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 from anatomynet.client.address import DEFAULT_URL, address_from_url
 from anatomynet.client.failures import AttemptError, Outlook
+from anatomynet.client.triton_region import common_region_finder
 from anatomynet.client.triton_server import Answer, SharedMemory, TritonServer
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import ServerError
@@ -45,6 +46,7 @@ class TritonRuntime:
 
     Attributes:
         model: the ModelConfig that the served model carries.
+        region_finder: the servers' own; None where not all have the same one READY.
 
     Raises:
         ServerError: no server there, no such model, not READY, not one that anatomynet-export wrote, or two of them.
@@ -70,6 +72,8 @@ class TritonRuntime:
             for url in dict.fromkeys(urls or (DEFAULT_URL,)):
                 self._servers.append(TritonServer(url, shared_memory=shared_memory, answer_timeout_s=connect_timeout_s))
             self.model = self._connect(wait_s if retries else 0.0)
+            there = [server.client for server in self._servers if server.version]
+            self.region_finder = common_region_finder(there, timeout_s=connect_timeout_s)
         except BaseException:
             self.close()
             raise
@@ -80,7 +84,8 @@ class TritonRuntime:
         versions = "/".join(dict.fromkeys(server.version for server in self._servers if server.version))
         urls = " and ".join(server.url for server in self._servers)
         ways = dict.fromkeys("shared memory" if server.shares else "gRPC" for server in self._servers)
-        return f"Triton {versions} at {urls}, by {' or '.join(ways)}"
+        without = "" if self.region_finder else ", without a region finder"
+        return f"Triton {versions} at {urls}, by {' or '.join(ways)}{without}"
 
     def infer(self, hu: HounsfieldArray) -> Answer:
         """See Runtime; may be called from several threads at once.

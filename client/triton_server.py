@@ -27,7 +27,7 @@ from anatomynet.engine.limits import SizeLimit, size_limit_from_parameters
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
 
 if TYPE_CHECKING:
-    from tritonclient.grpc import InferResult
+    from tritonclient.grpc import InferenceServerClient, InferResult
     from tritonclient.utils import InferenceServerException
 
 MODEL_NAME = "anatomynet"
@@ -67,6 +67,11 @@ class TritonServer:
         self._client = open_client(address)
         self._served: tuple[str, ModelConfig] | None = None
         self.size_limit: SizeLimit | None = None
+
+    @property
+    def client(self) -> "InferenceServerClient":
+        """The connection, for questions to its other models."""
+        return self._client
 
     def close(self) -> None:
         """Ends the connection."""

@@ -1,4 +1,4 @@
-"""Weights (safetensors) and ModelConfig, together in one file. Never a pickle: pickles run code."""
+"""Weights (safetensors) and their configuration, together in one file. Never a pickle: pickles run code."""
 
 import dataclasses
 import hashlib
@@ -6,14 +6,17 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from anatomynet.engine.config import ModelConfig, model_config_from_json, shipped_weights
 from anatomynet.engine.errors import ModelError
 from anatomynet.engine.network import AnatomyNet
 from anatomynet.engine.output import write_whole
+from anatomynet.engine.region import RegionConfig, region_config_from_json
+from anatomynet.engine.region_network import RegionNetwork
+from anatomynet.engine.region_runtime import shipped_region
 
-CONFIG_KEY = "model_config"
+CONFIG_KEY, REGION_CONFIG_KEY = "model_config", "region_config"
 
 
 def save_checkpoint(path: Path, network: nn.Module, config: ModelConfig) -> None:
@@ -22,9 +25,7 @@ def save_checkpoint(path: Path, network: nn.Module, config: ModelConfig) -> None
     Raises:
         OutputError: it could not be written.
     """
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in network.state_dict().items()}
-    metadata = {CONFIG_KEY: dataclasses.replace(config, checkpoint_sha256="").to_json()}
-    write_whole(path, save(tensors, metadata=metadata), overwrite=True)
+    _write(path, network, CONFIG_KEY, dataclasses.replace(config, checkpoint_sha256="").to_json())
 
 
 def load_checkpoint(path: Path | None = None) -> tuple[AnatomyNet, ModelConfig]:
@@ -34,24 +35,63 @@ def load_checkpoint(path: Path | None = None) -> tuple[AnatomyNet, ModelConfig]:
         ModelError: no such file, not safetensors, no configuration inside, or weights that do not fit it.
     """
     path = path or shipped_weights(".safetensors")
+    tensors, text = _read(path, CONFIG_KEY, "anatomynet-train")
+    config = model_config_from_json(text)
+    network = AnatomyNet(config.classes)
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ModelError(f"the weights of {path} do not fit a network of {config.classes} classes") from error
+    return network.eval(), dataclasses.replace(config, checkpoint_sha256=_sha256(path))
+
+
+def save_region_checkpoint(path: Path, network: RegionNetwork, config: RegionConfig) -> None:
+    """As `save_checkpoint`, of a region finder.
+
+    Raises:
+        OutputError: it could not be written.
+    """
+    _write(path, network, REGION_CONFIG_KEY, dataclasses.replace(config, checkpoint_sha256="").to_json())
+
+
+def load_region_checkpoint(path: Path | None = None) -> tuple[RegionNetwork, RegionConfig]:
+    """As `load_checkpoint`, of a region finder; None is the shipped one.
+
+    Raises:
+        ModelError: no such file, not safetensors, no configuration inside, or weights that do not fit it.
+    """
+    path = path or shipped_region(".safetensors")
+    tensors, text = _read(path, REGION_CONFIG_KEY, "anatomynet.engine.train_region")
+    network = RegionNetwork()
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ModelError(f"the weights of {path} do not fit a region finder") from error
+    return network.eval(), dataclasses.replace(region_config_from_json(text), checkpoint_sha256=_sha256(path))
+
+
+def _write(path: Path, network: nn.Module, key: str, config: str) -> None:
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in network.state_dict().items()}
+    write_whole(path, save(tensors, metadata={key: config}), overwrite=True)
+
+
+def _read(path: Path, key: str, writer: str) -> tuple[dict[str, Tensor], str]:
+    """The weights, and the configuration as JSON."""
     if not path.is_file():
-        raise ModelError(f"no checkpoint {path}: expected a .safetensors file that anatomynet-train wrote")
+        raise ModelError(f"no checkpoint {path}: expected a .safetensors file that {writer} wrote")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
     except SafetensorError as error:
         raise ModelError(
-            f"{path} is not safetensors ({error}): expected a file that anatomynet-train wrote; "
+            f"{path} is not safetensors ({error}): expected a file that {writer} wrote; "
             "a pickled .pt or .pth is never read, since it can run code"
         ) from error
-    if CONFIG_KEY not in metadata:
-        raise ModelError(f"{path} carries no {CONFIG_KEY}: expected a checkpoint that anatomynet-train wrote")
-    config = model_config_from_json(metadata[CONFIG_KEY])
-    network = AnatomyNet(config.classes)
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ModelError(f"the weights of {path} do not fit a network of {config.classes} classes") from error
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return network.eval(), dataclasses.replace(config, checkpoint_sha256=digest)
+    if key not in metadata:
+        raise ModelError(f"{path} carries no {key}: expected a checkpoint that {writer} wrote")
+    return tensors, metadata[key]
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

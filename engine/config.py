@@ -191,8 +191,8 @@ def load_config(source: str | Path) -> tuple[ModelConfig, TrainConfig]:
         ModelError: a file that is not there or not TOML, an unknown key, a value out of range.
     """
     tables = _tables_of(source)
-    model = _config_from_table(ModelConfig, tables["model"], source)
-    train = _config_from_table(TrainConfig, tables["train"], source)
+    model = config_from_table(ModelConfig, tables["model"], source)
+    train = config_from_table(TrainConfig, tables["train"], source)
     if train.class_weights and len(train.class_weights) != model.classes:
         raise ModelError(
             f"class_weights of {source}: expected {model.classes}, background first, found {len(train.class_weights)}"
@@ -239,10 +239,15 @@ def model_config_from_json(text: str) -> ModelConfig:
         table = json.loads(text)
     except json.JSONDecodeError as error:
         raise ModelError(f"the model's configuration is not JSON: {error}") from error
-    return _config_from_table(ModelConfig, table, "the model's configuration")
+    return config_from_table(ModelConfig, table, "the model's configuration")
 
 
-def _config_from_table(cls: type[Config], table: object, source: object) -> Config:
+def config_from_table(cls: type[Config], table: object, source: object) -> Config:
+    """A table of TOML or JSON as the dataclass whose fields are its keys.
+
+    Raises:
+        ModelError: no table, an unknown or missing key, a value of another type or out of range; `source` names it.
+    """
     if not isinstance(table, dict):
         raise ModelError(f"{source}: expected a table of keys, found {type(table).__name__}")
     kinds = get_type_hints(cls)

@@ -4,7 +4,7 @@ turn to canonical axes -> resample where the spacing was not trained -> cut to t
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -44,6 +44,16 @@ class NetworkInput:
     grid: VolumeGeometry
     canonical: VolumeGeometry
     notes: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> Index:
+        """Of `hu`, (z, y, x)."""
+        return _index(self.hu.shape)
+
+    def cropped(self, start: Index, stop: Index) -> "NetworkInput":
+        """A part of it, [start:stop] of `hu`."""
+        box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+        return replace(self, hu=np.ascontiguousarray(self.hu[box]), start=_index(np.add(self.start, start).tolist()))
 
 
 def prepare(volume: CTVolume, config: ModelConfig) -> NetworkInput:

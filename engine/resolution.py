@@ -3,6 +3,8 @@
 Archives such as OpenKBP come reduced to the network's resolution already; the served model takes full ones.
 """
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -48,7 +50,7 @@ def enlarged(volume: CTVolume, stride: int) -> CTVolume:
     return CTVolume(np.ascontiguousarray(volume.hu.repeat(stride, axis=1).repeat(stride, axis=2)), fine)
 
 
-def draw_reduced(volume: CTVolume, runtime: Runtime) -> LabelMap:
+def draw_reduced(volume: CTVolume, runtime: Runtime, *, whole_volume: bool = False) -> LabelMap:
     """What the served model draws on a CT that was reduced in plane by its stride, on the reduced grid.
 
     Enlarged again, drawn by the same `segment` that serves, and reduced as the archive's own masks were.
@@ -57,6 +59,6 @@ def draw_reduced(volume: CTVolume, runtime: Runtime) -> LabelMap:
         GeometryError, ModelError, ServerError: see `segment`.
     """
     stride = runtime.model.in_plane_stride
-    drawn = segment(enlarged(volume, stride), runtime)
+    drawn = segment(enlarged(volume, stride), runtime, whole_volume=whole_volume)
     labels = reduced_labels(drawn.labels, stride, count=len(drawn.structures))
-    return LabelMap(labels, volume.geometry, drawn.structures, drawn.confidence, drawn.stray_ml, drawn.notes)
+    return replace(drawn, labels=labels, geometry=volume.geometry)

@@ -9,6 +9,7 @@ A Triton server is a runtime too (anatomynet.client.triton), and its Python back
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
@@ -29,6 +30,8 @@ from anatomynet.engine.volume import HounsfieldArray, LabelArray
 if TYPE_CHECKING:
     import openvino
     import torch
+
+    from anatomynet.engine.region import RegionFinder
 
 METADATA_KEY = "anatomynet"  # of the ModelConfig, in an ONNX file's metadata_props
 INPUT_NAME = "CT"
@@ -100,7 +103,22 @@ def load_runtime(path: Path | None = None) -> Runtime:
     raise ModelError(f"nothing here can run {path.name}: expected OpenVINO or ONNX Runtime; {INSTALL_HINT}")
 
 
-class OpenVinoRuntime:
+class _FindsRegion:
+    """What the embedded runtimes share: the shipped region finder, loaded when it is first wanted."""
+
+    @functools.cached_property
+    def region_finder(self) -> RegionFinder:
+        """See engine.region.
+
+        Raises:
+            ModelError: its file is missing or damaged.
+        """
+        from anatomynet.engine.region_runtime import EmbeddedRegionFinder
+
+        return EmbeddedRegionFinder()
+
+
+class OpenVinoRuntime(_FindsRegion):
     """An ONNX file on this machine's CPU, in FP32; one volume at a time, on every core.
 
     A compiled model is not cached on disk: compiling takes a fifth of a second. At native resolution memory is short,
@@ -115,7 +133,7 @@ class OpenVinoRuntime:
         import openvino
         from openvino import properties
 
-        graph = _openvino_graph(path)
+        graph = openvino_graph(path)
         key = ["framework", METADATA_KEY]  # where OpenVINO keeps an ONNX file's metadata
         self.model = _config_from_metadata(path, graph.get_rt_info(key).value if graph.has_rt_info(key) else None)
         threads = available_cores()
@@ -160,13 +178,13 @@ class OpenVinoRuntime:
                 self._request, self._shape = self._compiled(graph), shape
             return self._request
         except RuntimeError as error:
-            raise _damaged(self._path, error) from error
+            raise damaged_file(self._path, error) from error
 
     def _compiled(self, graph: openvino.Model) -> openvino.InferRequest:
         return self._core.compile_model(graph, "CPU", self._options).create_infer_request()
 
 
-class OnnxRuntime:
+class OnnxRuntime(_FindsRegion):
     """An ONNX file through ONNX Runtime.
 
     Args:
@@ -184,7 +202,7 @@ class OnnxRuntime:
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as states
 
-        _check_file(path)
+        check_file(path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = available_cores()
         options.log_severity_level = 4  # fatal: errors are raised, and told once
@@ -200,7 +218,7 @@ class OnnxRuntime:
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=wanted)
         except self._failures as error:
-            raise _damaged(path, error) from error
+            raise damaged_file(path, error) from error
         self.model = _config_from_metadata(path, self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY))
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         device = (
@@ -264,7 +282,7 @@ def _has_cuda_provider() -> bool:
     return CUDA_PROVIDER in onnxruntime.get_available_providers()
 
 
-def _openvino_graph(path: Path) -> openvino.Model:
+def openvino_graph(path: Path) -> openvino.Model:
     """Reads an ONNX file by the ONNX reader alone: OpenVINO's own choice tries every format on a damaged one, noisily.
 
     Raises:
@@ -272,7 +290,7 @@ def _openvino_graph(path: Path) -> openvino.Model:
     """
     from openvino import frontend
 
-    _check_file(path)
+    check_file(path)
     reader = frontend.FrontEndManager().load_by_framework("onnx")
     failures = (
         frontend.GeneralFailure,
@@ -283,10 +301,11 @@ def _openvino_graph(path: Path) -> openvino.Model:
     try:
         return reader.convert(reader.load(str(path)))
     except (RuntimeError, *failures) as error:  # the failures are no RuntimeErrors
-        raise _damaged(path, error) from error
+        raise damaged_file(path, error) from error
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
+    """Raises ModelError where there is no such file."""
     if not path.is_file():
         raise ModelError(f"no model {path}: expected an ONNX file that anatomynet-export wrote")
 
@@ -314,7 +333,8 @@ def _bytes_a_voxel(config: ModelConfig, network_bytes: int) -> float:
     return CT_BYTES + network_bytes / config.in_plane_stride**2
 
 
-def _damaged(path: Path, error: Exception) -> ModelError:
+def damaged_file(path: Path, error: Exception) -> ModelError:
+    """What to raise for an ONNX file that cannot be read."""
     return ModelError(
         f"{path} is damaged or not ONNX ({_last_line(error)}): expected a file that anatomynet-export wrote; "
         "export it, or install the package, again"

@@ -44,6 +44,7 @@ class LabelMap:
         stray_ml: for each structure the millilitres that were left out as strays, small pieces apart from the rest;
             None for a truth.
         notes: what was done on the way that a user should know, one sentence each ("resampled from ...").
+        computed_share: of the CT's voxels, those that the network saw; None for a truth.
 
     Raises:
         GeometryError: an array of another shape or type.
@@ -55,6 +56,7 @@ class LabelMap:
     confidence: tuple[float, ...] | None = None
     stray_ml: tuple[float, ...] | None = None
     notes: tuple[str, ...] = ()
+    computed_share: float | None = None
 
     def __post_init__(self) -> None:
         _check_array(self.labels, np.dtype(np.uint8), self.geometry)

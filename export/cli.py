@@ -42,6 +42,11 @@ BACKENDS = ("python", "onnxruntime", "tensorrt")
     show_default=True,
     help="Triton model repository; its model 'anatomynet' is replaced. Plans and timings go to OUTPUT.plans beside it.",
 )
+@click.option(
+    "--region",
+    type=click.Path(path_type=Path),
+    help="Checkpoint of the region finder, the model 'anatomynet_region' beside it. Without it: the shipped one.",
+)
 @click.option("--onnx", "onnx_file", type=click.Path(path_type=Path), help="Write this one file, and no repository.")
 @click.option(
     "--rtx",
@@ -59,6 +64,7 @@ def main(
     fp16: bool,
     backend: str,
     output: Path,
+    region: Path | None,
     onnx_file: Path | None,
     rtx: str | None,
     parity_input: Path | None,
@@ -85,11 +91,13 @@ def main(
                 move_in_place(forms.rtx_form(source, Path(folder), architectures=architectures), plans_of(output))
             )
         else:
-            fill_repository(source, output, Path(folder), backend=backend, fp16=fp16)
+            fill_repository(source, output, Path(folder), backend=backend, fp16=fp16, region=region)
 
 
-def fill_repository(source: "Source", output: Path, folder: Path, *, backend: str, fp16: bool) -> None:
-    """Exports to `folder`, proves it, and hands all of it to the repository `output` at once.
+def fill_repository(
+    source: "Source", output: Path, folder: Path, *, backend: str, fp16: bool, region: Path | None
+) -> None:
+    """Exports to `folder`, proves it, and hands all of it to the repository `output` at once, the region finder too.
 
     Raises:
         ExportError: a graph that does not run, or a repository that cannot be written.
@@ -98,14 +106,15 @@ def fill_repository(source: "Source", output: Path, folder: Path, *, backend: st
     from anatomynet.export import forms
     from anatomynet.export.repository import write_repository
 
+    beside = forms.region_form(region, source.config, folder, backend=backend)
     if backend == "tensorrt":
         models = forms.tensorrt_form(source, folder, timing_cache_folder=plans_of(output))
     elif backend == "onnxruntime":
         models = forms.onnxruntime_form(source, folder, fp16=fp16)
     else:
         models = forms.python_form(source, folder, fp16=fp16)
-    write_repository(output, models)
-    for model in models:
+    write_repository(output, [*models, *beside])
+    for model in (*models, *beside):
         click.echo(f"{output / model.name}: {', '.join(model.files) or 'calls ' + ', '.join(model.needs)}")
     click.echo(f"serve it: tritonserver --model-repository {output}")
 

@@ -4,6 +4,7 @@
     python_form          for Triton's Python backend: those files, and model.py
     onnxruntime_form     for Triton's ONNX Runtime backend: one of those files
     tensorrt_form        for Triton's TensorRT backend: a plan for this machine's GPU, between two small graphs
+    region_form          the region finder, beside any of these three
     rtx_form             for RTX workstations: such a plan for TensorRT-RTX, built with or without a GPU
 
 `anatomynet-export` (export.cli) puts them together.
@@ -20,7 +21,7 @@ import click
 import onnx
 import torch
 
-from anatomynet.engine.checkpoint import load_checkpoint
+from anatomynet.engine.checkpoint import load_checkpoint, load_region_checkpoint
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.data import read_case
 from anatomynet.engine.errors import ExportError
@@ -42,7 +43,15 @@ from anatomynet.export.plan import (
     plan_version,
 )
 from anatomynet.export.plan_on_gpu import PlanOnGpu
-from anatomynet.export.triton_models import PlanFile, TritonModel, onnxruntime_model, python_model, tensorrt_models
+from anatomynet.export.region import export_region
+from anatomynet.export.triton_models import (
+    PlanFile,
+    TritonModel,
+    onnxruntime_model,
+    python_model,
+    region_model,
+    tensorrt_models,
+)
 
 PHANTOM_SEED = 0
 RTX_MODULE = "tensorrt_rtx_bindings"
@@ -114,6 +123,25 @@ def python_form(source: Source, folder: Path, *, fp16: bool) -> list[TritonModel
 def onnxruntime_form(source: Source, folder: Path, *, fp16: bool) -> list[TritonModel]:
     """One file, FP32 or FP16, proven by ONNX Runtime itself; see `onnx_file` for what it raises."""
     return [onnxruntime_model(source.config, onnx_file(source, folder, fp16=fp16, runtime_of=OnnxRuntime))]
+
+
+def region_form(checkpoint: Path | None, config: ModelConfig, folder: Path, *, backend: str) -> list[TritonModel]:
+    """The region finder, where it knows all that the model draws; see `export_region` for what it raises.
+
+    Args:
+        checkpoint: of the finder; None is the shipped one.
+        config: of the model.
+        backend: of the model; a plan's repository has ONNX Runtime's at hand.
+    """
+    network, region = load_region_checkpoint(checkpoint)
+    unknown = sorted(set(config.structures) - set(region.structures))
+    if unknown:
+        click.echo(f"without a region finder: it does not know {', '.join(unknown)}")
+        return []
+    path = folder / "region.onnx"
+    export_region(network, region, path)
+    click.echo(f"{path.name}, {path.stat().st_size / 1e6:.1f} MB; finds the checkpoint's boxes")
+    return [region_model(region, path, backend="python" if backend == "python" else "onnxruntime")]
 
 
 def tensorrt_form(source: Source, folder: Path, *, timing_cache_folder: Path) -> list[TritonModel]:

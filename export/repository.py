@@ -3,6 +3,7 @@
     OUTPUT/anatomynet/config.pbtxt      the contract, the ModelConfig, queue limits, warm-up
     OUTPUT/anatomynet/manifest.json     the sha256 of every file
     OUTPUT/anatomynet/1/...             what its backend runs: see export.triton_models
+    OUTPUT/anatomynet_region            beside it, the region finder, where it knows the structures
     OUTPUT/anatomynet_prepare, _plan, _finish     beside it, with `--backend tensorrt`
 
 Written beside and swapped in, so that a server never finds half a model.
@@ -16,10 +17,10 @@ from pathlib import Path
 
 from anatomynet.engine.errors import ExportError
 from anatomynet.export.manifest import CONFIG_NAME, write_manifest
-from anatomynet.export.triton_models import FINISH_NAME, MODEL_NAME, PLAN_NAME, PREPARE_NAME, TritonModel
+from anatomynet.export.triton_models import FINISH_NAME, MODEL_NAME, PLAN_NAME, PREPARE_NAME, REGION_NAME, TritonModel
 
 # Of whatever backend: a new variant takes the place of the old one, and of all its parts.
-VARIANT_NAMES = (MODEL_NAME, PREPARE_NAME, PLAN_NAME, FINISH_NAME)
+VARIANT_NAMES = (MODEL_NAME, PREPARE_NAME, PLAN_NAME, FINISH_NAME, REGION_NAME)
 
 
 def write_repository(output: Path, models: Sequence[TritonModel]) -> None:

@@ -3,6 +3,7 @@
     python_model        model.py calls anatomynet.engine, with the ONNX files beside it; runs anywhere
     onnxruntime_model   Triton's own ONNX Runtime, with model.onnx
     tensorrt_models     an ensemble: prepare.onnx -> plan -> finish.onnx
+    region_model        beside any of them, the region finder: `anatomynet_region`
 
 One contract whatever runs behind it: CT -> LABEL_MAP, CONFIDENCE, under the name `anatomynet`. None has a response
 cache: it would hash 93 MB a volume, and no patient is scanned the same twice.
@@ -18,10 +19,12 @@ from anatomynet import __version__
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import ExportError
 from anatomynet.engine.limits import SIDES_KEY, VOXELS_KEY, largest_voxels
+from anatomynet.engine.region import RegionConfig
 
 MODEL_NAME = "anatomynet"
 PREPARE_NAME, PLAN_NAME, FINISH_NAME = (f"{MODEL_NAME}_{step}" for step in ("prepare", "plan", "finish"))
-MODEL_SOURCE = "model.py"
+REGION_NAME = f"{MODEL_NAME}_region"
+MODEL_SOURCE, REGION_SOURCE = "model.py", "region_model.py"
 # Waiting requests hold their volumes in memory, 93 MB each for 178 x 512 x 512.
 LARGEST_QUEUE = 8
 # Longer than a full queue of whole volumes takes on two CPU cores, shorter than a clinic waits.
@@ -30,6 +33,8 @@ QUEUE_TIMEOUT_S = 120
 WARM_UP_SIDE = 64
 # Of the CT (z, y, x): what the client cuts to the body, and a whole scan. A GPU allocates for them and picks kernels.
 COMMON_SHAPES = ((178, 320, 320), (178, 512, 512))
+# Of CT_COARSE (z, y, x): a planning CT's body.
+COARSE_SHAPE = (59, 40, 60)
 
 Shape = tuple[int, int, int]
 
@@ -102,6 +107,7 @@ class _Settings:
     outputs: Sequence[_Tensor]
     blocks: Sequence[str]
     parameters: Mapping[str, str] = field(default_factory=dict)
+    contract: str = ""
 
 
 VOLUME = (-1, -1, -1)
@@ -110,10 +116,16 @@ CT = _Tensor("CT", "INT16", VOLUME)
 NETWORK_INPUT = _Tensor("network_input", "FP16", NETWORK_VOLUME)
 LABELS = _Tensor("LABELS", "UINT8", VOLUME)
 LABEL_MAP = _Tensor("LABEL_MAP", "UINT8", VOLUME)
+CT_COARSE = _Tensor("CT_COARSE", "INT16", VOLUME)
+BOX = _Tensor("BOX", "INT64", (6,))
 
 CONTRACT = """# CT: Hounsfield units [z, y, x], any size; z to the head, y to the back, x to the patient's left.
 # LABEL_MAP: 0 background, 1..n the structures, in the order of the parameter "structures".
 # CONFIDENCE: mean top probability over each structure's border voxels; 0 where absent."""
+
+REGION_CONTRACT = """# CT_COARSE: Hounsfield units [z, y, x], any size, axes as CT's; means of
+# blocks of so many voxels as come nearest to the parameter "coarse_spacing_mm_xyz".
+# BOX: of the structures, start z, y, x and stop z, y, x in voxels of CT_COARSE, half-open; six zeros where none is."""
 
 # Only for its queue: with max_batch_size 0 nothing is batched.
 QUEUE = f"""# A full queue refuses at once, and a request that nobody waits for any more is not computed; a client may
@@ -129,6 +141,9 @@ dynamic_batching {{
 
 PYTHON_INSTANCE = """# A volume fills the machine: one at a time. KIND_CPU says only where the tensors lie; the engine
 # finds a GPU itself.
+instance_group [{ count: 1, kind: KIND_CPU }]"""
+
+CPU_INSTANCE = """# A few hundredths of a second each.
 instance_group [{ count: 1, kind: KIND_CPU }]"""
 
 AUTO_INSTANCE = """# A volume fills a GPU: a second instance would make both wait. One on each GPU, or on the CPU where
@@ -202,9 +217,35 @@ def tensorrt_models(config: ModelConfig, *, prepare: Path, plan: PlanFile, finis
     )
 
 
-def shipped_model_source() -> Path:
-    """The model.py of this package: the only code that a repository may hold."""
-    return Path(str(resources.files("anatomynet.export") / "python_backend" / MODEL_SOURCE))
+def region_model(config: RegionConfig, onnx_file: Path, *, backend: str) -> TritonModel:
+    """The region finder, on the CPU whatever computes the network: a GPU gains nothing, and the box stays the same.
+
+    Args:
+        config: its own; becomes parameters of config.pbtxt.
+        onnx_file: the served graph.
+        backend: "python" or "onnxruntime".
+    """
+    settings = _Settings(
+        backend,
+        [CT_COARSE],
+        [BOX],
+        [CPU_INSTANCE, QUEUE, _warm_ups({"coarse volume": {CT_COARSE: COARSE_SHAPE}})],
+        {
+            "region_config": config.to_json(),
+            "structures": ",".join(config.structures),
+            "coarse_spacing_mm_xyz": " ".join(map(str, config.coarse_spacing)),
+            "checkpoint_sha256": config.checkpoint_sha256,
+            "anatomynet_version": __version__,
+        },
+        REGION_CONTRACT,
+    )
+    code = {MODEL_SOURCE: shipped_model_source(REGION_SOURCE)} if backend == "python" else {}
+    return TritonModel(REGION_NAME, _config_text(REGION_NAME, settings), {**code, "model.onnx": onnx_file})
+
+
+def shipped_model_source(name: str = MODEL_SOURCE) -> Path:
+    """The model.py of this package, or another's: the only code that a repository may hold."""
+    return Path(str(resources.files("anatomynet.export") / "python_backend" / name))
 
 
 def _ensemble(config: ModelConfig, plan: PlanFile) -> TritonModel:
@@ -260,7 +301,7 @@ name: "{name}"
 # One volume a request: volumes differ in size, so there is nothing to batch.
 max_batch_size: 0
 
-{CONTRACT}
+{settings.contract or CONTRACT}
 input [
   {inputs}
 ]
