@@ -162,8 +162,9 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Mean, median, least and largest."""
-    measures = {"mean": np.mean(values), "median": np.median(values), "least": min(values), "largest": max(values)}
-    return {kind: round(float(value), 4) for kind, value in measures.items()}
+    mean, median = float(np.mean(values)), float(np.median(values))
+    measures = {"mean": mean, "median": median, "least": min(values), "largest": max(values)}
+    return {kind: round(value, 4) for kind, value in measures.items()}
 
 
 def told(row: Row) -> dict[str, Any]:
