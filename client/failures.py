@@ -44,7 +44,7 @@ REFUSALS = ("protocol is restricted", "allow-client-shm", "allow_client_shm")
 LASTING_SYMPTOMS = (
     "SSL_ERROR_SSL",
     "security handshaker",
-    "http1.x server (HTTP status 400)",
+    "http1.x server",
     "DNS resolution failed",
     "Check failed",
     *REFUSALS,
