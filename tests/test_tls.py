@@ -1,6 +1,7 @@
 """A client through the proxy that ships: real nginx, real certificates, a real server behind it."""
 
 import os
+import random
 import re
 import socket
 import ssl
@@ -31,6 +32,7 @@ from anatomynet.engine.errors import ServerBusyError, ServerError
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.runtime import Runtime, load_runtime
 from anatomynet.engine.volume import CTVolume
+from tests.garbage import grpc_garbage, http_garbage, say
 from tests.random_network import CALIBRATION_SHAPE, smooth_hu
 from tests.tls_proxy import (
     API_KEY,
@@ -53,6 +55,8 @@ SMALL = (8, 32, 32)
 # More than the proxy's burst, each a few milliseconds of computing.
 FLOOD = 30
 SHORT_S = 3.0
+FUZZ_SEED = 1808
+FUZZED = 500
 # What a client has no need of: each would be answered by the server itself.
 CLOSED = (
     "SystemSharedMemoryStatus",
@@ -346,6 +350,29 @@ def bare_proxy(folder: Path, status: int) -> Iterator[str]:
     configuration.write_text(BARE_PROXY.format(folder=folder, port=port, status=status))
     with started_nginx(configuration, folder, port):
         yield f"127.0.0.1:{port}"
+
+
+def test_garbage_at_the_proxy(proxy: Proxy, certificates: Certificates, embedded: Runtime) -> None:
+    """In plain text, where a handshake is due; and from a client that it knows, after one."""
+    rng = random.Random(FUZZ_SEED)
+    good = b'{"inputs":[]}'
+    for _ in range(FUZZED):
+        say(proxy.port, grpc_garbage(rng) if rng.random() < 0.5 else http_garbage(rng, good, len(good)))
+    known = ssl.create_default_context(cafile=certificates.certificate("ca"))
+    known.load_cert_chain(certificates.certificate("client"), certificates.key("client"))
+    known.set_alpn_protocols(["h2"])
+    for _ in range(FUZZED):
+        with (
+            socket.create_connection(("127.0.0.1", proxy.port), timeout=5) as connection,
+            known.wrap_socket(connection, server_hostname=HOST) as secured,
+            suppress(OSError),
+        ):
+            secured.settimeout(0.02)
+            secured.sendall(grpc_garbage(rng))
+            secured.recv(4096)
+    hu = smooth_hu(SMALL)
+    with TritonRuntime(proxy.url, access=certificates.access()) as runtime:
+        np.testing.assert_array_equal(runtime.infer(hu)[0], embedded.infer(hu)[0])
 
 
 # --- what is sent, and what is written down
