@@ -83,9 +83,18 @@ def test_a_bad_file_is_one_line(certificates: Certificates, files: dict[str, str
     folder = certificates.folder
     (folder / "text").write_text("no certificate at all\n")
     (folder / "empty").write_text("")
-    encrypt = ["openssl", "pkey", "-in", folder / "client.key", "-aes256", "-passout", "pass:secret"]
+    encrypt: list[str | Path] = ["openssl", "pkey", "-in", folder / "client.key", "-aes256", "-passout", "pass:secret"]
     subprocess.run([*encrypt, "-out", folder / "encrypted.key"], check=True)
-    to_der = ["openssl", "x509", "-in", folder / "client.pem", "-outform", "DER", "-out", folder / "client.der"]
+    to_der: list[str | Path] = [
+        "openssl",
+        "x509",
+        "-in",
+        folder / "client.pem",
+        "-outform",
+        "DER",
+        "-out",
+        folder / "client.der",
+    ]
     subprocess.run(to_der, check=True)
     with pytest.raises(ServerError, match=message) as caught:
         read_access(**{name: folder / file for name, file in files.items()}, environment={})

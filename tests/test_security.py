@@ -183,7 +183,7 @@ def test_every_licence_is_accepted(bill: dict[str, Any], judged: dict[str, Any])
         if name in licences["exceptions"]:
             continue
         if not component.get("licenses"):
-            said = metadata(name).get("License")
+            said = metadata(name)["License"]
             if said != licences["own_words"].get(name, ""):
                 refused[name] = [said]
         elif wrong := unaccepted(component, accepted, classifiers):

@@ -47,6 +47,7 @@ from tests.tls_proxy import (
 from tests.triton_servers import RunningServer, free_ports
 
 plain_grpc = pytest.importorskip("grpc")
+GenericRpcHandler: Any = plain_grpc.GenericRpcHandler
 utils = pytest.importorskip("tritonclient.utils")
 
 COMMAND = Path(sys.executable).with_name("anatomynet-client")
@@ -135,7 +136,16 @@ def test_a_study_through_the_proxy_and_no_key_in_the_list_of_processes(
     options = ["--api-key-file", str(tmp_path / "key")] if way == "file" else []
     if way == "environment":
         environment[API_KEY_VARIABLE] = API_KEY
-    command = [COMMAND, "segment", study, "--output", tmp_path / "rs.dcm", "--url", proxy.url, *certificates.options()]
+    command: list[str | Path] = [
+        COMMAND,
+        "segment",
+        study,
+        "--output",
+        tmp_path / "rs.dcm",
+        "--url",
+        proxy.url,
+        *certificates.options(),
+    ]
     with subprocess.Popen(
         [*command, *options], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -392,7 +402,7 @@ def test_the_log_names_nobody(proxy: Proxy, certificates: Certificates) -> None:
         assert secret not in log
 
 
-class Listener(plain_grpc.GenericRpcHandler):  # type: ignore[misc]
+class Listener(GenericRpcHandler):  # type: ignore[misc]
     """Stands where a server does, and keeps the headers of what it is asked."""
 
     def __init__(self) -> None:

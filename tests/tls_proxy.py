@@ -83,7 +83,16 @@ def issue(made: Certificates, name: str, *, ca: str, use: str, until: str) -> No
         f"default_md = sha256\npolicy = p\nrand_serial = yes\n[p]\ncommonName = supplied\n[e]\n{use}\n"
     )
     openssl("req", "-new", *new_key(made, name), "-subj", f"/CN={name}", "-out", request)
-    signed = ["-cert", made.certificate(ca), "-keyfile", made.key(ca), "-in", request, "-out", made.certificate(name)]
+    signed: list[str | Path] = [
+        "-cert",
+        made.certificate(ca),
+        "-keyfile",
+        made.key(ca),
+        "-in",
+        request,
+        "-out",
+        made.certificate(name),
+    ]
     dates = ["-startdate", "20190101000000Z", "-enddate", until]
     openssl("ca", "-batch", "-notext", "-config", settings, "-extensions", "e", *dates, *signed)
 
@@ -157,7 +166,7 @@ def running_proxy(
 @contextmanager
 def started_nginx(configuration: Path, folder: Path, port: int) -> Iterator[None]:
     """nginx with a configuration, which listens at a port of this machine inside the block."""
-    command = [find_nginx(), "-c", configuration, "-p", folder, "-g", "daemon off;"]
+    command: list[str | Path] = [find_nginx(), "-c", configuration, "-p", folder, "-g", "daemon off;"]
     with (folder / "nginx.log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         try:
             deadline = time.monotonic() + START_TIMEOUT_S
