@@ -41,6 +41,7 @@ from tests.tls_proxy import (
     Certificates,
     Proxy,
     make_certificates,
+    revoke,
     running_proxy,
     started_nginx,
 )
@@ -238,6 +239,18 @@ def test_a_proxy_whose_certificate_has_expired(
         error = info("--url", proxy.url, *certificates.options()).stderr
     assert "certificate has expired; a certificate is past its date" in error
     assert error.count("\n") == 1
+
+
+def test_a_certificate_that_was_lost_is_refused_once_it_is_listed(
+    triton_server: RunningServer, certificates: Certificates, tmp_path: Path
+) -> None:
+    listed = revoke(certificates, "lost")
+    asked_for = {"# ssl_crl /etc/anatomynet/tls/revoked.pem;": f"ssl_crl {listed};"}
+    with running_proxy(tmp_path, certificates, [triton_server.url], changes=asked_for) as proxy:
+        error = info("--url", proxy.url, *certificates.options("lost")).stderr
+        assert "certificate revoked; it does not take that of --tls-cert" in error
+        with TritonRuntime(proxy.url, access=certificates.access()) as runtime:
+            assert runtime.infer(smooth_hu(SMALL))[0].shape == SMALL
 
 
 def test_plain_text_to_a_port_of_tls(proxy: Proxy) -> None:

@@ -55,7 +55,7 @@ class Certificates:
 
 
 def make_certificates(folder: Path) -> Certificates:
-    """For a proxy at localhost: "server" and "expired-server"; for clients "client", "expired" and "stranger"."""
+    """For a proxy at localhost: "server" and "expired-server"; for clients "client", "expired", "lost", "stranger"."""
     made = Certificates(folder)
     for ca in ("ca", "other-ca"):
         openssl("req", "-x509", *new_key(made, ca), "-subj", f"/CN={ca}", "-days", "2", "-out", made.certificate(ca))
@@ -65,6 +65,7 @@ def make_certificates(folder: Path) -> Certificates:
         ("expired-server", "ca", f"subjectAltName=DNS:{HOST}", EXPIRED),
         ("client", "ca", "extendedKeyUsage=clientAuth", VALID),
         ("expired", "ca", "extendedKeyUsage=clientAuth", EXPIRED),
+        ("lost", "ca", "extendedKeyUsage=clientAuth", VALID),
         ("stranger", "other-ca", "extendedKeyUsage=clientAuth", VALID),
     ):
         issue(made, name, ca=ca, use=use, until=until)
@@ -95,6 +96,15 @@ def issue(made: Certificates, name: str, *, ca: str, use: str, until: str) -> No
     ]
     dates = ["-startdate", "20190101000000Z", "-enddate", until]
     openssl("ca", "-batch", "-notext", "-config", settings, "-extensions", "e", *dates, *signed)
+
+
+def revoke(made: Certificates, name: str, *, ca: str = "ca") -> Path:
+    """Takes a certificate back; the CA's list of those."""
+    listed, settings = made.folder / f"{ca}.crl", made.folder / f"{name}.conf"
+    signer: list[str | Path] = ["-config", settings, "-cert", made.certificate(ca), "-keyfile", made.key(ca)]
+    openssl("ca", *signer, "-revoke", made.certificate(name))
+    openssl("ca", *signer, "-gencrl", "-crldays", "2", "-out", listed)
+    return listed
 
 
 def openssl(*arguments: str | Path) -> None:
@@ -155,7 +165,7 @@ def running_proxy(
         "/dev/stdout": str(folder / "requests.log"),
         "listen 8443 ": f"listen 127.0.0.1:{port} ",
     }
-    for shipped, here in {**places, **(changes or {})}.items():
+    for shipped, here in {**(changes or {}), **places}.items():
         assert shipped in text, shipped
         text = text.replace(shipped, here)
     (site / "nginx.conf").write_text(text)
