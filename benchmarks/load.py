@@ -1,10 +1,11 @@
 """How does one server bear load? Clients at once, memory over hundreds of volumes, a full queue, a cancelled request.
 
-    python -m benchmarks.load [--clients 1,2,4,8] [--small 500] [--whole 50] [--perf-analyzer FILE]
+    python -m benchmarks.load [--clients 1,2,4,8] [--each 2] [--small 500] [--whole 50] [--perf-analyzer FILE]
 
-A real server on this machine. The clients are `anatomynet-client segment` on the phantom, each run its own process.
---perf-analyzer is NVIDIA's, as in the tritonclient 2.51.0 wheel (`pip download tritonclient==2.51.0 --no-deps`, in its
-*.data/data/bin); without it that part is left out. Prints a table, writes benchmarks/results/load.json and load.png.
+About 12 minutes on two cores; what was run is in the result. A real server on this machine. Its clients are
+`anatomynet-client segment` on the phantom, each run its own process. --perf-analyzer is NVIDIA's, as in the
+tritonclient 2.51.0 wheel (`pip download tritonclient==2.51.0 --no-deps`, in its *.data/data/bin); without it that part
+is left out. Prints a table, writes benchmarks/results/load.json and load.png.
 """
 
 import csv
@@ -35,28 +36,33 @@ FLOOD = 20
 PENDING = "nv_inference_pending_request_count"
 POLL_S = 0.02
 PATIENCE_S = 120.0
+ANALYZED = 20
+ANALYZER_S = 300
 
 
 @click.command()
 @click.option("--clients", default="1,2,4,8", show_default=True, help="How many at once, one row each.")
-@click.option("--each", default=3, show_default=True, help="Studies that each client segments.")
+@click.option("--each", default=2, show_default=True, help="Studies that each client segments.")
 @click.option("--small", default=500, show_default=True, help="Volumes of 64 x 256 x 256 for the curve of memory.")
 @click.option("--whole", default=50, show_default=True, help="Volumes of 178 x 512 x 512 after them.")
 @click.option("--perf-analyzer", type=click.Path(path_type=Path, exists=True), help="NVIDIA's, for the server alone.")
 def main(clients: str, each: int, small: int, whole: int, perf_analyzer: Path | None) -> None:
     """Load one server in every way, and write what it did."""
-    result: dict[str, Any] = {"machine": machine(), "small": SMALL, "whole": WHOLE}
+    counts = {"studies_of_each_client": each, "small_volumes": small, "whole_volumes": whole}
+    result: dict[str, Any] = {"machine": machine(), "small": SMALL, "whole": WHOLE, "run": counts}
+    at_once = [int(count) for count in clients.split(",")]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         study = folder / "study"
         subprocess.run([BIN / "anatomynet-client", "phantom", study], check=True, stdout=subprocess.DEVNULL)
         with running_server(write_shipped_repository(folder / "repository"), folder=folder) as server:
             result["memory"] = memory_over(server, {SMALL: small, WHOLE: whole})
-            result["clients"] = [clients_at_once(server, study, n, each) for n in map(int, clients.split(","))]
+            result["clients"] = [clients_at_once(server, study, count, each) for count in at_once]
             result["full_queue"] = fill_queue(server)
             result["cancelled"] = cancel_waiting(server)
             if perf_analyzer:
-                result["perf_analyzer"] = analyze(server, perf_analyzer, folder)
+                libraries = analyzer_libraries(folder)
+                result["perf_analyzer"] = [analyze(server, perf_analyzer, libraries, count) for count in at_once]
     draw(result["memory"])
     write_result("load", result)
 
@@ -90,10 +96,8 @@ def clients_at_once(server: RunningServer, study: Path, clients: int, each: int)
         "seconds": percentiles(seconds),
         "server_gb": resident_gb(server.process.pid),
     }
-    click.echo(
-        f"{clients} clients: {row['per_minute']:5.1f} studies a minute, median {row['seconds']['p50']:.1f} s, "
-        f"95 % {row['seconds']['p95']:.1f} s, {len(errors)} errors"
-    )
+    spread = ", ".join(f"{name} {value:.1f}" for name, value in row["seconds"].items())
+    click.echo(f"{clients} clients: {row['per_minute']:5.1f} studies a minute, seconds {spread}, {len(errors)} errors")
     return row
 
 
@@ -137,7 +141,7 @@ def fill_queue(server: RunningServer) -> dict[str, Any]:
         "asked": FLOOD,
         "answered": len(answered),
         "refused": len(refused),
-        "refused_seconds": percentiles(refused) if refused else None,
+        "refused_seconds": percentiles(refused),
         "messages": sorted(messages),
     }
     click.echo(f"full queue: {len(answered)} of {FLOOD} answered, {len(refused)} refused: {'; '.join(messages)}")
@@ -207,8 +211,8 @@ class RawClient:
         self.close()
 
 
-def analyze(server: RunningServer, program: Path, folder: Path) -> list[dict[str, str]]:
-    """perf_analyzer's own rows: the server without our client, volumes in shared memory."""
+def analyzer_libraries(folder: Path) -> Path:
+    """Links to what perf_analyzer needs of the nvidia-pytriton wheel, by the names it knows."""
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
         raise click.ClickException("perf_analyzer needs libraries of the nvidia-pytriton wheel")
@@ -217,7 +221,12 @@ def analyze(server: RunningServer, program: Path, folder: Path) -> list[dict[str
     for library in (Path(spec.origin).parents[1] / "nvidia_pytriton.libs").iterdir():
         plain = re.sub(r"-[0-9a-f]{8}(?=\.)", "", library.name)
         (libraries / re.sub(r"(libcudart\.so\.\d+)\..*", r"\1", plain)).symlink_to(library)
-    table = folder / "perf.csv"
+    return libraries
+
+
+def analyze(server: RunningServer, program: Path, libraries: Path, at_once: int) -> dict[str, str]:
+    """perf_analyzer's own row: the server without our client, so many volumes at once, in shared memory."""
+    table = libraries.parent / f"perf-{at_once}.csv"
     options = {
         "-m": "anatomynet",
         "-u": server.url,
@@ -225,10 +234,10 @@ def analyze(server: RunningServer, program: Path, folder: Path) -> list[dict[str
         "--shape": f"CT:{','.join(map(str, SMALL))}",
         "--shared-memory": "system",
         "--output-shared-memory-size": str(SMALL[0] * SMALL[1] * SMALL[2]),
-        "--concurrency-range": "1:4",
+        "--concurrency-range": str(at_once),
         "--measurement-mode": "count_windows",
-        "--measurement-request-count": "20",
-        "--stability-percentage": "999",  # every row is wanted; its spread stands in it
+        "--measurement-request-count": str(ANALYZED),
+        "--stability-percentage": "999",  # the row is wanted whatever its spread, which stands in it
         "--max-trials": "3",
         "-f": str(table),
     }
@@ -237,15 +246,15 @@ def analyze(server: RunningServer, program: Path, folder: Path) -> list[dict[str
         capture_output=True,
         text=True,
         check=False,
+        timeout=ANALYZER_S,
         env={**os.environ, "LD_LIBRARY_PATH": str(libraries)},
     )
     if not table.exists():
         raise click.ClickException(f"perf_analyzer left with {run.returncode}: {(run.stderr or run.stdout)[-400:]}")
     with table.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        click.echo(f"perf_analyzer: {row['Concurrency']} at once, {row['Inferences/Second']} a second")
-    return rows
+        (row,) = csv.DictReader(file)
+    click.echo(f"perf_analyzer: {at_once} at once, {row['Inferences/Second']} a second, 95 % {row['p95 latency']} us")
+    return row
 
 
 def draw(curves: list[dict[str, Any]]) -> None:

@@ -3,14 +3,12 @@
     python -m benchmarks.scaling [--servers 1,2,4] [--volumes 40] [--clients 8]
 
 Real servers on this machine, each on a core of its own while cores last; clients find them as several --url, as one
-name for several addresses (gRPC's round robin, as in Kubernetes), or behind nginx where that is installed. Prints a
-table, writes benchmarks/results/scaling.json.
+name for several addresses (gRPC's round robin, as in Kubernetes), or behind nginx with the configuration that ships:
+TLS, client certificates and an API key. Prints a table, writes benchmarks/results/scaling.json.
 """
 
 import os
-import shutil
 import signal
-import subprocess
 import tempfile
 import threading
 import time
@@ -23,30 +21,22 @@ from typing import Any
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 
+from anatomynet.client.access import NO_ACCESS, Access
 from anatomynet.client.triton import TritonRuntime
 from anatomynet.engine.errors import ServerError
 from anatomynet.engine.volume import HounsfieldArray
 from benchmarks.common import machine, write_result
 from benchmarks.served import SMALL, child_pids, only_cores, percentiles, phantom_hu, write_shipped_repository
-from tests.triton_servers import RunningServer, free_ports, running_server
+from tests.tls_proxy import make_certificates, running_proxy
+from tests.triton_servers import RunningServer, running_server
 
 KILLED = -9
 START_S = 10.0
 WAYS = ("several --url", "round robin", "nginx")
-NGINX = """
-daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log;
-events {{}}
-http {{
-  access_log off; client_max_body_size 0; client_body_temp_path {folder}; proxy_temp_path {folder};
-  fastcgi_temp_path {folder}; uwsgi_temp_path {folder}; scgi_temp_path {folder};
-  upstream triton {{ {servers} }}
-  server {{
-    listen 127.0.0.1:{port} http2;
-    location / {{ grpc_pass grpc://triton; grpc_read_timeout 300s; grpc_next_upstream error timeout non_idempotent; }}
-  }}
-}}
-"""
+# The shipped one is for one department; here it is the servers that are measured.
+NO_RATE_LIMIT = {"rate=120r/m": "rate=6000r/m", "rate=50r/s": "rate=5000r/s"}
 
 
 @dataclass
@@ -67,9 +57,8 @@ def main(servers: str, volumes: int, clients: int) -> None:
     """Measure sharing, throughput, and what a killed server costs."""
     rows = []
     hu = phantom_hu(SMALL)
-    ways = [way for way in WAYS if way != "nginx" or shutil.which("nginx")]
     for count in map(int, servers.split(",")):
-        for way in ways:
+        for way in WAYS:
             for kills in (False, True) if count > 1 else (False,):
                 row = measure(hu, count=count, way=way, volumes=volumes, clients=clients, kills=kills)
                 rows.append(row)
@@ -82,15 +71,15 @@ def measure(hu: HounsfieldArray, *, count: int, way: str, volumes: int, clients:
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
         running = started(stack, folder, count, kills=kills)
-        urls = stack.enter_context(addresses(running, way, folder))
-        with TritonRuntime(*urls, shared_memory="off", wait_s=START_S) as runtime:
+        urls, access = stack.enter_context(addresses(running, way, folder))
+        with TritonRuntime(*urls, shared_memory="off", wait_s=START_S, access=access) as runtime:
             expected, _ = runtime.infer(hu)
         before = [answered(server) for server in running]
         tally = Tally()
         killer = threading.Thread(target=kill_halfway, args=(running[0], tally, volumes)) if kills else None
         start = time.perf_counter()
         threads = [
-            threading.Thread(target=ask, args=(urls, hu, expected, tally, len(range(k, volumes, clients))))
+            threading.Thread(target=ask, args=(urls, access, hu, expected, tally, len(range(k, volumes, clients))))
             for k in range(clients)
         ]
         for thread in [*threads, *filter(None, [killer])]:
@@ -138,25 +127,23 @@ def started(stack: ExitStack, folder: Path, count: int, *, kills: bool) -> list[
 
 
 @contextmanager
-def addresses(running: Sequence[RunningServer], way: str, folder: Path) -> Iterator[list[str]]:
-    """What a client is told: each server, one name for all of them, or a proxy before them."""
+def addresses(running: Sequence[RunningServer], way: str, folder: Path) -> Iterator[tuple[list[str], Access]]:
+    """What a client is told: each server, one name for all of them, or a proxy before them and what opens it."""
+    urls = [server.url for server in running]
     if way == "nginx":
-        (port,) = free_ports(1)
-        servers = " ".join(f"server {server.url} max_fails=1 fail_timeout=5s;" for server in running)
-        (folder / "nginx.conf").write_text(NGINX.format(folder=folder, servers=servers, port=port))
-        with subprocess.Popen(["nginx", "-c", folder / "nginx.conf", "-p", folder], stderr=subprocess.DEVNULL) as proxy:
-            try:
-                yield [f"127.0.0.1:{port}"]
-            finally:
-                proxy.terminate()
+        (folder / "proxy").mkdir()
+        certificates = make_certificates(folder)
+        with running_proxy(folder / "proxy", certificates, urls, changes=NO_RATE_LIMIT) as proxy:
+            yield [proxy.url], certificates.access()
     else:
-        urls = [server.url for server in running]
-        yield urls if way == "several --url" else [f"ipv4:{','.join(urls)}"]
+        yield urls if way == "several --url" else [f"ipv4:{','.join(urls)}"], NO_ACCESS
 
 
-def ask(urls: list[str], hu: HounsfieldArray, expected: Any, tally: Tally, count: int) -> None:
+def ask(
+    urls: list[str], access: Access, hu: HounsfieldArray, expected: NDArray[np.uint8], tally: Tally, count: int
+) -> None:
     """One client: so many volumes one after the other."""
-    with TritonRuntime(*urls, shared_memory="off", tell=tally.retold.append) as runtime:
+    with TritonRuntime(*urls, shared_memory="off", tell=tally.retold.append, access=access) as runtime:
         for _ in range(count):
             start = time.perf_counter()
             try:

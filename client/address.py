@@ -31,6 +31,11 @@ class ServerAddress:
         """By its form; nothing is looked up."""
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
 
+    @property
+    def may_be_several(self) -> bool:
+        """Whether each call may reach another server: one name for all of them, or a proxy before them."""
+        return not self.host or self.secure
+
 
 def address_from_url(url: str) -> ServerAddress:
     """HOST:PORT, without TLS and with port 8001 unless given; https://HOST:PORT or grpcs://HOST:PORT, TLS and 443.

@@ -1,14 +1,17 @@
-"""How a server is reached: gRPC, through TLS where the address says so.
+"""How a server is reached: gRPC, through TLS where the address says so, with what opens a proxy.
 
 Hidden here: that gRPC complains in its own log, and that its limits are made for small messages.
 """
 
 import os
+import socket
 from typing import TYPE_CHECKING, Any
 
+from anatomynet.client.access import API_KEY_HEADER, NO_ACCESS, Access
 from anatomynet.client.address import ServerAddress
 
 if TYPE_CHECKING:
+    from grpc import ChannelCredentials
     from tritonclient.grpc import InferenceServerClient
 
 # The largest message protobuf allows; gRPC's own limit on answers is 4 MB.
@@ -16,10 +19,16 @@ LARGEST_MESSAGE = 2**31 - 1
 # gRPC waits up to two minutes before it looks again whether a server is back.
 FIRST_RECONNECT_MS = 250
 LONGEST_RECONNECT_MS = 2000
+LOOPBACK_TIMEOUT_S = 0.2
 
 
-def open_client(address: ServerAddress) -> "InferenceServerClient":
-    """A client that connects only when it is asked something."""
+def open_client(address: ServerAddress, access: Access = NO_ACCESS) -> "InferenceServerClient":
+    """A client that connects only when it is asked something.
+
+    Raises:
+        ServerError: what asks for TLS was given, and the address is without.
+    """
+    access.check_fits(address)
     # Its log would tell in many lines what an error then tells in one.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from tritonclient.grpc import InferenceServerClient
@@ -37,4 +46,34 @@ def open_client(address: ServerAddress) -> "InferenceServerClient":
         # Another client of this process may see the server gone before this one does.
         ("grpc.use_local_subchannel_pool", 1),
     ]
-    return InferenceServerClient(address.target, ssl=address.secure, channel_args=options)
+    target = address.target
+    if address.host == "localhost":
+        # Two addresses, at one of which nobody listens as a rule; gRPC tells only what went wrong at the last it tried.
+        target = _listening_address(address.port) or target
+        options.append(("grpc.ssl_target_name_override", address.host))  # the name that its certificate is for
+    credentials = _credentials(access) if address.secure else None
+    return InferenceServerClient(target, creds=credentials, channel_args=options)
+
+
+def _listening_address(port: int) -> str | None:
+    for host in ("127.0.0.1", "::1"):
+        try:
+            socket.create_connection((host, port), timeout=LOOPBACK_TIMEOUT_S).close()
+        except OSError:
+            continue
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return None
+
+
+def _credentials(access: Access) -> "ChannelCredentials":
+    import grpc
+
+    through_tls = grpc.ssl_channel_credentials(access.ca, access.key, access.certificate)
+    if not access.api_key:
+        return through_tls
+
+    def send_key(_context: Any, callback: Any) -> None:
+        callback(((API_KEY_HEADER, access.api_key),), None)
+
+    # With every call, and gRPC itself never puts such credentials on a channel without TLS.
+    return grpc.composite_channel_credentials(through_tls, grpc.metadata_call_credentials(send_key))

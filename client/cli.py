@@ -60,6 +60,14 @@ def server_options(command: Callable[..., None]) -> Callable[..., None]:
         show_default=True,
         help="Seconds for a server at --url that is just starting.",
     )
+    @click.option("--tls-ca", type=click.Path(path_type=Path), help="CAs of https://, PEM; the public ones without.")
+    @click.option("--tls-cert", type=click.Path(path_type=Path), help="This client's own certificate, PEM.")
+    @click.option("--tls-key", type=click.Path(path_type=Path), help="Its private key, PEM.")
+    @click.option(
+        "--api-key-file",
+        type=click.Path(path_type=Path),
+        help="File with the API key of https://; without it the variable ANATOMYNET_API_KEY.",
+    )
     @wraps(command)
     def run(**values: Any) -> None:
         from anatomynet.client.connection import ServerOptions

@@ -3,9 +3,13 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
+from anatomynet.client.access import Access, read_access
+from anatomynet.client.address import address_from_url
 from anatomynet.client.triton import TIMEOUT_S, TritonRuntime, probe_local
+from anatomynet.engine.errors import ServerError
 from anatomynet.engine.runtime import Runtime, load_runtime
 
 
@@ -17,6 +21,7 @@ class ServerOptions:
         urls: HOST:PORT or https://HOST:PORT of each one's gRPC, to be asked in turn; none is a server on this machine
             if it is READY, else the embedded engine. All that follows is for servers at `urls`.
         shared_memory, timeout_s, wait_s, retries, tell: see TritonRuntime.
+        tls_ca, tls_cert, tls_key, api_key_file: for https://; see read_access.
     """
 
     urls: tuple[str, ...] = ()
@@ -24,6 +29,10 @@ class ServerOptions:
     timeout_s: float = TIMEOUT_S
     wait_s: float = 0.0
     retries: bool = True
+    tls_ca: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    api_key_file: Path | None = None
     tell: Callable[[str], None] = field(default=lambda line: None, compare=False)
 
 
@@ -47,9 +56,10 @@ def choose_runtime(server: ServerOptions) -> Runtime:
     """The servers at `urls`; without any a server on this machine if it is READY, else the embedded engine.
 
     Raises:
-        ServerError: the server that was asked for is not there; never a silent fallback.
+        ServerError: the server that was asked for is not there, or what opens it is wrong; never a silent fallback.
         ModelError: no server, and no embedded engine installed.
     """
+    access = access_to(server)
     if not server.urls:
         return probe_local() or load_runtime()
     return TritonRuntime(
@@ -58,8 +68,25 @@ def choose_runtime(server: ServerOptions) -> Runtime:
         timeout_s=server.timeout_s,
         wait_s=server.wait_s,
         retries=server.retries,
+        access=access,
         tell=server.tell,
     )
+
+
+def access_to(server: ServerOptions) -> Access:
+    """What opens the servers at `urls`; nobody is asked anything.
+
+    Raises:
+        ServerError: a file that cannot be what it should, an address that is none or has no use for it.
+    """
+    access = read_access(
+        tls_ca=server.tls_ca, tls_cert=server.tls_cert, tls_key=server.tls_key, api_key_file=server.api_key_file
+    )
+    if access.given and not server.urls:
+        raise ServerError(f"{' and '.join(access.given)} without a server: expected --url https://HOST:PORT")
+    for url in server.urls:
+        access.check_fits(address_from_url(url))
+    return access
 
 
 def describe_runtime(runtime: Runtime) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
-from anatomynet.client.connection import ServerOptions, connected, describe_runtime
+from anatomynet.client.connection import ServerOptions, access_to, connected, describe_runtime
 from anatomynet.client.node_arrivals import Arrivals, arriving_folders
 from anatomynet.client.node_config import NodeConfig
 from anatomynet.client.node_log import log, log_to_stderr
@@ -209,7 +209,7 @@ def run_node(config: NodeConfig) -> None:
 
     Raises:
         NodeError: pynetdicom is missing, another node works in the spool, the port is taken.
-        ModelError, OutputError: settings that no study could be drawn with.
+        ModelError, OutputError, ServerError: settings that no study could be drawn with.
     """
     try:
         from anatomynet.client.node_receiver import listening
@@ -240,8 +240,10 @@ def check_settings(config: NodeConfig) -> None:
 
     Raises:
         ModelError, OutputError: a structure, table or package that is not there, no engine.
+        ServerError: an address that is none, or files that cannot open a server.
     """
     options = _options(config)
+    access_to(options.server)
     output_paths(",".join(config.output_types), config.spool / "contours", output=None, overwrite=False)
     table = load_structure_table(options.structure_table)
     try:
@@ -320,7 +322,13 @@ def _stepped(node: Node) -> bool:
 
 def _options(config: NodeConfig) -> SegmentOptions:
     return SegmentOptions(
-        server=ServerOptions(urls=config.urls),
+        server=ServerOptions(
+            urls=config.urls,
+            tls_ca=config.tls_ca,
+            tls_cert=config.tls_cert,
+            tls_key=config.tls_key,
+            api_key_file=config.api_key_file,
+        ),
         structures=config.structures,
         structure_table=config.structure_table,
         output_types=config.output_types,

@@ -27,6 +27,8 @@ from typing import Any
 from anatomynet.engine.errors import NodeError
 
 Network = IPv4Network | IPv6Network
+# Relative ones are beside the file.
+PATHS = ("spool", "structure_table", "tls_ca", "tls_cert", "tls_key", "api_key_file")
 OUTPUT_TYPES = ("rtstruct", "seg", "nifti")
 LONGEST_AE_TITLE = 16  # DICOM's AE (PS3.5 6.2)
 LARGEST_PORT = 65535
@@ -71,8 +73,9 @@ class NodeConfig:
         spool: folder of everything received and drawn.
         peers: who may send.
         destinations: each gets every RTSTRUCT and SEG.
-        urls: HOST:PORT of Triton servers' gRPC, asked in turn; without any, a server on this machine, else the
-            embedded engine.
+        urls: HOST:PORT or https://HOST:PORT of Triton servers' gRPC, asked in turn; without any, a server on this
+            machine, else the embedded engine.
+        tls_ca, tls_cert, tls_key, api_key_file: what opens servers at https://, as files; see read_access.
         output_types: some of rtstruct, seg and nifti.
         structures: names of those to draw; all that the model knows where there is none.
         structure_table: a department's names, colours and types.
@@ -96,6 +99,10 @@ class NodeConfig:
     destinations: tuple[Destination, ...] = ()
     bind: str = ""
     urls: tuple[str, ...] = ()
+    tls_ca: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    api_key_file: Path | None = None
     output_types: tuple[str, ...] = ("rtstruct",)
     structures: tuple[str, ...] = ()
     structure_table: Path | None = None
@@ -138,7 +145,7 @@ def load_node_config(path: Path) -> NodeConfig:
     names = [destination.name for destination in destinations]
     if len(set(names)) < len(names):
         raise NodeError(f"{path.name}: two destinations have one name; expected a name for each")
-    for key in ("spool", "structure_table"):
+    for key in PATHS:
         if key in values:
             values[key] = path.absolute().parent / values[key]
     return NodeConfig(**values, peers=peers, destinations=destinations)
@@ -230,6 +237,10 @@ NODE_KEYS = {
     "destination": _tables(DESTINATION_KEYS, "tables [[destination]] with name, ae_title, host and port"),
     "bind": _Key(lambda v: v == "" or _is_text(v), "an address of this machine"),
     "urls": _Key(_texts, 'a list of servers, ["HOST:PORT"]'),
+    "tls_ca": _PATH,
+    "tls_cert": _PATH,
+    "tls_key": _PATH,
+    "api_key_file": _PATH,
     "output_types": _Key(
         lambda v: _texts(v) and bool(v) and set(v) <= set(OUTPUT_TYPES), f"a list of some of {', '.join(OUTPUT_TYPES)}"
     ),

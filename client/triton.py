@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 
+from anatomynet.client.access import NO_ACCESS, Access
 from anatomynet.client.address import DEFAULT_URL, address_from_url
 from anatomynet.client.failures import AttemptError, Outlook
 from anatomynet.client.triton_region import common_region_finder
@@ -42,6 +43,7 @@ class TritonRuntime:
         connect_timeout_s: for each question but that: is a server there, what does it serve.
         wait_s: for a first server that is starting.
         retries: False asks each server once, at the start and for a volume.
+        access: what opens servers behind a TLS proxy.
         tell: gets one short line for the user whenever something is asked again.
 
     Attributes:
@@ -60,6 +62,7 @@ class TritonRuntime:
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         wait_s: float = 0.0,
         retries: bool = True,
+        access: Access = NO_ACCESS,
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._timeout_s = timeout_s
@@ -70,7 +73,9 @@ class TritonRuntime:
         self._servers: list[TritonServer] = []
         try:
             for url in dict.fromkeys(urls or (DEFAULT_URL,)):
-                self._servers.append(TritonServer(url, shared_memory=shared_memory, answer_timeout_s=connect_timeout_s))
+                self._servers.append(
+                    TritonServer(url, shared_memory=shared_memory, answer_timeout_s=connect_timeout_s, access=access)
+                )
             self.model = self._connect(wait_s if retries else 0.0)
             there = [server.client for server in self._servers if server.version]
             self.region_finder = common_region_finder(there, timeout_s=connect_timeout_s)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from anatomynet.client.access import NO_ACCESS, Access
 from anatomynet.client.address import address_from_url
 from anatomynet.client.channel import open_client
-from anatomynet.client.failures import MEMORY_FULL, AttemptError, Outlook, attempt_error
+from anatomynet.client.failures import DEAD_MODEL, MEMORY_FULL, AttemptError, Outlook, attempt_error
 from anatomynet.client.shared_memory import (
     SHARED_MEMORY_FOLDER,
     NotSharedError,
@@ -44,6 +45,7 @@ class TritonServer:
         url: see address_from_url.
         shared_memory: see TritonRuntime.
         answer_timeout_s: for each question but a volume.
+        access: what opens it behind a TLS proxy.
 
     Attributes:
         url: as given.
@@ -52,19 +54,29 @@ class TritonServer:
         size_limit: the largest CT that it takes; None before it has answered.
 
     Raises:
-        ServerError: no address.
+        ServerError: no address, or one that does not fit what else is asked for.
     """
 
-    def __init__(self, url: str, *, shared_memory: SharedMemory, answer_timeout_s: float) -> None:
+    def __init__(
+        self, url: str, *, shared_memory: SharedMemory, answer_timeout_s: float, access: Access = NO_ACCESS
+    ) -> None:
         address = address_from_url(url)
         self.url = url
         self.version = ""
         self._insists = shared_memory == "on"
-        # Behind a TLS proxy on this machine the server may be anywhere.
-        on_this_machine = address.is_loopback and not address.secure and SHARED_MEMORY_FOLDER.is_dir()
+        self._may_be_several = address.may_be_several
+        if self._insists and self._may_be_several:
+            raise ServerError(
+                f"{url} may stand for several servers, on any machine, and memory is shared with one on this: expected "
+                "--shared-memory auto or off"
+            )
+        on_this_machine = address.is_loopback and not self._may_be_several and SHARED_MEMORY_FOLDER.is_dir()
         self.shares = self._insists or (shared_memory == "auto" and on_this_machine)
         self._answer_timeout_s = answer_timeout_s
-        self._client = open_client(address)
+        self._client = open_client(address, access)
+        # A question follows each volume. Were both in one round, a client of two servers would bring all its volumes
+        # to one of them.
+        self._volume_client = open_client(address, access) if self._may_be_several else self._client
         self._served: tuple[str, ModelConfig] | None = None
         self.size_limit: SizeLimit | None = None
 
@@ -76,6 +88,7 @@ class TritonServer:
     def close(self) -> None:
         """Ends the connection."""
         self._client.close()
+        self._volume_client.close()
 
     def connect(self) -> ModelConfig:
         """Whether a server is there and its model READY; what that draws.
@@ -204,7 +217,7 @@ class TritonServer:
         from tritonclient.grpc import InferRequestedOutput
 
         answers: queue.SimpleQueue[tuple[InferResult | None, InferenceServerException | None]] = queue.SimpleQueue()
-        call = self._client.async_infer(
+        call = self._volume_client.async_infer(
             MODEL_NAME,
             [ct],
             callback=lambda result, error: answers.put((result, error)),
@@ -225,7 +238,10 @@ class TritonServer:
                 reason=f"no answer {within}",
                 outlook=Outlook.ELSEWHERE,
             ) from error
-        raise attempt_error(error, f"{self.url} did not segment the volume") from error
+        failure = attempt_error(error, f"{self.url} did not segment the volume")
+        if self._may_be_several and DEAD_MODEL in failure.reason:  # the next call reaches another
+            failure.outlook = Outlook.LATER
+        raise failure from error
 
     def _confidence(self, result: "InferResult", hu: HounsfieldArray, structures: int) -> NDArray[np.float32]:
         confidence: NDArray[np.float32] | None = result.as_numpy("CONFIDENCE")

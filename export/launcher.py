@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,9 @@ REPOSITORY_OPTIONS = ("--model-repository", "--model-store")
 # 2000 slices of 512 x 512; Triton's own limit of 64 MiB is 128.
 LARGEST_HTTP_BODY = 2**30
 HELP_TIMEOUT_S = 30
+# Seen on 2.51: a body called application/x-www-form-urlencoded, as curl and urllib call all that has no name, goes
+# to a thread's stack, once or twice, and 8 MB of it ended the server. Address space alone, taken as it is written.
+STACK_BYTES = 2 * LARGEST_HTTP_BODY + 2**24
 
 
 def main() -> None:
@@ -41,6 +45,8 @@ def main() -> None:
     try:
         _check_repositories(sys.argv[1:])
         command, environment = server_command(sys.argv[1:], os.environ)
+        if installed_server(os.environ) is None:
+            _deepen_stacks()
     except AnatomyNetError as error:
         sys.stderr.write(f"tritonserver: {error}\n")
         raise SystemExit(1) from error
@@ -49,6 +55,14 @@ def main() -> None:
     except OSError as error:
         sys.stderr.write(f"tritonserver: could not start {command[0]}: {error.strerror}\n")
         raise SystemExit(1) from error
+
+
+def _deepen_stacks() -> None:
+    """Of the threads of what this process becomes, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    wanted = STACK_BYTES if hard == resource.RLIM_INFINITY else min(STACK_BYTES, hard)
+    if soft == resource.RLIM_INFINITY or soft < wanted:  # without a limit glibc gives a thread 2 MiB
+        resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))
 
 
 def server_command(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:

@@ -1,16 +1,18 @@
 """What goes wrong in a clinic, done to real servers: whatever fails, no study is lost and none is wrong."""
 
 import dataclasses
+import json
 import queue
 import random
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -29,6 +31,7 @@ from anatomynet.engine.runtime import Runtime, load_runtime
 from anatomynet.engine.volume import LabelArray
 from anatomynet.export.triton_models import LARGEST_QUEUE
 from tests.breakable_server import BreakableServer
+from tests.garbage import damaged_messages, grpc_garbage, http_garbage, say
 from tests.random_network import smooth_hu
 from tests.triton_servers import has_server
 
@@ -49,8 +52,11 @@ WAIT_S = 60
 Way = Literal["on", "off"]
 WAYS: tuple[Way, ...] = ("on", "off")
 FUZZ_SEED = 1808
-FUZZED_HTTP = 1500
-FUZZED_GRPC = 1500
+FUZZED_HTTP = 3000
+FUZZED_GRPC = 3000
+# Bytes that are sent in truth, three times the largest volume that a clinic has.
+OVERSIZED = 300 * 10**6
+OVERSIZED_TIMES = 3
 
 
 @pytest.fixture(scope="module")
@@ -444,6 +450,7 @@ from pathlib import Path
 from anatomynet.client.triton import TritonRuntime
 from anatomynet.engine.errors import ServerError
 from tests.breakable_server import BreakableServer
+from tests.garbage import damaged_messages, grpc_garbage, http_garbage, say
 import numpy as np
 server = BreakableServer(Path(sys.argv[1]), Path(sys.argv[2]))
 server.start()
@@ -488,109 +495,6 @@ def test_full_shared_memory(random_repository: Path, tmp_path: Path) -> None:
 # --- what no client sends
 
 
-def http_garbage(rng: random.Random, good: bytes, header_length: int) -> bytes:
-    """One request to the HTTP port: noise, a good one cut off, one with bits turned, or lengths that lie."""
-    kind = rng.randrange(6)
-    if kind == 0:
-        return rng.randbytes(rng.randrange(1, 600))
-    body, path = good, "/v2/models/anatomynet/infer"
-    length: object = len(body)
-    if kind == 1:
-        body = good[: rng.randrange(len(good))]
-        length = rng.choice([len(body), len(good)])
-    elif kind == 2:
-        damaged = bytearray(good)
-        for _ in range(rng.randrange(1, 20)):
-            damaged[rng.randrange(header_length if rng.random() < 0.8 else len(good))] = rng.randrange(256)
-        body = bytes(damaged)
-    elif kind == 3:
-        length = rng.choice([-1, 2**31, 2**63, "many", len(body) + 1])
-    elif kind == 4:
-        sizes = [rng.choice([0, -1, 1, 2**31, 2**62, 2**64, 8, 32]) for _ in range(rng.randrange(6))]
-        head = str(
-            {"inputs": [{"name": "CT", "datatype": "INT16", "shape": sizes, "parameters": {"binary_data_size": 9}}]}
-        )
-        body = head.replace("'", '"').encode() + b"123456789"
-        header_length, length = len(head), len(body)
-    else:
-        path = rng.choice(
-            ["/v2/models/" + "a" * 5000, "/v2/../../etc/passwd", "/v2/models/anatomynet/versions/99/infer", "/%00"]
-        )
-    lie = rng.choice([header_length, header_length, 0, -1, 2**31, 2**63, len(body) + 9])
-    lines = [
-        f"POST {path} HTTP/1.1",
-        "Host: localhost",
-        f"Content-Length: {length}",
-        f"Inference-Header-Content-Length: {lie}",
-    ]
-    return "\r\n".join([*lines, "Connection: close", "", ""]).encode() + body
-
-
-def http2_frame(kind: int, stream: int, payload: bytes, *, flags: int = 0, length: int | None = None) -> bytes:
-    return (
-        struct.pack(">I", len(payload) if length is None else length)[1:]
-        + struct.pack(">BBI", kind, flags, stream)
-        + payload
-    )
-
-
-def grpc_garbage(rng: random.Random) -> bytes:
-    """What a connection to the gRPC port says: noise, or HTTP/2 with frames that are damaged, cut off or too long."""
-    if rng.random() < 0.2:
-        return rng.randbytes(rng.randrange(1, 600))
-    said = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + http2_frame(4, 0, b"")
-    for _ in range(rng.randrange(1, 8)):
-        length = rng.choice([None, None, 0, 2**24 - 1, 5])
-        payload = rng.randbytes(rng.choice([0, 4, 8, 100]))
-        said += http2_frame(
-            rng.randrange(12), rng.choice([0, 1, 3, 2**31 - 1]), payload, flags=rng.randrange(256), length=length
-        )
-    return said[: rng.randrange(24, len(said) + 1)]
-
-
-def say(port: int, said: bytes) -> None:
-    """And hang up, whatever the answer; a server that is gone is an error."""
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
-        connection.settimeout(0.02)
-        try:
-            connection.sendall(said)
-            connection.shutdown(socket.SHUT_WR)
-            connection.recv(4096)
-        except (TimeoutError, ConnectionError, OSError):
-            return
-
-
-def damaged_messages(rng: random.Random, count: int) -> Iterator[bytes]:
-    """Protobuf messages of ModelInfer: a good one damaged, cut off, or whose fields lie; and noise."""
-    ct = grpc.InferInput("CT", (8, 32, 32), "INT16")
-    ct.set_data_from_numpy(smooth_hu((8, 32, 32)))
-    request = grpc.service_pb2.ModelInferRequest(model_name="anatomynet")
-    request.inputs.append(ct._get_tensor())
-    good = request.SerializeToString()
-    voxels = ct._get_content()
-    for _ in range(count):
-        kind = rng.randrange(4)
-        if kind == 0:
-            yield rng.randbytes(rng.randrange(300))
-        elif kind == 1:
-            damaged = bytearray(good)
-            for _ in range(rng.randrange(1, 4)):
-                damaged[rng.randrange(len(good))] = rng.randrange(256)
-            yield bytes(damaged)
-        else:
-            lying = grpc.service_pb2.ModelInferRequest()
-            lying.CopyFrom(request)
-            side = rng.choice([0, -1, 1, 7, 31, 33, 2**31, 2**40, 2**62])
-            lying.inputs[0].shape[rng.randrange(3)] = side
-            lying.raw_input_contents.append(voxels[: rng.randrange(len(voxels) + 1)])
-            for _ in range(rng.randrange(3)):
-                lying.raw_input_contents.append(b"more")
-            if kind == 3:
-                lying.inputs[0].parameters["shared_memory_region"].string_param = rng.choice(["", "no such", "../x"])
-                lying.inputs[0].parameters["shared_memory_byte_size"].int64_param = rng.choice([-1, 0, 2**62])
-            yield lying.SerializeToString()
-
-
 def test_garbage_on_the_http_port(server: BreakableServer, embedded: Runtime) -> None:
     rng = random.Random(FUZZ_SEED)
     voxels = smooth_hu((8, 32, 32)).tobytes()
@@ -620,5 +524,35 @@ def test_damaged_messages_on_the_grpc_port(server: BreakableServer, embedded: Ru
         for message in damaged_messages(random.Random(FUZZ_SEED), FUZZED_GRPC):
             with suppress(plain_grpc.RpcError):
                 infer(message, timeout=WAIT_S)
+    assert server.process.poll() is None
+    assert_answers(server, embedded)
+
+
+def test_oversized_messages_on_the_grpc_port(server: BreakableServer, embedded: Runtime) -> None:
+    import grpc as plain_grpc
+
+    said = bytes(OVERSIZED)
+    with plain_grpc.insecure_channel(server.url, [("grpc.max_send_message_length", -1)]) as channel:
+        infer = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        for _ in range(OVERSIZED_TIMES):
+            with pytest.raises(plain_grpc.RpcError):
+                infer(said, timeout=WAIT_S)
+    assert server.process.poll() is None
+    assert_answers(server, embedded)
+
+
+@pytest.mark.parametrize("called", ["application/octet-stream", "application/x-www-form-urlencoded"])
+def test_oversized_bodies_on_the_http_port(server: BreakableServer, embedded: Runtime, called: str) -> None:
+    """The second is what curl and urllib call a body, and what ended the server where its stacks were small."""
+    tensor = {"name": "CT", "datatype": "INT16", "shape": SHAPE, "parameters": {"binary_data_size": OVERSIZED}}
+    head = json.dumps({"inputs": [tensor]}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head)), "Content-Type": called}
+    url = f"http://127.0.0.1:{server.http_port}/v2/models/anatomynet/infer"
+    request = urllib.request.Request(url, head + bytes(OVERSIZED), headers)
+    for _ in range(OVERSIZED_TIMES):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request, timeout=WAIT_S)
+        with caught.value as answer:
+            assert answer.code == 400
     assert server.process.poll() is None
     assert_answers(server, embedded)

@@ -2,16 +2,20 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import distributions, metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 packaging_requirements = pytest.importorskip("packaging.requirements")
 canonicalize_name = pytest.importorskip("packaging.utils").canonicalize_name
+Version = pytest.importorskip("packaging.version").Version
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(path for folder in ("engine", "export", "client") for path in (ROOT / folder).rglob("*.py"))
@@ -21,6 +25,8 @@ UNSAFE_BUILTINS = {"eval", "exec", "compile", "__import__"}
 UNSAFE_CALLS = {"os.system", "os.popen", "tempfile.mktemp", "yaml.load", "yaml.unsafe_load", "torch.hub.load"}
 # A plan for a GPU, whose package is not on every index.
 NOT_LOCKED = {"tensorrt"}
+# What an environment has by itself, and this project.
+NOT_ASKED_FOR = {"anatomynet", "pip", "wheel"}
 
 
 def unsafe(source: str) -> list[str]:
@@ -115,18 +121,108 @@ def test_lock_holds_what_these_bring_along(locked: dict[str, str]) -> None:
     assert sorted(here - set(locked)) == [], "run: make lock"
 
 
-def test_bill_of_materials_names_all_that_is_locked(locked: dict[str, str], tmp_path: Path) -> None:
+def test_what_is_installed_is_what_is_locked(locked: dict[str, str]) -> None:
+    """In CI: a developer may try another version."""
+    here = {canonicalize_name(d.metadata["Name"]): Version(d.version).public for d in distributions()}
+    unlocked = {name: version for name, version in here.items() if name not in NOT_ASKED_FOR | locked.keys()}
+    other = {name: version for name, version in here.items() if version != locked.get(name, version)}
+    if (unlocked or other) and not os.environ.get("CI"):
+        pytest.skip(f"installed by hand: {unlocked | other}")
+    assert (unlocked, other) == ({}, {})
+
+
+@pytest.fixture(scope="module")
+def bill(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `make sbom` writes."""
     program = Path(sys.executable).with_name("cyclonedx-py")
     if not program.exists():
         pytest.skip("no cyclonedx-py here: pip install cyclonedx-bom")
+    output = tmp_path_factory.mktemp("sbom") / "sbom.json"
     recipe = (ROOT / "Makefile").read_text().partition("\nsbom:")[2].split("\n\n")[0]
     options = recipe.partition("cyclonedx-py environment")[2].replace("\\\n", " ").split()
-    options[options.index("-o") + 1] = str(tmp_path / "sbom.json")
+    options[options.index("-o") + 1] = str(output)
     assert options[-1] == "$(BIN)/python"
     subprocess.run([program, "environment", *options[:-1], sys.executable], check=True, capture_output=True, cwd=ROOT)
-    bill = json.loads((tmp_path / "sbom.json").read_text())
+    found: dict[str, Any] = json.loads(output.read_text())
+    return found
+
+
+def test_bill_of_materials_names_all_that_is_locked(locked: dict[str, str], bill: dict[str, Any]) -> None:
     assert bill["bomFormat"] == "CycloneDX"
     assert bill["metadata"]["component"]["name"] == "anatomynet"
-    components = {canonicalize_name(component["name"]) for component in bill["components"]}
-    assert set(locked) <= components
-    assert any(component.get("licenses") for component in bill["components"])
+    assert set(locked) <= {canonicalize_name(component["name"]) for component in bill["components"]}
+
+
+# --- what may be installed: deploy/packages.toml
+
+
+@pytest.fixture(scope="module")
+def judged() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "deploy" / "packages.toml").read_text())
+
+
+def unaccepted(component: dict[str, Any], accepted: set[str], classifiers: set[str]) -> list[str]:
+    """Licences of a component that are not accepted; of alternatives one is enough."""
+    refused = []
+    for licence in component.get("licenses", []):
+        text = licence.get("expression") or licence["license"].get("id") or licence["license"]["name"]
+        if text in classifiers:
+            continue
+        choices = [set(choice.strip("() ").split(" AND ")) for choice in text.split(" OR ")]
+        if not any(choice <= accepted for choice in choices):
+            refused.append(text)
+    return refused
+
+
+def test_every_licence_is_accepted(bill: dict[str, Any], judged: dict[str, Any]) -> None:
+    licences = judged["licences"]
+    accepted, classifiers = set(licences["accepted"]), set(licences["accepted_classifiers"])
+    refused = {}
+    for component in bill["components"]:
+        name = canonicalize_name(component["name"])
+        if name in licences["exceptions"]:
+            continue
+        if not component.get("licenses"):
+            said = metadata(name)["License"]
+            if said != licences["own_words"].get(name, ""):
+                refused[name] = [said]
+        elif wrong := unaccepted(component, accepted, classifiers):
+            refused[name] = wrong
+    assert refused == {}, "look at these licences, then change the package or deploy/packages.toml"
+
+
+@pytest.mark.parametrize("text", ["GPL-3.0-only", "MIT AND AGPL-3.0-only", "GPL-2.0-only OR SSPL-1.0"])
+def test_a_licence_that_binds_would_be_found(judged: dict[str, Any], text: str) -> None:
+    component = {"name": "x", "licenses": [{"expression": text}]}
+    assert unaccepted(component, set(judged["licences"]["accepted"]), set()) == [text]
+
+
+def weak(versions: dict[str, str], judged: dict[str, Any]) -> dict[str, list[str]]:
+    """Packages of a version with a known weakness, and its names."""
+    mended = judged["mended"]
+    return {
+        name: mended[name]["cve"]
+        for name, version in versions.items()
+        if name in mended and Version(version) < Version(mended[name]["version"])
+    }
+
+
+def test_nothing_locked_has_a_weakness_that_is_known_here(locked: dict[str, str], judged: dict[str, Any]) -> None:
+    assert judged["mended"].keys() <= locked.keys(), "no longer locked: take it out of deploy/packages.toml"
+    assert weak(locked, judged) == {}
+
+
+def test_a_weakness_would_be_found(locked: dict[str, str], judged: dict[str, Any]) -> None:
+    assert weak(locked | {"torch": "2.5.1"}, judged) == {"torch": judged["mended"]["torch"]["cve"]}
+    for name, entry in judged["mended"].items():
+        assert entry["cve"], name
+        assert all(re.fullmatch(r"CVE-\d{4}-\d{4,}", cve) for cve in entry["cve"]), name
+
+
+def test_what_is_weak_or_not_open_is_optional_and_in_no_image(judged: dict[str, Any]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    shipped = [*project["dependencies"], *project["optional-dependencies"]["local"]]
+    recipe = (ROOT / "deploy" / "container" / "Containerfile").read_text()
+    assert "pip install --no-cache-dir -c constraints.txt '.[local]'" in recipe
+    names = {canonicalize_name(packaging_requirements.Requirement(text).name) for text in shipped}
+    assert names.isdisjoint(judged["weak"].keys() | judged["licences"]["exceptions"].keys())

@@ -1,0 +1,134 @@
+"""Two real servers as one: behind the nginx that ships, and by gRPC's own round robin. They share, and one may die."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from anatomynet.client.triton import TritonRuntime
+from anatomynet.engine.runtime import Runtime, load_runtime
+from tests.breakable_server import BreakableServer
+from tests.random_network import smooth_hu
+from tests.tls_proxy import Certificates, make_certificates, running_proxy
+from tests.triton_servers import has_server
+
+grpc = pytest.importorskip("tritonclient.grpc")
+pytestmark = pytest.mark.skipif(not has_server(), reason="no tritonserver here: pip install 'anatomynet[serve]'")
+
+SHAPE = (24, 96, 128)
+# A quarter of a second each, so that a server is killed while it computes.
+SLOWER_SHAPE = (32, 192, 192)
+VOLUMES = 8
+CLIENTS = 4
+# gRPC begins with the first server that it has reached.
+UNEVEN = 1
+
+
+@pytest.fixture(scope="module")
+def embedded(random_onnx_files: tuple[Path, Path]) -> Runtime:
+    return load_runtime(random_onnx_files[0])
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return make_certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="module")
+def _servers(random_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[BreakableServer]]:
+    servers = [BreakableServer(random_repository, tmp_path_factory.mktemp("server")) for _ in range(2)]
+    try:
+        yield servers
+    finally:
+        for server in servers:
+            server.kill()
+
+
+@pytest.fixture
+def servers(_servers: list[BreakableServer]) -> list[BreakableServer]:
+    """Both READY."""
+    for server in _servers:
+        server.ensure_running()
+    return _servers
+
+
+Opener = Callable[..., TritonRuntime]
+
+
+@pytest.fixture(params=["nginx", "round robin"])
+def opener(
+    request: pytest.FixtureRequest, servers: list[BreakableServer], certificates: Certificates, tmp_path: Path
+) -> Iterator[Opener]:
+    """Makes a client that knows one address for both."""
+    with addressed(request.param, servers, certificates, tmp_path) as opener:
+        yield opener
+
+
+@contextmanager
+def addressed(way: str, servers: list[BreakableServer], certificates: Certificates, folder: Path) -> Iterator[Opener]:
+    urls = [server.url for server in servers]
+    if way == "round robin":
+        yield lambda **options: TritonRuntime(f"ipv4:{','.join(urls)}", **options)
+        return
+    with running_proxy(folder, certificates, urls) as proxy:
+        yield lambda **options: TritonRuntime(proxy.url, access=certificates.access(), **options)
+
+
+def computed(server: BreakableServer) -> int:
+    """Volumes that were answered."""
+    with grpc.InferenceServerClient(server.url) as client:
+        return int(client.get_inference_statistics("anatomynet").model_stats[0].inference_stats.success.count)
+
+
+def test_one_connection_brings_work_to_both(opener: Opener, servers: list[BreakableServer]) -> None:
+    """Each request goes to the next server, although the client has one connection, and asks more than it draws."""
+    before = [computed(server) for server in servers]
+    with opener() as runtime:
+        for _ in range(VOLUMES):
+            runtime.infer(smooth_hu(SHAPE))
+    shares = [computed(server) - count for server, count in zip(servers, before, strict=True)]
+    assert sum(shares) == VOLUMES
+    assert max(shares) - min(shares) <= 2 * UNEVEN
+
+
+def test_clients_at_once_bring_work_to_both(opener: Opener, servers: list[BreakableServer]) -> None:
+    before = [computed(server) for server in servers]
+
+    def draw(_: int) -> None:
+        with opener() as runtime:
+            for _ in range(2):
+                runtime.infer(smooth_hu(SHAPE))
+
+    with ThreadPoolExecutor(CLIENTS) as threads:
+        list(threads.map(draw, range(CLIENTS)))
+    shares = [computed(server) - count for server, count in zip(servers, before, strict=True)]
+    assert sum(shares) == 2 * CLIENTS
+    assert min(shares) >= 2
+
+
+def test_one_is_killed_and_nothing_is_lost(opener: Opener, servers: list[BreakableServer], embedded: Runtime) -> None:
+    volumes = [smooth_hu(SLOWER_SHAPE, seed=seed) for seed in range(VOLUMES)]
+    told: list[str] = []
+    with opener(tell=told.append) as runtime, ThreadPoolExecutor(CLIENTS) as threads:
+        answers = [threads.submit(runtime.infer, hu) for hu in volumes]
+        answers[0].result(timeout=60)
+        servers[0].kill()
+        for hu, answer in zip(volumes, answers, strict=True):
+            np.testing.assert_array_equal(answer.result(timeout=60)[0], embedded.infer(hu)[0])
+    assert any("trying again" in line for line in told)
+
+
+def test_one_whose_model_has_died_is_gone_round(
+    opener: Opener, servers: list[BreakableServer], embedded: Runtime
+) -> None:
+    """It says READY and refuses every volume at once: nobody but the client finds out."""
+    hu = smooth_hu(SHAPE)
+    with opener() as runtime:
+        servers[0].kill_model()
+        answers = [runtime.infer(hu)[0] for _ in range(3)]
+    servers[0].kill()
+    for label_map in answers:
+        np.testing.assert_array_equal(label_map, embedded.infer(hu)[0])
