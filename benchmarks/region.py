@@ -162,8 +162,8 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Mean, median, least and largest."""
-    kinds = {"mean": np.mean, "median": np.median, "least": np.min, "largest": np.max}
-    return {kind: round(float(measure(values)), 4) for kind, measure in kinds.items()}
+    measures = (np.mean(values), np.median(values), np.min(values), np.max(values))
+    return {kind: round(float(v), 4) for kind, v in zip(("mean", "median", "least", "largest"), measures, strict=True)}
 
 
 def told(row: Row) -> dict[str, Any]:

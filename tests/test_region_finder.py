@@ -97,7 +97,7 @@ def test_a_file_that_finds_another_box_is_refused(tmp_path: Path) -> None:
     network, config = load_region_checkpoint()
     export_region(network, config, tmp_path / "region.onnx")
     with torch.no_grad():
-        network.classify.bias -= 3
+        network.state_dict()["classify.bias"] -= 3
     with pytest.raises(ParityError, match="where its checkpoint finds"):
         check_region_parity(network, EmbeddedRegionFinder(tmp_path / "region.onnx"))
 
