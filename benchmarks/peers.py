@@ -29,7 +29,8 @@ from benchmarks.simple_itk import has_rt_utils
 from benchmarks.stages import run_once
 
 OURS = "anatomynet-client segment"
-OUR_WAYS: dict[str, list[str]] = {OURS: []}  # row -> options of the command
+OURS_WHOLE = f"{OURS} --whole-volume"
+OUR_WAYS: dict[str, list[str]] = {OURS: [], OURS_WHOLE: ["--whole-volume"]}  # row -> options of the command
 EAGER = "PyTorch eager, whole volume"
 MONAI = "MONAI sliding_window_inference"
 SIMPLE_ITK = "SimpleITK, our engine, rt-utils"

@@ -51,9 +51,9 @@ class NetworkInput:
         return _index(self.hu.shape)
 
     def cropped(self, start: Index, stop: Index) -> "NetworkInput":
-        """A part of it, [start:stop] of `hu`."""
+        """A part of it, [start:stop] of `hu`; a view."""
         box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-        return replace(self, hu=np.ascontiguousarray(self.hu[box]), start=_index(np.add(self.start, start).tolist()))
+        return replace(self, hu=self.hu[box], start=_index(np.add(self.start, start).tolist()))
 
 
 def prepare(volume: CTVolume, config: ModelConfig) -> NetworkInput:
