@@ -16,7 +16,7 @@ from anatomynet.engine.data import Case  # noqa: E402
 from anatomynet.engine.geometry import VolumeGeometry  # noqa: E402
 from anatomynet.engine.phantom import make_phantom  # noqa: E402
 from anatomynet.engine.region import RegionConfig  # noqa: E402
-from anatomynet.engine.region_network import POOLED  # noqa: E402
+from anatomynet.engine.region_network import POOLED, RegionNetwork  # noqa: E402
 from anatomynet.engine.train_region import (  # noqa: E402
     COARSE_SPACING,
     HU_WINDOW,
