@@ -2,11 +2,11 @@
 
     python -m benchmarks.growth [--slices 64,128,192,256,320] [--sides 256,384,512,640,768] [--clients 1,2,4,8]
 
-A real server on this machine, a fresh one for each point. Slices and sides: `anatomynet-client segment` on the same
-patient in more or fewer voxels, from process start to RTSTRUCT; each study says that its voxels have the usual size, so
-that none is resampled. Clients: that many ask for one such volume at once; the time until the last is answered. Of
-each curve y = a + b x the R2, and the exponent p of the best y = a + b x^p. Writes benchmarks/results/growth.json and
-growth.png.
+A real server on this machine, a fresh one for each point. Slices and sides: `anatomynet-client segment --whole-volume`
+on the same patient in more or fewer voxels, from process start to RTSTRUCT; each study says that its voxels have the
+usual size, so that none is resampled. Clients: that many ask for one such volume at once; the time until the last is
+answered. Of each curve y = a + b x the R2, and the exponent p of the best y = a + b x^p. Writes
+benchmarks/results/growth.json and growth.png.
 """
 
 import statistics
@@ -101,7 +101,7 @@ def time_study(volume: CTVolume, repository: Path, repeats: int) -> Point:
         study = Path(temporary) / "study"
         write_ct_series(study, volume)
         with fresh_server(repository) as server:
-            runs = [run_once(study, ["--url", server.url]) for _ in range(repeats + 1)]
+            runs = [run_once(study, ["--url", server.url, "--whole-volume"]) for _ in range(repeats + 1)]
             server_gb = peak_gb_of_tree(server.process.pid)
     return {
         "whole_s": statistics.median(run["wall"] for run in runs[1:]),

@@ -9,10 +9,11 @@ from pathlib import Path
 from anatomynet.engine.config import shipped_weights
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.phantom import make_phantom
+from anatomynet.engine.region_runtime import EmbeddedRegionFinder, shipped_region
 from anatomynet.engine.runtime import load_runtime
 from anatomynet.engine.volume import HounsfieldArray
 from anatomynet.export.repository import write_repository
-from anatomynet.export.triton_models import python_model
+from anatomynet.export.triton_models import python_model, region_model
 from benchmarks.common import KIB_PER_GB
 
 FIELD_MM = (500.0, 500.0, 356.0)  # x, y, z: what a phantom's scan shows, whatever its voxels
@@ -20,9 +21,10 @@ SMALL, WHOLE = (64, 256, 256), (178, 512, 512)
 
 
 def write_shipped_repository(folder: Path) -> Path:
-    """A model repository with the shipped checkpoint, for the Python backend."""
-    onnx_file = shipped_weights(".onnx")
-    write_repository(folder, [python_model(load_runtime(onnx_file).model, [onnx_file])])
+    """A model repository with the shipped checkpoint and its region finder, for the Python backend."""
+    onnx_file, region_file = shipped_weights(".onnx"), shipped_region(".onnx")
+    region = region_model(EmbeddedRegionFinder(region_file).config, region_file, backend="python")
+    write_repository(folder, [python_model(load_runtime(onnx_file).model, [onnx_file]), region])
     return folder
 
 
