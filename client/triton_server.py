@@ -238,10 +238,14 @@ class TritonServer:
                 reason=f"no answer {within}",
                 outlook=Outlook.ELSEWHERE,
             ) from error
+        # No local name for it: a frame that its own exception holds would keep the region's memory.
+        raise self._not_segmented(error) from error
+
+    def _not_segmented(self, error: "InferenceServerException | None") -> AttemptError:
         failure = attempt_error(error, f"{self.url} did not segment the volume")
         if self._may_be_several and DEAD_MODEL in failure.reason:  # the next call reaches another
             failure.outlook = Outlook.LATER
-        raise failure from error
+        return failure
 
     def _confidence(self, result: "InferResult", hu: HounsfieldArray, structures: int) -> NDArray[np.float32]:
         confidence: NDArray[np.float32] | None = result.as_numpy("CONFIDENCE")
