@@ -19,11 +19,11 @@ from anatomynet.client.triton import TritonRuntime
 from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.data import Case
 from anatomynet.engine.metrics import dice
-from anatomynet.engine.resolution import INSIDE_SHARE, block_means
-from anatomynet.engine.runtime import load_runtime
+from anatomynet.engine.region_runtime import EmbeddedRegionFinder
+from anatomynet.engine.resolution import INSIDE_SHARE, block_means, draw_reduced
+from anatomynet.engine.runtime import TorchRuntime, load_runtime
 from anatomynet.engine.segment import segment
 from anatomynet.engine.structures import STRUCTURES
-from anatomynet.engine.train import validate
 from tests.openkbp import REDUCTION, requires_openkbp, validation_case, write_study
 
 if TYPE_CHECKING:
@@ -37,6 +37,14 @@ DSC_TOLERANCE = 0.02
 MIRRORED_DSC = 0.5
 
 pytestmark = requires_openkbp
+
+
+class FindingTorchRuntime(TorchRuntime):
+    """The checkpoint itself, shown the same box that the server's finder cuts: another box draws a little otherwise."""
+
+    @property
+    def region_finder(self) -> EmbeddedRegionFinder:
+        return EmbeddedRegionFinder()
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +95,14 @@ def test_contours_lie_where_the_physicians_drew_them(
 ) -> None:
     case, _ = patient
     network, config = load_checkpoint()
-    expected = validate(network, config, [case], "cpu")
+    expected = draw_reduced(case.volume, FindingTorchRuntime(network, config)).labels
     for label, name in enumerate(config.structures, start=1):
         if case.annotated[label - 1]:
             mask = drawn.get(name)
             found = on_own_grid(mask) if mask is not None else np.zeros(case.labels.shape, bool)
             reached = dice(found, case.labels == label)
-            assert reached == pytest.approx(expected[name][0], abs=DSC_TOLERANCE), name
+            due = dice(expected == label, case.labels == label)
+            assert reached == pytest.approx(due, abs=DSC_TOLERANCE), name
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
