@@ -172,7 +172,7 @@ def test_same_result_by_every_way(triton_server: RunningServer, embedded: Runtim
     for way in ways:
         with TritonRuntime(triton_server.url, shared_memory=way) as runtime:
             label_map, confidence = runtime.infer(hu)
-            assert runtime.description.endswith("gRPC" if way == "off" else "shared memory")
+            assert f"by {'gRPC' if way == 'off' else 'shared memory'}," in runtime.description
         np.testing.assert_array_equal(label_map, expected[0])
         np.testing.assert_array_equal(confidence, expected[1])
     assert our_regions() == set()
