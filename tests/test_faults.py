@@ -155,7 +155,7 @@ def test_killed_in_the_middle_and_started_again(server: BreakableServer, slow_la
         assert "trying again in" in told.get(timeout=WAIT_S)
         server.start()
         np.testing.assert_array_equal(answer.result(WAIT_S)[0], slow_labels)
-        assert runtime.description.endswith("shared memory" if way == "on" else "gRPC")
+        assert f"by {'shared memory' if way == 'on' else 'gRPC'}," in runtime.description
     assert our_regions() == set()
 
 

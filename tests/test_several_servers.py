@@ -1,6 +1,6 @@
 """Two real servers as one: behind the nginx that ships, and by gRPC's own round robin. They share, and one may die."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 
 from anatomynet.client.triton import TritonRuntime
+from anatomynet.engine.config import shipped_weights
+from anatomynet.engine.region_runtime import EmbeddedRegionFinder, shipped_region
 from anatomynet.engine.runtime import Runtime, load_runtime
+from anatomynet.export.repository import write_repository
+from anatomynet.export.triton_models import python_model, region_model
 from tests.breakable_server import BreakableServer
 from tests.random_network import smooth_hu
 from tests.tls_proxy import Certificates, make_certificates, running_proxy
-from tests.triton_servers import has_server
+from tests.triton_servers import RunningServer, ServerStarter, has_server
 
 grpc = pytest.importorskip("tritonclient.grpc")
 pytestmark = pytest.mark.skipif(not has_server(), reason="no tritonserver here: pip install 'anatomynet[serve]'")
@@ -68,7 +72,9 @@ def opener(
 
 
 @contextmanager
-def addressed(way: str, servers: list[BreakableServer], certificates: Certificates, folder: Path) -> Iterator[Opener]:
+def addressed(
+    way: str, servers: Sequence[BreakableServer | RunningServer], certificates: Certificates, folder: Path
+) -> Iterator[Opener]:
     urls = [server.url for server in servers]
     if way == "round robin":
         yield lambda **options: TritonRuntime(f"ipv4:{','.join(urls)}", **options)
@@ -77,7 +83,7 @@ def addressed(way: str, servers: list[BreakableServer], certificates: Certificat
         yield lambda **options: TritonRuntime(proxy.url, access=certificates.access(), **options)
 
 
-def computed(server: BreakableServer) -> int:
+def computed(server: BreakableServer | RunningServer) -> int:
     """Volumes that were answered."""
     with grpc.InferenceServerClient(server.url) as client:
         return int(client.get_inference_statistics("anatomynet").model_stats[0].inference_stats.success.count)
@@ -132,3 +138,28 @@ def test_one_whose_model_has_died_is_gone_round(
     servers[0].kill()
     for label_map in answers:
         np.testing.assert_array_equal(label_map, embedded.infer(hu)[0])
+
+
+@pytest.mark.parametrize("way", ["nginx", "round robin"])
+def test_a_region_finder_before_each_volume_does_not_bring_all_to_one(
+    way: str, start_server: ServerStarter, certificates: Certificates, tmp_path: Path
+) -> None:
+    """Box, volume, box, volume: in one round of two servers, all boxes would go to one and all volumes to the other."""
+    onnx_file, region_file = shipped_weights(".onnx"), shipped_region(".onnx")
+    region = region_model(EmbeddedRegionFinder(region_file).config, region_file, backend="python")
+    write_repository(tmp_path / "repo", [python_model(load_runtime(onnx_file).model, [onnx_file]), region])
+    hu = smooth_hu(SHAPE)
+    with (
+        start_server(tmp_path / "repo") as first,
+        start_server(tmp_path / "repo") as second,
+        addressed(way, [first, second], certificates, tmp_path) as opener,
+        opener() as runtime,
+    ):
+        assert runtime.region_finder is not None
+        before = computed(first), computed(second)
+        for _ in range(VOLUMES):
+            runtime.region_finder.find(hu)
+            runtime.infer(hu)
+        shares = [computed(first) - before[0], computed(second) - before[1]]
+    assert sum(shares) == VOLUMES
+    assert max(shares) - min(shares) <= 2 * UNEVEN
