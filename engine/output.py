@@ -21,21 +21,38 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
 def write_whole(path: Path, data: bytes, *, overwrite: bool = False) -> None:
     """Writes a file beside `path`, then renames it.
 
+    Beside it has no name before it is whole, where the file system can do so: a process that is killed leaves nothing.
+
     Raises:
         OutputError: the file exists and may not be overwritten, or it could not be written; nothing is left behind.
     """
     refuse_existing(path, overwrite=overwrite)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with beside.open("wb") as file:
+        nameless = _nameless_file(path.parent)
+        with beside.open("wb") if nameless is None else os.fdopen(nameless, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+            if nameless is not None:
+                beside.unlink(missing_ok=True)
+                # Only with a folder's descriptor does Python ask linkat to follow the link.
+                os.link(f"/proc/self/fd/{nameless}", beside, src_dir_fd=nameless)
         beside.replace(path)
     except OSError as error:
         raise OutputError(f"{path} could not be written: {error.strerror or error}; nothing was left behind") from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _nameless_file(folder: Path) -> int | None:
+    """Descriptor of a new file in a folder, gone when it is closed; None where there is no such thing."""
+    if not hasattr(os, "O_TMPFILE") or not Path("/proc/self/fd").is_dir():
+        return None
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o666)
+    except OSError:  # a file system that has none; what else is wrong, a named file will tell
+        return None
 
 
 def prepare_folder(folder: Path, *, overwrite: bool) -> None:

@@ -60,10 +60,12 @@ def test_file_and_folders_are_synced_before_it_returns(
     spool: Spool, instances: list[Instance], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
+    inodes: list[int] = []
     real = os.fsync
 
     def noted(descriptor: int) -> None:
         synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        inodes.append(os.fstat(descriptor).st_ino)
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", noted)
@@ -71,7 +73,8 @@ def test_file_and_folders_are_synced_before_it_returns(
     folder = spool.folder / RECEIVED / series_key(instances[0].series_instance_uid)
     (file,) = (folder / "ct").iterdir()
     assert file.read_bytes() == instances[0].data
-    assert any(path.name.startswith(f".{file.name}") for path in synced)  # before it got its name
+    assert file.stat().st_ino in inodes
+    assert file not in synced  # before it got its name
     assert synced[-1] == folder / "ct"
     assert {folder, spool.folder / RECEIVED} <= set(synced)
 

@@ -57,6 +57,8 @@ def test_killed_at_any_moment_it_leaves_the_old_file_or_the_new(tmp_path: Path) 
             writer.stdout.readline()  # it has begun
             time.sleep(0.003 * moment)
             writer.kill()
+        parts = list(tmp_path.glob(".*.part"))  # between its name and its place
+        assert all(part.stat().st_size == WRITER_BYTES for part in parts)
         if path.exists():
             data = path.read_bytes()
             assert len(data) == WRITER_BYTES
