@@ -403,7 +403,8 @@ def echo_result(result: "SegmentedStudy") -> None:
     if label_map.computed_share is not None:
         click.echo(f"computed: {label_map.computed_share:.0%} of the scan's voxels")
     confidence = label_map.confidence or ()
-    for (name, volume_ml), sure in zip(structure_volumes_ml(label_map).items(), confidence, strict=True):
+    volumes = structure_volumes_ml(result.drawing.regions, label_map.geometry)
+    for (name, volume_ml), sure in zip(volumes.items(), confidence, strict=True):
         found = f"{volume_ml:8.2f} ml   border confidence {sure:.2f}" if volume_ml else "   not found"
         click.echo(f"  {name:<16}{found}")
     for finding in result.drawing.findings:

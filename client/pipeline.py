@@ -251,4 +251,12 @@ def write_drawing(drawing: Drawing, outputs: Mapping[str, Path], task: Task, *, 
     if options.review:
         write_review(options.review, volume, regions, warnings=findings, notes=label_map.notes, overwrite=overwrite)
     if options.report:
-        write_report(options.report, label_map, task.runtime, clock, findings=findings, overwrite=overwrite)
+        write_report(
+            options.report,
+            label_map,
+            task.runtime,
+            clock,
+            regions=regions,
+            findings=findings,
+            overwrite=overwrite,
+        )

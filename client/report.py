@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-
 from anatomynet.engine.findings import Finding
+from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.output import write_whole
+from anatomynet.engine.regions import Region
 from anatomynet.engine.runtime import Runtime
 from anatomynet.engine.volume import LabelMap
 
@@ -40,11 +40,9 @@ class StageClock:
         return f"{stages}; {sum(self.seconds.values()):.1f} s in all"
 
 
-def structure_volumes_ml(label_map: LabelMap) -> dict[str, float]:
+def structure_volumes_ml(regions: Sequence[Region], geometry: VolumeGeometry) -> dict[str, float]:
     """TG-263 name -> millilitres; 0.0 where the structure was not found."""
-    counts = np.bincount(label_map.labels.ravel(), minlength=len(label_map.structures) + 1)
-    voxel_ml = label_map.geometry.voxel_ml
-    return {s.tg263_name: int(n) * voxel_ml for s, n in zip(label_map.structures, counts[1:], strict=True)}
+    return {region.name: region.voxels * geometry.voxel_ml for region in regions}
 
 
 def write_report(
@@ -53,15 +51,16 @@ def write_report(
     runtime: Runtime,
     clock: StageClock,
     *,
+    regions: Sequence[Region],
     findings: Sequence[Finding] = (),
     overwrite: bool = False,
 ) -> None:
-    """Writes the JSON report of one segmented study.
+    """Writes the JSON report of one segmented study; `regions` are the label map's.
 
     Raises:
         OutputError: a file that exists, or cannot be written.
     """
-    volumes = structure_volumes_ml(label_map)
+    volumes = structure_volumes_ml(regions, label_map.geometry)
     confidence = label_map.confidence or (0.0,) * len(volumes)
     report = {
         "anatomynet_version": version("anatomynet"),

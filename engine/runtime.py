@@ -103,25 +103,11 @@ def load_runtime(path: Path | None = None) -> Runtime:
     raise ModelError(f"nothing here can run {path.name}: expected OpenVINO or ONNX Runtime; {INSTALL_HINT}")
 
 
-class _FindsRegion:
-    """What the embedded runtimes share: the shipped region finder, loaded when it is first wanted."""
-
-    @functools.cached_property
-    def region_finder(self) -> RegionFinder:
-        """See engine.region.
-
-        Raises:
-            ModelError: its file is missing or damaged.
-        """
-        from anatomynet.engine.region_runtime import EmbeddedRegionFinder
-
-        return EmbeddedRegionFinder()
-
-
-class OpenVinoRuntime(_FindsRegion):
+class OpenVinoRuntime:
     """An ONNX file on this machine's CPU, in FP32; one volume at a time, on every core.
 
-    A compiled model is not cached on disk: compiling takes a fifth of a second. At native resolution memory is short,
+    A compiled model is not cached on disk: compiling takes a fifth of a second, in a thread beside the reading of the
+    first volume, and so does the region finder that comes with it. At native resolution memory is short,
     and what is compiled for one size needs less of it: there it is compiled for each size.
 
     Raises:
@@ -149,10 +135,20 @@ class OpenVinoRuntime(_FindsRegion):
         self._memory = MemoryGuard(_bytes_a_voxel(self.model, ONE_SIZE_BYTES if one_size else NETWORK_BYTES))
         self._shape: tuple[int, ...] = ()
         self._request: openvino.InferRequest | None = None
-        # Compiled in a thread, beside the reading of the first volume.
-        self._any_size = None if one_size else ThreadPoolExecutor(1).submit(self._compiled, graph)
+        thread = ThreadPoolExecutor(1)
+        self._any_size = None if one_size else thread.submit(self._compiled, graph)
+        self._finder = thread.submit(_shipped_region_finder)
         self.description = f"OpenVINO {openvino.__version__.split('-')[0]} on {threads} CPU threads"
         self._lock = threading.Lock()
+
+    @property
+    def region_finder(self) -> RegionFinder:
+        """See engine.region.
+
+        Raises:
+            ModelError: its file is missing or damaged.
+        """
+        return self._finder.result()
 
     def infer(self, hu: HounsfieldArray) -> tuple[LabelArray, NDArray[np.float32]]:
         """See Runtime; releases the GIL while it computes."""
@@ -184,7 +180,7 @@ class OpenVinoRuntime(_FindsRegion):
         return self._core.compile_model(graph, "CPU", self._options).create_infer_request()
 
 
-class OnnxRuntime(_FindsRegion):
+class OnnxRuntime:
     """An ONNX file through ONNX Runtime.
 
     Args:
@@ -229,6 +225,15 @@ class OnnxRuntime(_FindsRegion):
         self.description = f"ONNX Runtime {onnxruntime.__version__} on {device}"
         self._memory = MemoryGuard(_bytes_a_voxel(self.model, ONNX_RUNTIME_BYTES))
 
+    @functools.cached_property
+    def region_finder(self) -> RegionFinder:
+        """See engine.region; loaded when it is first wanted.
+
+        Raises:
+            ModelError: its file is missing or damaged.
+        """
+        return _shipped_region_finder()
+
     def infer(self, hu: HounsfieldArray) -> tuple[LabelArray, NDArray[np.float32]]:
         """See Runtime; releases the GIL while it computes."""
         _check_input(hu, self.model)
@@ -262,6 +267,12 @@ class TorchRuntime:
         with torch.inference_mode():
             label_map, confidence = self._served(torch.from_numpy(np.ascontiguousarray(hu)).to(self._device))
         return label_map.cpu().numpy(), confidence.cpu().numpy()
+
+
+def _shipped_region_finder() -> RegionFinder:
+    from anatomynet.engine.region_runtime import EmbeddedRegionFinder  # which needs this module
+
+    return EmbeddedRegionFinder()
 
 
 def available_cores() -> int:

@@ -39,7 +39,9 @@ def segment(volume: CTVolume, runtime: Runtime, *, whole_volume: bool = False) -
     strays = np.bincount(drawn.with_strays[drawn.with_strays != kept], minlength=len(structures) + 1)[1:]
     source_labels = source_labels_from_network(kept, given, volume)
     if given.grid != given.canonical:  # a voxel or two may be less than one of the study's
-        confidence = confidence * np.isin(np.arange(1, len(structures) + 1), source_labels)
+        from scipy.ndimage import find_objects
+
+        confidence = confidence * [box is not None for box in find_objects(source_labels, max_label=len(structures))]
     return LabelMap(
         source_labels,
         volume.geometry,
