@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
 SERVE = DEPLOY / "container" / "serve"
 CONTAINERFILE = (DEPLOY / "container" / "Containerfile").read_text()
+KUSTOMIZATIONS = sorted(DEPLOY.rglob("kustomization.yaml"))
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
 KUBERNETES = "1.37"
 # The last of the releases that fixed what SECURITY.md lists.
@@ -106,8 +107,23 @@ def test_kustomization_lists_every_manifest() -> None:
     assert sorted(listed) == [path.name for path in MANIFESTS if path.stem != "kustomization"]
 
 
+@pytest.mark.parametrize("path", KUSTOMIZATIONS, ids=lambda p: p.parent.name)
+def test_kustomize_may_take_what_is_listed(path: Path) -> None:
+    """Its rules: files from below the folder alone; other folders, but none that contains the one that names it."""
+    kustomization, folder = documents(path)[0], path.parent
+    generated = [file.split("=")[-1] for g in kustomization.get("configMapGenerator", []) for file in g["files"]]
+    for name in kustomization.get("resources", []) + generated:
+        listed = (folder / name).resolve()
+        if listed.is_dir():
+            assert (listed / "kustomization.yaml").is_file(), name
+            assert not folder.is_relative_to(listed), name
+        else:
+            assert listed.is_file(), name
+            assert listed.is_relative_to(folder), name
+
+
 def test_with_a_gpu_it_follows_the_schema_too() -> None:
-    kustomization = documents(DEPLOY / "kubernetes" / "gpu" / "kustomization.yaml")[0]
+    kustomization = documents(DEPLOY / "kubernetes-gpu" / "kustomization.yaml")[0]
     ((operation,),) = [yaml.safe_load(patch["patch"]) for patch in kustomization["patches"]]
     deployment: Any = only("Deployment")
     place: Any = deployment
