@@ -27,6 +27,8 @@ from tests.triton_servers import RunningServer, has_server, running_server
 
 yaml = pytest.importorskip("yaml")
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
+jsonschema = pytest.importorskip("jsonschema")
+referencing = pytest.importorskip("referencing")
 grpc = pytest.importorskip("tritonclient.grpc")
 InferenceServerException = pytest.importorskip("tritonclient.utils").InferenceServerException
 
@@ -39,25 +41,6 @@ MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
 KUBERNETES = "1.37"
 # The last of the releases that fixed what SECURITY.md lists.
 OLDEST_TRITON = (26, 7)
-# What KServe v1beta1 knows of a predictor beside a pod's own fields (its API reference, V1beta1PredictorSpec).
-KSERVE_OWN = {
-    "annotations": "object",
-    "autoScaling": "object",
-    "batcher": "object",
-    "canaryTrafficPercent": "integer",
-    "containerConcurrency": "integer",
-    "deploymentStrategy": "object",
-    "labels": "object",
-    "logger": "object",
-    "maxReplicas": "integer",
-    "minReplicas": "integer",
-    "model": "object",
-    "scaleMetric": "string",
-    "scaleMetricType": "string",
-    "scaleTarget": "integer",
-    "timeout": "integer",
-    "workerSpec": "object",
-}
 KEY = "anatomynet-admin-key"
 SECRET = "known-to-this-test"
 LOCAL = tuple(f"--{name}-address=127.0.0.1" for name in ("http", "grpc", "metrics"))
@@ -136,22 +119,45 @@ def test_with_a_gpu_it_follows_the_schema_too() -> None:
     assert limits["nvidia.com/gpu"] == 1
 
 
-def test_inference_service_is_a_pod_and_fields_that_kserve_knows() -> None:
-    """KServe's own schema repeats that of a pod, a megabyte of it; here each half is held against its owner."""
+def inference_service_errors(service: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Where it breaks KServe's schema, joined with Kubernetes' own where that repeats it."""
+    schema = json.loads((ROOT / "tests" / "kserve_inference_service.json").read_text())
+    schemas = Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema"
+    definitions = json.loads((schemas / f"v{KUBERNETES}.0-local-strict" / "_definitions.json").read_text())
+    registry = referencing.Resource.from_contents(definitions) @ referencing.Registry()
+    validator = jsonschema.Draft202012Validator(schema, registry=registry)
+    return [tuple(map(str, error.absolute_path)) for error in validator.iter_errors(service)]
+
+
+def test_inference_service_follows_the_schema_of_kserve_and_of_a_pod() -> None:
     (service,) = documents(DEPLOY / "kserve.yaml")
-    assert (service["apiVersion"], service["kind"]) == ("serving.kserve.io/v1beta1", "InferenceService")
-    assert set(service) == {"apiVersion", "kind", "metadata", "spec"}
-    assert set(service["spec"]) == {"predictor"}
-    predictor = service["spec"]["predictor"]
-    kinds = {"object": dict, "integer": int, "string": str}
-    for name in KSERVE_OWN.keys() & predictor.keys():
-        assert isinstance(predictor[name], kinds[KSERVE_OWN[name]]), name
-    pod = {name: value for name, value in predictor.items() if name not in KSERVE_OWN}
-    metadata = service["metadata"]
-    kubernetes_validate.validate(
-        {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod}, KUBERNETES, strict=True
-    )
-    assert pod["containers"][0]["name"] == "kserve-container"  # the name by which KServe finds it
+    assert inference_service_errors(service) == []
+    (container,) = service["spec"]["predictor"]["containers"]
+    assert container["name"] == "kserve-container"  # the name by which KServe finds it
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "value"),
+    [
+        ((), "status", {"url": "http://here"}),
+        (("spec",), "replicas", 2),
+        (("spec", "predictor"), "maxReplica", 8),
+        (("spec", "predictor"), "minReplicas", "2"),
+        (("spec", "predictor"), "batcher", {"maxBatchsize": 2}),
+        (("spec", "predictor"), "autoScaling", {"metrics": [{"resource": {"name": "cpu"}}]}),
+        (("spec", "predictor"), "autoScaling", {"behavior": {"scaleUp": {"policies": [{"type": "Pods"}]}}}),
+        (("spec", "predictor", "securityContext"), "runAsUser", "1000"),
+        (("spec", "predictor", "containers", 0), "livenessProb", {}),
+    ],
+)
+def test_the_schema_of_kserve_finds_what_is_wrong(place: tuple[str | int, ...], name: str, value: object) -> None:
+    (service,) = documents(DEPLOY / "kserve.yaml")
+    where: Any = service
+    for step in place:
+        where = where[step]
+    where[name] = value
+    (found, *_) = inference_service_errors(service)
+    assert found[: len(place)] == tuple(map(str, place))
 
 
 @pytest.mark.parametrize("owner", ["Deployment", "InferenceService"])
