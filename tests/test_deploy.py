@@ -22,6 +22,18 @@ import pytest
 from anatomynet.client.triton import TritonRuntime
 from anatomynet.engine.errors import ServerError
 from anatomynet.export.triton_models import LARGEST_QUEUE, QUEUE_TIMEOUT_S
+from tests.manifests import (
+    DEPLOY,
+    KUBERNETES,
+    KUSTOMIZATIONS,
+    MANIFESTS,
+    PROXY,
+    ROOT,
+    documents,
+    needs_kubectl,
+    only,
+    pod_specs,
+)
 from tests.random_network import smooth_hu
 from tests.triton_servers import RunningServer, has_server, running_server
 
@@ -32,13 +44,8 @@ referencing = pytest.importorskip("referencing")
 grpc = pytest.importorskip("tritonclient.grpc")
 InferenceServerException = pytest.importorskip("tritonclient.utils").InferenceServerException
 
-ROOT = Path(__file__).resolve().parent.parent
-DEPLOY = ROOT / "deploy"
 SERVE = DEPLOY / "container" / "serve"
 CONTAINERFILE = (DEPLOY / "container" / "Containerfile").read_text()
-KUSTOMIZATIONS = sorted(DEPLOY.rglob("kustomization.yaml"))
-MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
-KUBERNETES = "1.37"
 # The last of the releases that fixed what SECURITY.md lists.
 OLDEST_TRITON = (26, 7)
 KEY = "anatomynet-admin-key"
@@ -53,26 +60,10 @@ needs_promtool = pytest.mark.skipif(
 )
 
 
-def documents(path: Path) -> list[dict[str, Any]]:
-    return [document for document in yaml.safe_load_all(path.read_text()) if document]
-
-
-def only(kind: str) -> dict[str, Any]:
-    (found,) = [d for path in MANIFESTS for d in documents(path) if d["kind"] == kind]
-    return found
-
-
-def pod_specs() -> dict[str, dict[str, Any]]:
-    return {
-        "Deployment": only("Deployment")["spec"]["template"]["spec"],
-        "InferenceService": documents(DEPLOY / "kserve.yaml")[0]["spec"]["predictor"],
-    }
-
-
 # --- Kubernetes and KServe
 
 
-@pytest.mark.parametrize("path", [p for p in MANIFESTS if p.stem != "kustomization"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_manifest_follows_kubernetes_own_schema(path: Path) -> None:
     for document in documents(path):
         kubernetes_validate.validate(document, KUBERNETES, strict=True)
@@ -85,9 +76,12 @@ def test_the_schema_finds_a_field_that_is_none() -> None:
         kubernetes_validate.validate(broken, KUBERNETES, strict=True)
 
 
-def test_kustomization_lists_every_manifest() -> None:
-    listed = documents(DEPLOY / "kubernetes" / "kustomization.yaml")[0]["resources"]
-    assert sorted(listed) == [path.name for path in MANIFESTS if path.stem != "kustomization"]
+@pytest.mark.parametrize("folder", sorted({path.parent for path in MANIFESTS}), ids=lambda p: p.name)
+def test_kustomization_lists_every_manifest(folder: Path) -> None:
+    listed = documents(folder / "kustomization.yaml")[0]["resources"]
+    assert sorted(name for name in listed if name.endswith(".yaml")) == [
+        p.name for p in MANIFESTS if p.parent == folder
+    ]
 
 
 @pytest.mark.parametrize("path", KUSTOMIZATIONS, ids=lambda p: p.parent.name)
@@ -117,6 +111,34 @@ def test_with_a_gpu_it_follows_the_schema_too() -> None:
     kubernetes_validate.validate(deployment, KUBERNETES, strict=True)
     limits = deployment["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert limits["nvidia.com/gpu"] == 1
+
+
+@needs_kubectl
+@pytest.mark.parametrize("folder", ["kubernetes", "kubernetes-gpu"])
+def test_kubectl_builds_it(folder: str) -> None:
+    """Every manifest, the proxy's configuration as it lies in deploy/nginx, and each pod with its image and its GPU."""
+    command = ["kubectl", "kustomize", str(DEPLOY / folder)]
+    built = list(yaml.safe_load_all(subprocess.run(command, check=True, capture_output=True).stdout))
+    for document in built:
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+        assert document["kind"] == "Namespace" or document["metadata"]["namespace"] == "anatomynet"
+    (configuration,) = [d for d in built if d["kind"] == "ConfigMap"]
+    nginx = DEPLOY / "nginx"
+    assert configuration["data"] == {
+        "nginx.conf": (nginx / "nginx.conf").read_text(),
+        "servers": (nginx / "servers.kubernetes").read_text(),
+    }
+    pods = {d["metadata"]["name"]: d["spec"]["template"]["spec"] for d in built if d["kind"] == "Deployment"}
+    assert len(built) == len(MANIFESTS) + 1
+    limits = {name: pod["containers"][0]["resources"]["limits"] for name, pod in pods.items()}
+    assert limits["anatomynet"].get("nvidia.com/gpu") == (1 if folder == "kubernetes-gpu" else None)
+    assert "nvidia.com/gpu" not in limits[PROXY]
+    assert all(":" in pod["containers"][0]["image"] for pod in pods.values())
+    (configuration_volume, _) = pods[PROXY]["volumes"]
+    named = [
+        source["configMap"]["name"] for source in configuration_volume["projected"]["sources"] if "configMap" in source
+    ]
+    assert named == [configuration["metadata"]["name"]]
 
 
 def inference_service_errors(service: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -160,7 +182,7 @@ def test_the_schema_of_kserve_finds_what_is_wrong(place: tuple[str | int, ...], 
     assert found[: len(place)] == tuple(map(str, place))
 
 
-@pytest.mark.parametrize("owner", ["Deployment", "InferenceService"])
+@pytest.mark.parametrize("owner", ["Deployment", "InferenceService", "Proxy"])
 def test_pod_can_do_nothing_but_serve(owner: str) -> None:
     pod = pod_specs()[owner]
     (container,) = pod["containers"]
@@ -172,10 +194,13 @@ def test_pod_can_do_nothing_but_serve(owner: str) -> None:
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
     }
-    volumes = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"]}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
     places = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
-    assert places["/dev/shm"]["medium"] == "Memory"
-    assert set(places) == {"/dev/shm", "/tmp"}
+    writable = {place for place, volume in places.items() if "emptyDir" in volume}
+    assert writable == ({"/tmp/anatomynet-nginx"} if owner == "Proxy" else {"/dev/shm", "/tmp"})
+    assert set(places) - writable == ({"/etc/anatomynet"} if owner == "Proxy" else set())
+    if owner != "Proxy":
+        assert places["/dev/shm"]["emptyDir"]["medium"] == "Memory"
 
 
 @pytest.mark.parametrize("owner", ["Deployment", "InferenceService"])
