@@ -22,41 +22,32 @@ import pytest
 from anatomynet.client.triton import TritonRuntime
 from anatomynet.engine.errors import ServerError
 from anatomynet.export.triton_models import LARGEST_QUEUE, QUEUE_TIMEOUT_S
+from tests.manifests import (
+    DEPLOY,
+    KUBERNETES,
+    KUSTOMIZATIONS,
+    MANIFESTS,
+    PROXY,
+    ROOT,
+    documents,
+    needs_kubectl,
+    only,
+    pod_specs,
+)
 from tests.random_network import smooth_hu
 from tests.triton_servers import RunningServer, has_server, running_server
 
 yaml = pytest.importorskip("yaml")
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
+jsonschema = pytest.importorskip("jsonschema")
+referencing = pytest.importorskip("referencing")
 grpc = pytest.importorskip("tritonclient.grpc")
 InferenceServerException = pytest.importorskip("tritonclient.utils").InferenceServerException
 
-ROOT = Path(__file__).resolve().parent.parent
-DEPLOY = ROOT / "deploy"
 SERVE = DEPLOY / "container" / "serve"
 CONTAINERFILE = (DEPLOY / "container" / "Containerfile").read_text()
-MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
-KUBERNETES = "1.37"
 # The last of the releases that fixed what SECURITY.md lists.
 OLDEST_TRITON = (26, 7)
-# What KServe v1beta1 knows of a predictor beside a pod's own fields (its API reference, V1beta1PredictorSpec).
-KSERVE_OWN = {
-    "annotations": "object",
-    "autoScaling": "object",
-    "batcher": "object",
-    "canaryTrafficPercent": "integer",
-    "containerConcurrency": "integer",
-    "deploymentStrategy": "object",
-    "labels": "object",
-    "logger": "object",
-    "maxReplicas": "integer",
-    "minReplicas": "integer",
-    "model": "object",
-    "scaleMetric": "string",
-    "scaleMetricType": "string",
-    "scaleTarget": "integer",
-    "timeout": "integer",
-    "workerSpec": "object",
-}
 KEY = "anatomynet-admin-key"
 SECRET = "known-to-this-test"
 LOCAL = tuple(f"--{name}-address=127.0.0.1" for name in ("http", "grpc", "metrics"))
@@ -69,26 +60,10 @@ needs_promtool = pytest.mark.skipif(
 )
 
 
-def documents(path: Path) -> list[dict[str, Any]]:
-    return [document for document in yaml.safe_load_all(path.read_text()) if document]
-
-
-def only(kind: str) -> dict[str, Any]:
-    (found,) = [d for path in MANIFESTS for d in documents(path) if d["kind"] == kind]
-    return found
-
-
-def pod_specs() -> dict[str, dict[str, Any]]:
-    return {
-        "Deployment": only("Deployment")["spec"]["template"]["spec"],
-        "InferenceService": documents(DEPLOY / "kserve.yaml")[0]["spec"]["predictor"],
-    }
-
-
 # --- Kubernetes and KServe
 
 
-@pytest.mark.parametrize("path", [p for p in MANIFESTS if p.stem != "kustomization"], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_manifest_follows_kubernetes_own_schema(path: Path) -> None:
     for document in documents(path):
         kubernetes_validate.validate(document, KUBERNETES, strict=True)
@@ -101,13 +76,31 @@ def test_the_schema_finds_a_field_that_is_none() -> None:
         kubernetes_validate.validate(broken, KUBERNETES, strict=True)
 
 
-def test_kustomization_lists_every_manifest() -> None:
-    listed = documents(DEPLOY / "kubernetes" / "kustomization.yaml")[0]["resources"]
-    assert sorted(listed) == [path.name for path in MANIFESTS if path.stem != "kustomization"]
+@pytest.mark.parametrize("folder", sorted({path.parent for path in MANIFESTS}), ids=lambda p: p.name)
+def test_kustomization_lists_every_manifest(folder: Path) -> None:
+    listed = documents(folder / "kustomization.yaml")[0]["resources"]
+    assert sorted(name for name in listed if name.endswith(".yaml")) == [
+        p.name for p in MANIFESTS if p.parent == folder
+    ]
+
+
+@pytest.mark.parametrize("path", KUSTOMIZATIONS, ids=lambda p: p.parent.name)
+def test_kustomize_may_take_what_is_listed(path: Path) -> None:
+    """Its rules: files from below the folder alone; other folders, but none that contains the one that names it."""
+    kustomization, folder = documents(path)[0], path.parent
+    generated = [file.split("=")[-1] for g in kustomization.get("configMapGenerator", []) for file in g["files"]]
+    for name in kustomization.get("resources", []) + generated:
+        listed = (folder / name).resolve()
+        if listed.is_dir():
+            assert (listed / "kustomization.yaml").is_file(), name
+            assert not folder.is_relative_to(listed), name
+        else:
+            assert listed.is_file(), name
+            assert listed.is_relative_to(folder), name
 
 
 def test_with_a_gpu_it_follows_the_schema_too() -> None:
-    kustomization = documents(DEPLOY / "kubernetes" / "gpu" / "kustomization.yaml")[0]
+    kustomization = documents(DEPLOY / "kubernetes-gpu" / "kustomization.yaml")[0]
     ((operation,),) = [yaml.safe_load(patch["patch"]) for patch in kustomization["patches"]]
     deployment: Any = only("Deployment")
     place: Any = deployment
@@ -120,25 +113,76 @@ def test_with_a_gpu_it_follows_the_schema_too() -> None:
     assert limits["nvidia.com/gpu"] == 1
 
 
-def test_inference_service_is_a_pod_and_fields_that_kserve_knows() -> None:
-    """KServe's own schema repeats that of a pod, a megabyte of it; here each half is held against its owner."""
+@needs_kubectl
+@pytest.mark.parametrize("folder", ["kubernetes", "kubernetes-gpu"])
+def test_kubectl_builds_it(folder: str) -> None:
+    """Every manifest, the proxy's configuration as it lies in deploy/nginx, and each pod with its image and its GPU."""
+    command = ["kubectl", "kustomize", str(DEPLOY / folder)]
+    built = list(yaml.safe_load_all(subprocess.run(command, check=True, capture_output=True).stdout))
+    for document in built:
+        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+        assert document["kind"] == "Namespace" or document["metadata"]["namespace"] == "anatomynet"
+    (configuration,) = [d for d in built if d["kind"] == "ConfigMap"]
+    nginx = DEPLOY / "nginx"
+    assert configuration["data"] == {
+        "nginx.conf": (nginx / "nginx.conf").read_text(),
+        "servers": (nginx / "servers.kubernetes").read_text(),
+    }
+    pods = {d["metadata"]["name"]: d["spec"]["template"]["spec"] for d in built if d["kind"] == "Deployment"}
+    assert len(built) == len(MANIFESTS) + 1
+    limits = {name: pod["containers"][0]["resources"]["limits"] for name, pod in pods.items()}
+    assert limits["anatomynet"].get("nvidia.com/gpu") == (1 if folder == "kubernetes-gpu" else None)
+    assert "nvidia.com/gpu" not in limits[PROXY]
+    assert all(":" in pod["containers"][0]["image"] for pod in pods.values())
+    (configuration_volume, _) = pods[PROXY]["volumes"]
+    named = [
+        source["configMap"]["name"] for source in configuration_volume["projected"]["sources"] if "configMap" in source
+    ]
+    assert named == [configuration["metadata"]["name"]]
+
+
+def inference_service_errors(service: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Where it breaks KServe's schema, joined with Kubernetes' own where that repeats it."""
+    schema = json.loads((ROOT / "tests" / "kserve_inference_service.json").read_text())
+    schemas = Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema"
+    definitions = json.loads((schemas / f"v{KUBERNETES}.0-local-strict" / "_definitions.json").read_text())
+    registry = referencing.Resource.from_contents(definitions) @ referencing.Registry()
+    validator = jsonschema.Draft202012Validator(schema, registry=registry)
+    return [tuple(map(str, error.absolute_path)) for error in validator.iter_errors(service)]
+
+
+def test_inference_service_follows_the_schema_of_kserve_and_of_a_pod() -> None:
     (service,) = documents(DEPLOY / "kserve.yaml")
-    assert (service["apiVersion"], service["kind"]) == ("serving.kserve.io/v1beta1", "InferenceService")
-    assert set(service) == {"apiVersion", "kind", "metadata", "spec"}
-    assert set(service["spec"]) == {"predictor"}
-    predictor = service["spec"]["predictor"]
-    kinds = {"object": dict, "integer": int, "string": str}
-    for name in KSERVE_OWN.keys() & predictor.keys():
-        assert isinstance(predictor[name], kinds[KSERVE_OWN[name]]), name
-    pod = {name: value for name, value in predictor.items() if name not in KSERVE_OWN}
-    metadata = service["metadata"]
-    kubernetes_validate.validate(
-        {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": pod}, KUBERNETES, strict=True
-    )
-    assert pod["containers"][0]["name"] == "kserve-container"  # the name by which KServe finds it
+    assert inference_service_errors(service) == []
+    (container,) = service["spec"]["predictor"]["containers"]
+    assert container["name"] == "kserve-container"  # the name by which KServe finds it
 
 
-@pytest.mark.parametrize("owner", ["Deployment", "InferenceService"])
+@pytest.mark.parametrize(
+    ("place", "name", "value"),
+    [
+        ((), "status", {"url": "http://here"}),
+        (("spec",), "replicas", 2),
+        (("spec", "predictor"), "maxReplica", 8),
+        (("spec", "predictor"), "minReplicas", "2"),
+        (("spec", "predictor"), "batcher", {"maxBatchsize": 2}),
+        (("spec", "predictor"), "autoScaling", {"metrics": [{"resource": {"name": "cpu"}}]}),
+        (("spec", "predictor"), "autoScaling", {"behavior": {"scaleUp": {"policies": [{"type": "Pods"}]}}}),
+        (("spec", "predictor", "securityContext"), "runAsUser", "1000"),
+        (("spec", "predictor", "containers", 0), "livenessProb", {}),
+    ],
+)
+def test_the_schema_of_kserve_finds_what_is_wrong(place: tuple[str | int, ...], name: str, value: object) -> None:
+    (service,) = documents(DEPLOY / "kserve.yaml")
+    where: Any = service
+    for step in place:
+        where = where[step]
+    where[name] = value
+    (found, *_) = inference_service_errors(service)
+    assert found[: len(place)] == tuple(map(str, place))
+
+
+@pytest.mark.parametrize("owner", ["Deployment", "InferenceService", "Proxy"])
 def test_pod_can_do_nothing_but_serve(owner: str) -> None:
     pod = pod_specs()[owner]
     (container,) = pod["containers"]
@@ -150,10 +194,13 @@ def test_pod_can_do_nothing_but_serve(owner: str) -> None:
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
     }
-    volumes = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"]}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
     places = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
-    assert places["/dev/shm"]["medium"] == "Memory"
-    assert set(places) == {"/dev/shm", "/tmp"}
+    writable = {place for place, volume in places.items() if "emptyDir" in volume}
+    assert writable == ({"/tmp/anatomynet-nginx"} if owner == "Proxy" else {"/dev/shm", "/tmp"})
+    assert set(places) - writable == ({"/etc/anatomynet"} if owner == "Proxy" else set())
+    if owner != "Proxy":
+        assert places["/dev/shm"]["emptyDir"]["medium"] == "Memory"
 
 
 @pytest.mark.parametrize("owner", ["Deployment", "InferenceService"])
