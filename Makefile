@@ -34,13 +34,15 @@ sbom: $(VENV)/dev.stamp
 	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o sbom.json \
 	    $(BIN)/python
 
-# Known vulnerabilities of what is locked; asks a public database, so not a part of `make test`.
-audit: $(VENV)/dev.stamp
-	$(PIP) pip-audit
-	$(BIN)/pip-audit --requirement requirements.lock --no-deps --disable-pip
+# Known vulnerabilities of what is locked; asks a public database, so not a part of `make test`. In an environment of
+# its own: what it brings is not locked.
+audit:
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(VENV)-audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip
 
 clean:
-	rm -rf $(VENV) build dist demo src/*.egg-info
+	rm -rf $(VENV) $(VENV)-audit build dist demo src/*.egg-info
 
 $(VENV)/demo.stamp: pyproject.toml constraints.txt requirements.lock | $(BIN)/python
 	$(PIP) --editable '.[local]'

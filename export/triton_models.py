@@ -31,8 +31,8 @@ LARGEST_QUEUE = 8
 QUEUE_TIMEOUT_S = 120
 # Voxels a side at the network's resolution: enough to compile and to allocate, half a second on two cores.
 WARM_UP_SIDE = 64
-# Of the CT (z, y, x): what the client cuts to head and neck, to the body, and a whole scan. A GPU allocates for them and
-# picks kernels.
+# Of the CT (z, y, x): what the client cuts to head and neck, to the body, and a whole scan. A GPU allocates for them
+# and picks kernels.
 COMMON_SHAPES = ((144, 224, 192), (178, 320, 320), (178, 512, 512))
 # Of CT_COARSE (z, y, x): a planning CT's body.
 COARSE_SHAPE = (59, 40, 60)

@@ -223,6 +223,6 @@ def test_what_is_weak_or_not_open_is_optional_and_in_no_image(judged: dict[str, 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     shipped = [*project["dependencies"], *project["optional-dependencies"]["local"]]
     recipe = (ROOT / "deploy" / "container" / "Containerfile").read_text()
-    assert "pip install --no-cache-dir -c constraints.txt '.[local]'" in recipe
+    assert "pip install --no-cache-dir -c constraints.txt -c requirements.lock '.[local]'" in recipe
     names = {canonicalize_name(packaging_requirements.Requirement(text).name) for text in shipped}
     assert names.isdisjoint(judged["weak"].keys() | judged["licences"]["exceptions"].keys())
