@@ -30,7 +30,7 @@ from anatomynet.engine.errors import ServerBusyError, ServerError
 from anatomynet.engine.runtime import Runtime, load_runtime
 from anatomynet.engine.volume import LabelArray
 from anatomynet.export.triton_models import LARGEST_QUEUE
-from tests.breakable_server import BreakableServer
+from tests.breakable_server import BreakableServer, two_servers
 from tests.garbage import damaged_messages, grpc_garbage, http_garbage, say
 from tests.random_network import smooth_hu
 from tests.triton_servers import has_server
@@ -71,12 +71,8 @@ def slow_labels(embedded: Runtime) -> LabelArray:
 
 @pytest.fixture(scope="module")
 def _servers(random_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[BreakableServer]]:
-    servers = [BreakableServer(random_repository, tmp_path_factory.mktemp("server")) for _ in range(2)]
-    try:
+    with two_servers(random_repository, tmp_path_factory.mktemp("servers")) as servers:
         yield servers
-    finally:
-        for server in servers:
-            server.kill()
 
 
 @pytest.fixture
