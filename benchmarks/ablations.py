@@ -27,7 +27,8 @@ from anatomynet.engine.data import Case, cut_to_body, cut_to_head_and_neck
 from anatomynet.engine.errors import DataError
 from anatomynet.engine.network import AnatomyNet, ResidualBlock, SqueezeExcitation
 from anatomynet.engine.survey import survey_cases
-from anatomynet.engine.train import Training, phantom_case, samples, validate
+from anatomynet.engine.train import phantom_case, samples, validate
+from anatomynet.engine.training import Training
 from benchmarks.common import machine, write_result
 from benchmarks.oar9_phantoms import FIRST_UNSEEN_SEED, with_structures_withheld
 

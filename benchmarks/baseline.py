@@ -23,7 +23,8 @@ from anatomynet.engine.data import cut_to_body, cut_to_head_and_neck, find_cases
 from anatomynet.engine.network import AIR
 from anatomynet.engine.runtime import Runtime, TorchRuntime
 from anatomynet.engine.survey import survey_cases
-from anatomynet.engine.train import Training, fit, patient_counts
+from anatomynet.engine.train import fit, patient_counts
+from anatomynet.engine.training import Training
 from benchmarks.accuracy import CAUTION, PUBLISHED, measured, runtime_from_checkpoint
 from benchmarks.common import machine, write_result
 

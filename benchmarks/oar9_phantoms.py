@@ -25,7 +25,8 @@ from anatomynet.engine.data import Case
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.phantom import make_phantom
 from anatomynet.engine.runtime import available_cores
-from anatomynet.engine.train import Training, samples, validate
+from anatomynet.engine.train import samples, validate
+from anatomynet.engine.training import Training
 from benchmarks.common import machine, write_result
 
 SIDES_MM = (240.0, 240.0, 240.0)  # (z, y, x): from the vertex to below the chin

@@ -81,31 +81,20 @@ def write_seg(
             there, a full disk.
     """
     highdicom = seg_library()
-    from pydicom.sr.codedict import codes
-
     if label_map.geometry != series.geometry:
         raise GeometryError(f"expected a label map on the series' own grid, {series.geometry.shape} (z, y, x)")
-    present = np.flatnonzero(np.bincount(label_map.labels.ravel(), minlength=len(label_map.structures) + 1)[1:])
-    if not present.size:
+    structures, labels = _found(label_map)
+    if not structures:
         raise OutputError(f"no structure was found, so {path.name} was not written; expected at least one")
-    numbers = np.zeros(len(label_map.structures) + 1, np.uint8)
-    numbers[present + 1] = np.arange(1, present.size + 1)
     styles = load_structure_table() if table is None else table
-    structures = [label_map.structures[p] for p in present]
-    algorithm = highdicom.AlgorithmIdentificationSequence(
-        name="AnatomyNet",
-        family=codes.DCM.ArtificialIntelligence,
-        version=__version__,
-        parameters={"model": model_description} if model_description else None,
-    )
-    segments = [_segment(highdicom, n, s, styles[s.name], algorithm) for n, s in enumerate(structures, start=1)]
+    segments = _segments(highdicom, structures, styles, model_description)
     for segment, structure in zip(segments, structures, strict=True):
         if remarks := remarks_on(structure, findings, label_map.notes):
             segment.SegmentDescription = remarks
     buffer = BytesIO()
     with quiet_libraries():
         segmentation = highdicom.seg.Segmentation(
-            **_source(highdicom, series, numbers[label_map.labels]),
+            **_source(highdicom, series, labels),
             segmentation_type="BINARY",
             segment_descriptions=segments,
             series_instance_uid=generate_uid(),
@@ -123,6 +112,14 @@ def write_seg(
         copy_patient_and_study(series, segmentation)
         segmentation.save_as(buffer, enforce_file_format=True)
     write_whole(path, buffer.getvalue(), overwrite=overwrite)
+
+
+def _found(label_map: LabelMap) -> tuple[list[Structure], NDArray[np.uint8]]:
+    """The structures that have voxels, and the labels (z, y, x) counted anew: 1, 2, ... are those."""
+    present = np.flatnonzero(np.bincount(label_map.labels.ravel(), minlength=len(label_map.structures) + 1)[1:])
+    numbers = np.zeros(len(label_map.structures) + 1, np.uint8)
+    numbers[present + 1] = np.arange(1, present.size + 1)
+    return [label_map.structures[p] for p in present], numbers[label_map.labels]
 
 
 def _source(highdicom: Any, series: CTSeries, labels: NDArray[np.uint8]) -> dict[str, Any]:
@@ -158,6 +155,21 @@ def _without_patient(image: Dataset) -> Dataset:
     for keyword in TYPE_2_KEYWORDS:
         setattr(image, keyword, "^" if keyword == "PatientName" else "")
     return image
+
+
+def _segments(
+    highdicom: Any, structures: Sequence[Structure], styles: StructureTable, model_description: str
+) -> list[Dataset]:
+    """Their descriptions, numbered 1, 2, ..., each with the algorithm that drew it."""
+    from pydicom.sr.codedict import codes
+
+    algorithm = highdicom.AlgorithmIdentificationSequence(
+        name="AnatomyNet",
+        family=codes.DCM.ArtificialIntelligence,
+        version=__version__,
+        parameters={"model": model_description} if model_description else None,
+    )
+    return [_segment(highdicom, n, s, styles[s.name], algorithm) for n, s in enumerate(structures, start=1)]
 
 
 def _segment(highdicom: Any, number: int, structure: Structure, style: RoiStyle, algorithm: Any) -> Dataset:

@@ -235,11 +235,20 @@ def model_config_from_json(text: str) -> ModelConfig:
     Raises:
         ModelError: text that is not such JSON.
     """
+    return config_from_json(ModelConfig, text, "the model's configuration")
+
+
+def config_from_json(cls: type[Config], text: str, source: object) -> Config:
+    """JSON as the dataclass whose fields are its keys.
+
+    Raises:
+        ModelError: text that is not JSON, or a table that `config_from_table` refuses; `source` names it.
+    """
     try:
         table = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ModelError(f"the model's configuration is not JSON: {error}") from error
-    return config_from_table(ModelConfig, table, "the model's configuration")
+        raise ModelError(f"{source} is not JSON: {error}") from error
+    return config_from_table(cls, table, source)
 
 
 def config_from_table(cls: type[Config], table: object, source: object) -> Config:

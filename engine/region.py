@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from anatomynet.engine.config import ModelConfig, Vector, config_from_table
+from anatomynet.engine.config import ModelConfig, Vector, config_from_json
 from anatomynet.engine.errors import ModelError
 from anatomynet.engine.geometry import Index, Point
 from anatomynet.engine.preprocess import BOX_STEP, POOLING, NetworkInput
@@ -72,11 +72,7 @@ def region_config_from_json(text: str) -> RegionConfig:
     Raises:
         ModelError: text that is not such JSON.
     """
-    try:
-        table = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ModelError(f"the region finder's configuration is not JSON: {error}") from error
-    return config_from_table(RegionConfig, table, "the region finder's configuration")
+    return config_from_json(RegionConfig, text, "the region finder's configuration")
 
 
 class RegionFinder(Protocol):

@@ -71,10 +71,25 @@ def check_region_parity(network: RegionNetwork, finder: EmbeddedRegionFinder) ->
 
 def region_model(network: RegionNetwork, config: RegionConfig) -> onnx.ModelProto:
     """The served graph, in FP32, its configuration in the metadata."""
-    low, high = config.hu_window
     model = onnx.parser.parse_model(f"""{HEADER}
 region (int16[z, y, x] CT_COARSE) => (int64[6] BOX) {{
-    # Air is 0. Padded with it at the far end, to multiples of {POOLED}.
+    {_prepared(config)}
+    {_u_net()}
+    {_box(config)}
+}}""")
+    for name, weight in network.state_dict().items():
+        model.graph.initializer.append(
+            numpy_helper.from_array(weight.detach().cpu().contiguous().numpy(), name.replace(".", "_"))
+        )
+    helper.set_model_props(model, {REGION_METADATA_KEY: config.to_json()})
+    model.producer_name = "anatomynet"
+    return model
+
+
+def _prepared(config: RegionConfig) -> str:
+    """ONNX text: CT_COARSE -> network_input."""
+    low, high = config.hu_window
+    return f"""# Air is 0. Padded with it at the far end, to multiples of {POOLED}.
     size = Shape (CT_COARSE)
     step = Constant <value_ints = [{POOLED}]> ()
     step_less_one = Constant <value_ints = [{POOLED - 1}]> ()
@@ -93,9 +108,12 @@ region (int16[z, y, x] CT_COARSE) => (int64[6] BOX) {{
     normalised = Div (above_air, width)
     padded = Pad (normalised, pads)
     batch_and_channel = Constant <value_ints = [0, 1]> ()
-    network_input = Unsqueeze (padded, batch_and_channel)
-    # The U-Net.
-    {_two_convolutions("encode_fine", "network_input", "fine")}
+    network_input = Unsqueeze (padded, batch_and_channel)"""
+
+
+def _u_net() -> str:
+    """ONNX text: network_input -> logits."""
+    return f"""{_two_convolutions("encode_fine", "network_input", "fine")}
     fine_pooled = MaxPool <kernel_shape = [2, 2, 2], strides = [2, 2, 2]> (fine)
     {_two_convolutions("encode_middle", "fine_pooled", "middle")}
     middle_pooled = MaxPool <kernel_shape = [2, 2, 2], strides = [2, 2, 2]> (middle)
@@ -105,8 +123,12 @@ region (int16[z, y, x] CT_COARSE) => (int64[6] BOX) {{
     {_two_convolutions("decode_middle", "coarse_and_middle", "middle_again")}
     {_joined("middle_again", "fine")}
     {_two_convolutions("decode_fine", "middle_again_and_fine", "fine_again")}
-    logits = Conv (fine_again, classify_weight, classify_bias)
-    # The box of what counts, and a margin; six zeros where nothing does.
+    logits = Conv (fine_again, classify_weight, classify_bias)"""
+
+
+def _box(config: RegionConfig) -> str:
+    """ONNX text: logits -> BOX; `size`, `origin` and `batch_and_channel` are of `_prepared`."""
+    return f"""# The box of what counts, and a margin; six zeros where nothing does.
     grid = Squeeze (logits, batch_and_channel)
     axes = Constant <value_ints = [0, 1, 2]> ()
     kept = Slice (grid, origin, size, axes)
@@ -127,15 +149,7 @@ region (int16[z, y, x] CT_COARSE) => (int64[6] BOX) {{
     box = Concat <axis = 0> (start, stop)
     any = ReduceMax <keepdims = 0> (found)
     any_found = Cast <to = {TensorProto.INT64}> (any)
-    BOX = Mul (box, any_found)
-}}""")
-    for name, weight in network.state_dict().items():
-        model.graph.initializer.append(
-            numpy_helper.from_array(weight.detach().cpu().contiguous().numpy(), name.replace(".", "_"))
-        )
-    helper.set_model_props(model, {REGION_METADATA_KEY: config.to_json()})
-    model.producer_name = "anatomynet"
-    return model
+    BOX = Mul (box, any_found)"""
 
 
 def _two_convolutions(name: str, source: str, target: str) -> str:

@@ -124,3 +124,14 @@ class BreakableServer:
         except OSError:
             return []
         return [names[word] for word in words if word in names]
+
+
+@contextmanager
+def two_servers(repository: Path, folder: Path) -> Iterator[list[BreakableServer]]:
+    """Of the same model, not started yet; killed at the end."""
+    servers = [BreakableServer(repository, folder / name) for name in ("first", "second")]
+    try:
+        yield servers
+    finally:
+        for server in servers:
+            server.kill()

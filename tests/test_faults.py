@@ -15,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,12 +25,13 @@ import pytest
 
 from anatomynet.client.shared_memory import REGION_PREFIX, SHARED_MEMORY_FOLDER
 from anatomynet.client.triton import TritonRuntime
+from anatomynet.client.triton_server import Answer, TritonServer
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import ServerBusyError, ServerError
 from anatomynet.engine.runtime import Runtime, load_runtime
 from anatomynet.engine.volume import LabelArray
 from anatomynet.export.triton_models import LARGEST_QUEUE
-from tests.breakable_server import BreakableServer
+from tests.breakable_server import BreakableServer, two_servers
 from tests.garbage import damaged_messages, grpc_garbage, http_garbage, say
 from tests.random_network import smooth_hu
 from tests.triton_servers import has_server
@@ -71,12 +72,8 @@ def slow_labels(embedded: Runtime) -> LabelArray:
 
 @pytest.fixture(scope="module")
 def _servers(random_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[BreakableServer]]:
-    servers = [BreakableServer(random_repository, tmp_path_factory.mktemp("server")) for _ in range(2)]
-    try:
+    with two_servers(random_repository, tmp_path_factory.mktemp("servers")) as servers:
         yield servers
-    finally:
-        for server in servers:
-            server.kill()
 
 
 @pytest.fixture
@@ -162,17 +159,41 @@ def test_killed_in_the_middle_and_started_again(server: BreakableServer, slow_la
 def test_sigterm_lets_what_was_accepted_finish(
     server: BreakableServer, embedded: Runtime, slow_labels: LabelArray
 ) -> None:
-    hu, told = smooth_hu(SHAPE), list[str]()
-    with TritonRuntime(server.url, tell=told.append) as runtime:
-        computing = in_background(lambda: runtime.infer(SLOW_HU))
+    """Without the question that follows a volume: the server may be gone by then."""
+    hu = smooth_hu(SHAPE)
+    with closing(TritonServer(server.url, shared_memory="auto", answer_timeout_s=WAIT_S)) as asked:
+        infer = partial(asked.infer, structures=len(embedded.model.structures), timeout_s=WAIT_S)
+        computing = in_background(lambda: infer(SLOW_HU))
         wait_until(lambda: is_computing(server))
-        waiting = in_background(lambda: runtime.infer(hu))
+        waiting = in_background(lambda: infer(hu))
         wait_until(lambda: server.waiting_requests() == 1)
         server.process.send_signal(signal.SIGTERM)
         np.testing.assert_array_equal(computing.result(WAIT_S)[0], slow_labels)
         np.testing.assert_array_equal(waiting.result(WAIT_S)[0], embedded.infer(hu)[0])
-    assert told == []
     assert server.process.wait(WAIT_S) == 0
+
+
+def test_an_answer_whose_model_can_no_longer_be_asked_is_drawn_again(
+    server: BreakableServer, second_server: BreakableServer, embedded: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another checkpoint may have been loaded before the server died: that answer is not trusted."""
+    hu, told, answered = smooth_hu(SHAPE), list[str](), list[str]()
+    servers = {each.url: each for each in (server, second_server)}
+    infer = TritonServer.infer
+
+    def infer_and_die_once(asked: TritonServer, *args: Any, **options: Any) -> Answer:
+        answer = infer(asked, *args, **options)
+        if not answered:
+            servers[asked.url].kill()
+        answered.append(asked.url)
+        return answer
+
+    monkeypatch.setattr(TritonServer, "infer", infer_and_die_once)
+    with TritonRuntime(*servers, tell=told.append) as runtime:
+        np.testing.assert_array_equal(runtime.infer(hu)[0], embedded.infer(hu)[0])
+    assert sorted(answered) == sorted(servers)
+    assert len(told) == 1
+    assert "going on to the next server" in told[0]
 
 
 def test_a_server_that_is_just_starting_is_waited_for(server: BreakableServer) -> None:

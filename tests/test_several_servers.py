@@ -14,7 +14,7 @@ from anatomynet.engine.region_runtime import EmbeddedRegionFinder, shipped_regio
 from anatomynet.engine.runtime import Runtime, load_runtime
 from anatomynet.export.repository import write_repository
 from anatomynet.export.triton_models import python_model, region_model
-from tests.breakable_server import BreakableServer
+from tests.breakable_server import BreakableServer, two_servers
 from tests.random_network import smooth_hu
 from tests.tls_proxy import Certificates, make_certificates, running_proxy
 from tests.triton_servers import RunningServer, ServerStarter, has_server
@@ -43,12 +43,8 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 @pytest.fixture(scope="module")
 def _servers(random_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[BreakableServer]]:
-    servers = [BreakableServer(random_repository, tmp_path_factory.mktemp("server")) for _ in range(2)]
-    try:
+    with two_servers(random_repository, tmp_path_factory.mktemp("servers")) as servers:
         yield servers
-    finally:
-        for server in servers:
-            server.kill()
 
 
 @pytest.fixture

@@ -442,21 +442,22 @@ def test_a_slice_cut_anywhere_is_refused(tmp_path: Path) -> None:
             read_ct_series(folder)
 
 
-def test_a_file_meta_header_of_unknown_types_is_refused(study: Study) -> None:
+@pytest.mark.parametrize(
+    ("index", "element", "kind", "message"),
+    [
+        # MediaStorageSOPClassUID, of the file meta header, as a type that nobody knows
+        (2, b"\x02\x00\x02\x00UI", b"ZZ", "CT0003.dcm is damaged"),
+        (0, b"\x08\x00\x50\x00SH", b"CH", "CT0001.dcm is damaged: AccessionNumber is of a wrong type"),
+    ],
+)
+def test_an_attribute_of_a_wrong_type_is_refused(
+    study: Study, index: int, element: bytes, kind: bytes, message: str
+) -> None:
     folder, paths = study
-    data = paths[2].read_bytes()
-    place = data.index(b"\x02\x00\x02\x00UI") + 4  # MediaStorageSOPClassUID
-    paths[2].write_bytes(data[:place] + b"ZZ" + data[place + 2 :])
-    with pytest.raises(StudyError, match=r"CT0003.dcm is damaged"):
-        read_ct_series(folder)
-
-
-def test_a_patient_attribute_of_a_wrong_type_is_refused(study: Study) -> None:
-    folder, paths = study
-    data = paths[0].read_bytes()
-    place = data.index(b"\x08\x00\x50\x00SH") + 4  # AccessionNumber
-    paths[0].write_bytes(data[:place] + b"CH" + data[place + 2 :])
-    with pytest.raises(StudyError, match=r"CT0001.dcm is damaged: AccessionNumber is of a wrong type"):
+    data = paths[index].read_bytes()
+    place = data.index(element) + len(element) - len(kind)
+    paths[index].write_bytes(data[:place] + kind + data[place + len(kind) :])
+    with pytest.raises(StudyError, match=message):
         read_ct_series(folder)
 
 

@@ -7,7 +7,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent import futures
@@ -468,14 +467,10 @@ def test_the_key_goes_with_every_call_and_never_in_plain_text(certificates: Cert
 
 def test_several_threads_use_one_connection(proxy: Proxy, certificates: Certificates, embedded: Runtime) -> None:
     volumes = [smooth_hu(SMALL, seed=seed) for seed in range(4)]
-    found: dict[int, Any] = {}
-    with TritonRuntime(proxy.url, access=certificates.access()) as runtime:
-        threads = [
-            threading.Thread(target=lambda k=k: found.update({k: runtime.infer(volumes[k])[0]})) for k in range(4)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for k, hu in enumerate(volumes):
-        np.testing.assert_array_equal(found[k], embedded.infer(hu)[0])
+    with (
+        TritonRuntime(proxy.url, access=certificates.access()) as runtime,
+        futures.ThreadPoolExecutor(len(volumes)) as pool,
+    ):
+        answers = list(pool.map(runtime.infer, volumes))
+    for hu, (labels, _) in zip(volumes, answers, strict=True):
+        np.testing.assert_array_equal(labels, embedded.infer(hu)[0])

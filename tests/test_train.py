@@ -29,17 +29,8 @@ from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
 from anatomynet.engine.data import Case, read_case
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.runtime import TorchRuntime
-from anatomynet.engine.train import (
-    FINAL_RATE,
-    Training,
-    chosen_by_structure,
-    main,
-    patient_counts,
-    phantom_case,
-    rate_at,
-    rate_share,
-    samples,
-)
+from anatomynet.engine.train import chosen_by_structure, main, patient_counts, phantom_case, samples
+from anatomynet.engine.training import FINAL_RATE, Training, rate_at, rate_share
 from anatomynet.engine.volume import CTVolume
 
 SHAPE = (8, 16, 24)

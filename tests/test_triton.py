@@ -7,10 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -195,17 +195,10 @@ def test_a_view_is_sent_as_it_looks(triton_server: RunningServer, embedded: Runt
 
 def test_several_threads_share_a_runtime(triton_server: RunningServer, embedded: Runtime) -> None:
     volumes = [np.roll(smooth_hu(SHAPES[1]), k, axis=2) for k in range(4)]
-    results: dict[int, NDArray[np.uint8]] = {}
-    with TritonRuntime(triton_server.url) as runtime:
-        threads = [
-            threading.Thread(target=lambda k=k: results.update({k: runtime.infer(volumes[k])[0]})) for k in range(4)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for k, hu in enumerate(volumes):
-        np.testing.assert_array_equal(results[k], embedded.infer(hu)[0])
+    with TritonRuntime(triton_server.url) as runtime, ThreadPoolExecutor(len(volumes)) as pool:
+        answers = list(pool.map(runtime.infer, volumes))
+    for hu, (labels, _) in zip(volumes, answers, strict=True):
+        np.testing.assert_array_equal(labels, embedded.infer(hu)[0])
 
 
 def test_refusal_is_one_line(triton_server: RunningServer) -> None:

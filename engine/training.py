@@ -1,0 +1,234 @@
+"""Training: one learner, its step, and its state on disk; train.py gives it cases.
+
+Where the recipe of Zhu et al. lies: `learn` takes one volume a step (section 3.1); `_new_optimiser` and `rate_at` are
+the two stages (3.1); engine/losses.py is the hybrid loss and its masks (2.3, 2.4); engine/network.py the network (2.2).
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from anatomynet.engine.checkpoint import load_checkpoint
+from anatomynet.engine.config import ModelConfig, TrainConfig, model_config_from_json
+from anatomynet.engine.data import Sample
+from anatomynet.engine.errors import ModelError
+from anatomynet.engine.losses import hybrid_loss
+from anatomynet.engine.network import AnatomyNet
+from anatomynet.engine.output import write_whole
+
+LARGEST_GRADIENT = 12.0
+MOMENTUM = 0.9  # of the paper's second stage (section 3.1)
+MAY_CHANGE = ("steps", "steps_per_epoch")  # when a run is resumed
+FINAL_RATE = 0.01  # share of the learning rate that is left at the end
+
+
+class Training:
+    """Everything that a training run changes, and that a resumed run must find again.
+
+    Args:
+        model: what is learnt.
+        train: how.
+        device: where.
+        new_network: makes the network of so many classes: another one may learn by the same recipe, to be compared.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        train: TrainConfig,
+        device: torch.device,
+        *,
+        new_network: Callable[[int], nn.Module] = AnatomyNet,
+    ) -> None:
+        torch.manual_seed(train.seed)
+        self.model = model
+        self.train = train
+        self.device = device
+        self.network = _channels_last(new_network(model.classes).to(device))
+        self.average = _channels_last(new_network(model.classes).to(device)).eval()
+        self.average.load_state_dict(self.network.state_dict())
+        self.step = 0
+        self.optimiser = self._new_optimiser()
+        self.best = -1.0  # below the worst DSC: the first validation always writes a checkpoint
+
+    def begin_with(self, path: Path | None) -> None:
+        """Takes the weights of a checkpoint instead of random ones; None is the shipped one.
+
+        A structure then counts as taught by as many patients as here or there, whichever are more: how many are the
+        same is not known.
+
+        Raises:
+            ModelError: no checkpoint there, or one that draws other structures, at another stride, window or spacing.
+        """
+        network, model = load_checkpoint(path)
+        alike = dataclasses.replace(self.model, name=model.name, checkpoint_sha256=model.checkpoint_sha256)
+        if not _same_but_patients(model, alike):
+            raise ModelError(
+                f"{path or model.name} was trained for {', '.join(model.structures)} at in_plane_stride "
+                f"{model.in_plane_stride}: expected the [model] of {self.model.name}, its window and spacing included"
+            )
+        for own in (self.network, self.average):
+            own.load_state_dict(network.state_dict())
+        self._count_patients_of(model)
+
+    def _count_patients_of(self, model: ModelConfig) -> None:
+        pairs = itertools.zip_longest(self.model.patients, model.patients, fillvalue=0)
+        self.model = dataclasses.replace(self.model, patients=tuple(max(pair) for pair in pairs))
+
+    def learn(self, sample: Sample) -> float:
+        """One optimiser step on one volume; returns the loss."""
+        if self.step == second_stage_start(self.train):
+            self.optimiser = self._new_optimiser()
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate_at(self.step, self.train)
+        self._set_mode()
+        image = sample.image.to(self.device, memory_format=torch.channels_last_3d)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bfloat16"):
+            logits = self.network(image)
+        loss = hybrid_loss(
+            logits,
+            sample.target.to(self.device),
+            sample.annotated,
+            class_weights=self.train.class_weights,
+            focal_weight=self.train.focal_weight,
+            focal_gamma=self.train.focal_gamma,
+            missing=self.train.missing,
+        )
+        self.optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.network.parameters(), LARGEST_GRADIENT)
+        self.optimiser.step()
+        self.step += 1
+        self._follow()
+        return float(loss.detach())
+
+    def _new_optimiser(self) -> torch.optim.Optimizer:
+        """That of the stage which the step lies in, without a memory."""
+        weights, train = self.network.parameters(), self.train
+        if train.optimiser == "adamw":
+            return torch.optim.AdamW(weights, lr=train.learning_rate, weight_decay=train.weight_decay)
+        if self.step < second_stage_start(train):
+            return torch.optim.RMSprop(weights, lr=train.learning_rate, weight_decay=train.weight_decay)
+        return torch.optim.SGD(weights, lr=train.second_rate, momentum=MOMENTUM, weight_decay=train.weight_decay)
+
+    def _set_mode(self) -> None:
+        """Training mode; late in the run the normalisation keeps the averaged statistics, those that will serve.
+
+        With one volume a batch, a layer that normalises by the batch sees each volume by its own statistics, which the
+        served network does not have. What freezing gains has not been measured by itself.
+        """
+        self.network.train()
+        frozen_from = round(self.train.steps * (1 - self.train.frozen_norm_share))
+        if self.step == frozen_from:
+            self.network.load_state_dict(self.average.state_dict())
+        if self.step >= frozen_from:
+            for module in self.network.modules():
+                if isinstance(module, nn.BatchNorm3d):
+                    module.eval()
+
+    def save(self, path: Path) -> None:
+        """Writes the state, whole or not at all; `restore` reads it.
+
+        Raises:
+            OutputError: it could not be written.
+        """
+        tensors: dict[str, Tensor] = {}
+        for prefix, network in (("network", self.network), ("average", self.average)):
+            tensors |= {f"{prefix}.{k}": v.detach().contiguous().cpu() for k, v in network.state_dict().items()}
+        for index, moments in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{k}": v.contiguous().cpu() for k, v in moments.items()}
+        train = json.dumps(dataclasses.asdict(self.train), sort_keys=True)
+        metadata = {"model": self.model.to_json(), "train": train, "step": str(self.step), "best": repr(self.best)}
+        write_whole(path, save(tensors, metadata=metadata), overwrite=True)
+
+    def restore(self, path: Path) -> None:
+        """Goes on from what `save` wrote; the number of steps and their epochs may be others.
+
+        Raises:
+            ModelError: no state there, or that of another configuration.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"nothing to resume: {path} is not a state that anatomynet-train saved") from error
+        # How many patients taught what is no configuration, and states older than that count lack it.
+        model = model_config_from_json(metadata["model"]) if "model" in metadata else None
+        if model is None or not _same_but_patients(model, self.model):
+            raise ModelError(f"{path} was trained for another configuration than {self.model.name}: start a new output")
+        _check_recipe(metadata.get("train"), self.train, path)
+        for prefix, network in (("network", self.network), ("average", self.average)):
+            network.load_state_dict(_with_prefix(tensors, prefix))
+        self._count_patients_of(model)  # the checkpoint that the run began with may have had others
+        self.step, self.best = int(metadata["step"]), float(metadata["best"])
+        self.optimiser = self._new_optimiser()
+        if self.step == second_stage_start(self.train):
+            return  # what was saved is the first stage's memory, of no use to the second
+        saved = self.optimiser.state_dict()
+        saved["state"] = {
+            i: _with_prefix(tensors, f"optimiser.{i}") for i in range(len(list(self.network.parameters())))
+        }
+        self.optimiser.load_state_dict(saved)
+
+    def _follow(self) -> None:
+        """Moves the averaged weights; early on they follow faster, so that they forget where they began."""
+        keep = min(self.train.ema_decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for mean, now in zip(self.average.state_dict().values(), self.network.state_dict().values(), strict=True):
+                if mean.is_floating_point():
+                    mean.lerp_(now, 1 - keep)
+                else:
+                    mean.copy_(now)
+
+
+def _same_but_patients(one: ModelConfig, other: ModelConfig) -> bool:
+    return dataclasses.replace(one, patients=()) == dataclasses.replace(other, patients=())
+
+
+def _check_recipe(saved: str | None, train: TrainConfig, path: Path) -> None:
+    """Refuses a recipe with which no run from the start could have come here; older states do not tell theirs."""
+    before = json.loads(saved) if saved else {}
+    now = json.loads(json.dumps(dataclasses.asdict(train)))
+    changed = [name for name in before if name not in MAY_CHANGE and now.get(name) != before[name]]
+    if changed:
+        told = ", ".join(f"{name} {before[name]} then, {now.get(name)} now" for name in changed)
+        raise ModelError(f"{path} was trained otherwise ({told}): nobody could repeat such a run; start a new output")
+
+
+def second_stage_start(train: TrainConfig) -> int:
+    """The step from which SGD takes over (section 3.1); one past the last where there is one stage."""
+    return train.steps + 1 if train.optimiser == "adamw" else round(train.steps * (1 - train.second_share))
+
+
+def rate_at(step: int, train: TrainConfig) -> float:
+    """Learning rate at a step."""
+    if train.optimiser == "adamw":
+        return train.learning_rate * rate_share(step, train)
+    return train.learning_rate if step < second_stage_start(train) else train.second_rate
+
+
+def rate_share(step: int, train: TrainConfig) -> float:
+    """Share of AdamW's learning rate at a step: a linear warm-up, then half a cosine."""
+    if step < train.warmup_steps:
+        return (step + 1) / train.warmup_steps
+    done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def _channels_last(network: nn.Module) -> nn.Module:
+    """The layout in which 3-D convolutions are fastest."""
+    # torch's stubs know memory_format only for 4-D tensors.
+    return network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload, no-any-return]
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
