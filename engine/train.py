@@ -110,7 +110,7 @@ def fit(training: Training, cases: list[Case], held_out: list[Case], output: Pat
     Ctrl-C saves the state after the step under way, then raises KeyboardInterrupt.
     """
     train = training.train
-    losses: list[float] = []
+    losses = training.losses
     with (
         _Interruptible() as interruption,
         event_log(output, first=training.step) as write_events,
@@ -183,7 +183,7 @@ def _append_row(path: Path, row: dict[str, float]) -> None:
 def _forget_rows(path: Path, *, beyond: int) -> None:
     """Leaves out of a log what was written after the state that a run goes on from: it comes again."""
     if path.is_file():
-        header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        header, *rows = path.read_bytes().decode().splitlines(keepends=True)  # csv's own line ends
         kept = [row for row in rows if int(row.split(",")[0]) <= beyond]
         write_whole(path, "".join((header, *kept)).encode(), overwrite=True)
 
