@@ -235,14 +235,16 @@ def main(
         click.echo("\n".join(summary_lines(survey, model)))
     cases, held_out = [cut_to_body(cut_to_head_and_neck(case)) for case in surveys[0].cases], surveys[1].cases
     training = Training(dataclasses.replace(model, patients=patient_counts(cases)), train, device)
+    if begin_with:
+        training.begin_with(None if begin_with == SHIPPED_NAME else Path(begin_with))
     if resume:
         training.restore(_state_of(output))
         _forget_rows(output.with_suffix(".csv"), beyond=training.step)
     else:
-        output.with_suffix(".csv").unlink(missing_ok=True)  # another run's log
+        for path in (_state_of(output), output.with_suffix(".csv")):  # another run's
+            path.unlink(missing_ok=True)
         forget_events(output)
     if begin_with:
-        training.begin_with(None if begin_with == SHIPPED_NAME else Path(begin_with))
         click.echo(_told(keep_best(training, held_out, output, loss=math.nan)))
     fit(training, cases, held_out, output)
     click.echo(f"{output}: best mean validation DSC {training.best:.3f}, {training.step} steps on {device.type}")

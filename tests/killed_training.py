@@ -13,8 +13,6 @@ import torch
 
 from anatomynet.engine import checkpoint, curves
 
-MOMENTS = ("step done", "best written", "row and curves written", "all but the state written", "state written")
-
 
 def dies_at(times: int, work: Callable[..., Any], *, done: bool = True) -> Callable[..., Any]:
     """`work`, of whose calls so many return, or all but the last one where it is not done any more."""
@@ -34,17 +32,18 @@ def dies_at(times: int, work: Callable[..., Any], *, done: bool = True) -> Calla
 def main() -> None:
     """Never returns where the moment comes."""
     torch.set_num_threads(1)  # sums in one order
-    moment, times = MOMENTS.index(sys.argv.pop(1)), int(sys.argv.pop(1))
-    if moment == 1:
+    moment, times = sys.argv.pop(1), int(sys.argv.pop(1))
+    if moment == "best written":
         checkpoint.save_checkpoint = dies_at(times, checkpoint.save_checkpoint)
-    elif moment == 2:
+    elif moment == "row and curves written":
         curves.write_curves = dies_at(times, curves.write_curves)
-    from anatomynet.engine import train  # only now: it takes them by name
+    from anatomynet.engine import train, training  # only now: they take them by name
 
-    if moment == 0:
-        train.Training.learn = dies_at(times, train.Training.learn)  # type: ignore[method-assign]
-    elif moment >= 3:
-        train.Training.save = dies_at(times, train.Training.save, done=moment == 4)  # type: ignore[method-assign]
+    learner: Any = training.Training
+    if moment == "step done":
+        learner.learn = dies_at(times, learner.learn)
+    elif moment in ("all but the state written", "state written"):
+        learner.save = dies_at(times, learner.save, done=moment == "state written")
     train.main()
 
 

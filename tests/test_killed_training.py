@@ -1,6 +1,7 @@
 """A run that is killed, at any moment, and resumed: to the last byte what it would have been."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,7 +120,9 @@ def test_killed_again_after_it_was_resumed(data: Path, undisturbed: Path, tmp_pa
 
 
 def test_killed_before_its_first_state_it_begins_again(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """And takes no state of the run that was there before."""
     output = tmp_path / "tiny.safetensors"
+    shutil.copy(undisturbed / STATE, tmp_path)
     killed(data, output, "all but the state written", 1)
     assert "nothing to resume" in refusal(train(data, output, "--resume"))
     assert train(data, output).exit_code == 0
