@@ -46,6 +46,8 @@ def hybrid_loss(
 ) -> Tensor:
     """L_Dice + lambda L_focal, section 2.3, with unannotated structures masked out, section 2.4.
 
+    No gradient comes through a masked class's probabilities; its logit still takes part in the softmax of the others.
+
     Args:
         logits: float (1, classes, z, y, x).
         target: int64 (z, y, x), labels; voxels of a structure that is not annotated count as background.

@@ -44,7 +44,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """conv - BN - LeakyReLU - conv - BN (- squeeze and excitation) + shortcut - LeakyReLU.
+    """conv - BN - LeakyReLU - conv - BN (- squeeze and excitation) + shortcut - LeakyReLU (section 2.2, figure 1).
 
     The shortcut is the identity where the channels agree, else a convolution of `shortcut_kernel` with BN.
     """
@@ -72,7 +72,7 @@ class ResidualBlock(nn.Module):
 
 
 class AnatomyNet(nn.Module):
-    """The published network, at its own resolution.
+    """The published network (section 2.2, figure 1), at its own resolution.
 
     Args:
         classes: background and structures; 10 classes give 734,417 parameters.
@@ -83,6 +83,7 @@ class AnatomyNet(nn.Module):
 
     def __init__(self, classes: int) -> None:
         super().__init__()
+        # The only down-sampling (section 2.2): a chiasm of a few slices would not live through a second one.
         self.stem = nn.Sequential(_conv(1, STEM_CHANNELS, stride=2), nn.BatchNorm3d(STEM_CHANNELS), nn.LeakyReLU())
         widths = (STEM_CHANNELS, *ENCODER_CHANNELS)
         self.encoder = nn.ModuleList(
@@ -92,6 +93,7 @@ class AnatomyNet(nn.Module):
             )
             for before, after in pairwise(widths)
         )
+        # All at one resolution, each after the encoder's features of its own level (figure 1).
         self.decoder = nn.ModuleList(
             nn.Sequential(
                 ResidualBlock(deep + skip, skip, reduction=REDUCTION_AFTER_CONCATENATION),
@@ -99,6 +101,7 @@ class AnatomyNet(nn.Module):
             )
             for deep, skip in zip(widths[:0:-1], widths[-2::-1], strict=True)
         )
+        # Back to the input's resolution, and the CT itself beside the features (figure 1).
         self.upsample = nn.ConvTranspose3d(STEM_CHANNELS, HEAD_CHANNELS, kernel_size=2, stride=2)
         self.head = ResidualBlock(HEAD_CHANNELS + 1, HEAD_CHANNELS, reduction=None, shortcut_kernel=3)
         self.classify = nn.Conv3d(HEAD_CHANNELS, classes, kernel_size=3, padding=1)

@@ -110,7 +110,7 @@ def fit(training: Training, cases: list[Case], held_out: list[Case], output: Pat
     Ctrl-C saves the state after the step under way, then raises KeyboardInterrupt.
     """
     train = training.train
-    losses: list[float] = []
+    losses = training.losses
     with (
         _Interruptible() as interruption,
         event_log(output, first=training.step) as write_events,
@@ -183,7 +183,7 @@ def _append_row(path: Path, row: dict[str, float]) -> None:
 def _forget_rows(path: Path, *, beyond: int) -> None:
     """Leaves out of a log what was written after the state that a run goes on from: it comes again."""
     if path.is_file():
-        header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        header, *rows = path.read_bytes().decode().splitlines(keepends=True)  # csv's own line ends
         kept = [row for row in rows if int(row.split(",")[0]) <= beyond]
         write_whole(path, "".join((header, *kept)).encode(), overwrite=True)
 
@@ -235,14 +235,16 @@ def main(
         click.echo("\n".join(summary_lines(survey, model)))
     cases, held_out = [cut_to_body(cut_to_head_and_neck(case)) for case in surveys[0].cases], surveys[1].cases
     training = Training(dataclasses.replace(model, patients=patient_counts(cases)), train, device)
+    if begin_with:
+        training.begin_with(None if begin_with == SHIPPED_NAME else Path(begin_with))
     if resume:
         training.restore(_state_of(output))
         _forget_rows(output.with_suffix(".csv"), beyond=training.step)
     else:
-        output.with_suffix(".csv").unlink(missing_ok=True)  # another run's log
+        for path in (_state_of(output), output.with_suffix(".csv")):  # another run's
+            path.unlink(missing_ok=True)
         forget_events(output)
     if begin_with:
-        training.begin_with(None if begin_with == SHIPPED_NAME else Path(begin_with))
         click.echo(_told(keep_best(training, held_out, output, loss=math.nan)))
     fit(training, cases, held_out, output)
     click.echo(f"{output}: best mean validation DSC {training.best:.3f}, {training.step} steps on {device.type}")

@@ -56,6 +56,7 @@ class Training:
         self.average = _channels_last(new_network(model.classes).to(device)).eval()
         self.average.load_state_dict(self.network.state_dict())
         self.step = 0
+        self.losses: list[float] = []  # of the epoch's steps so far
         self.optimiser = self._new_optimiser()
         self.best = -1.0  # below the worst DSC: the first validation always writes a checkpoint
 
@@ -147,6 +148,7 @@ class Training:
             tensors |= {f"optimiser.{index}.{k}": v.contiguous().cpu() for k, v in moments.items()}
         train = json.dumps(dataclasses.asdict(self.train), sort_keys=True)
         metadata = {"model": self.model.to_json(), "train": train, "step": str(self.step), "best": repr(self.best)}
+        metadata["losses"] = json.dumps(self.losses)
         write_whole(path, save(tensors, metadata=metadata), overwrite=True)
 
     def restore(self, path: Path) -> None:
@@ -170,6 +172,7 @@ class Training:
             network.load_state_dict(_with_prefix(tensors, prefix))
         self._count_patients_of(model)  # the checkpoint that the run began with may have had others
         self.step, self.best = int(metadata["step"]), float(metadata["best"])
+        self.losses = json.loads(metadata.get("losses", "[]"))  # states older than that lack them
         self.optimiser = self._new_optimiser()
         if self.step == second_stage_start(self.train):
             return  # what was saved is the first stage's memory, of no use to the second

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from anatomynet.engine import data
 from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
 from anatomynet.engine.data import (
     HEAD_AND_NECK_MARGIN_MM,
@@ -327,6 +328,46 @@ def test_image_and_labels_stay_together(whole_share: float) -> None:
         if labelled.sum() > 200:
             overlap = 2 * (bright & labelled).sum() / (bright.sum() + labelled.sum())
             assert overlap >= LEAST_DICE
+
+
+@pytest.mark.parametrize("whole_share", [0.0, 1.0])
+def test_every_slice_moves_alike(monkeypatch: pytest.MonkeyPatch, whole_share: float) -> None:
+    """Affine and elastic are in plane: what does not change along z still does not."""
+    monkeypatch.setattr(data, "LARGEST_NOISE", 0.0)
+    monkeypatch.setattr(data, "ELASTIC_SHARE", 1.0)
+    case = head()
+    hu, labels = (np.repeat(array[12:13], len(array), axis=0) for array in (case.volume.hu, case.labels))
+    column = replace(case, volume=CTVolume(hu, case.volume.geometry), labels=labels)
+    shown, seeds = 0, SEEDS[::4]
+    for seed in seeds:
+        sample = draw(column, seed, whole_share=whole_share)
+        for volume in (sample.image[0, 0], sample.target):
+            assert torch.equal(volume, volume[:1].expand_as(volume))
+        shown += bool(sample.target.any() and np.unique(sample.image.numpy()).size > 100)
+    assert shown > len(seeds) / 2
+
+
+def bend(seed: int) -> float:
+    """Of the straight lines in one sample, in voxels: how far its image is from any affine one of a HU that rises."""
+    geometry = VolumeGeometry((8, 96, 96), (1.5, 1.5, 2.5))
+    hu = np.broadcast_to(np.arange(96, dtype=np.int16) * 8 - 234, geometry.shape)  # 150, the window's middle, amid
+    labels = np.zeros(geometry.shape, np.uint8)
+    labels[4, 48, 48] = STEM
+    image = draw(Case("ramp", CTVolume(hu.copy(), geometry), labels, (True,) * 3), seed, whole_share=0.0).image[0, 0, 0]
+    y, x = np.indices(image.shape)
+    plane = np.stack((y.ravel(), x.ravel(), np.ones(y.size)), axis=1)
+    values = image.numpy().ravel().astype(np.float64)
+    slopes, *_ = np.linalg.lstsq(plane, values, rcond=None)
+    return float(np.std(values - plane @ slopes) / np.hypot(*slopes[:2]))
+
+
+def test_elastic_moves_voxels_as_no_affine_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"LARGEST_NOISE": 0.0, "FOREGROUND_SHARE": 1.0, "ELASTIC_SHARE": 0.0}.items():
+        monkeypatch.setattr(data, name, value)
+    assert max(bend(seed) for seed in SEEDS) < 0.01
+    monkeypatch.setattr(data, "ELASTIC_SHARE", 1.0)
+    bends = [bend(seed) for seed in SEEDS]
+    assert 0.5 < min(bends) < max(bends) < 1.5  # each node by 1.2 voxels, 3 % of the crop's side
 
 
 def test_a_flip_exchanges_left_and_right() -> None:

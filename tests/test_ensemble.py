@@ -90,6 +90,13 @@ def swap_backend(model: Path, expected: str) -> None:
     (model / "1" / "model.py").write_text(STEP)
 
 
+def unchecked_program(folder: Path) -> Path:
+    program = folder / "unchecked"
+    program.write_text(UNCHECKED.format(python=sys.executable))
+    program.chmod(0o755)
+    return program
+
+
 @pytest.fixture(scope="module", params=[1, 4])
 def ensemble(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -102,10 +109,7 @@ def ensemble(
     backends = {PREPARE_NAME: "onnxruntime", PLAN_NAME: "tensorrt", FINISH_NAME: "onnxruntime"}
     for name, backend in backends.items():
         swap_backend(repository / name, backend)
-    program = folder / "unchecked"
-    program.write_text(UNCHECKED.format(python=sys.executable))
-    program.chmod(0o755)
-    with running_server(repository, folder=folder, program=program) as server:
+    with running_server(repository, folder=folder, program=unchecked_program(folder)) as server:
         yield config, parts, server
 
 

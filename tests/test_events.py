@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from anatomynet.engine.errors import OutputError
 from anatomynet.engine.events import event_log, forget_events
+from tests.full_disk import largest_file
 
 ROWS = [{"step": step, "loss": 1.0 / step, "mean": 0.1 * step, "Larynx": float("nan")} for step in (1, 2, 3)]
 
@@ -46,6 +48,21 @@ def test_what_an_interrupted_run_wrote_too_far_does_not_count(tmp_path: Path) ->
     assert points(output)["loss"] == [(1, 1.0), (2, 0.5), (3, 9.0)]
 
 
+def test_each_point_is_there_at_once(tmp_path: Path) -> None:
+    """Nothing waits for the end of the run, which may be killed."""
+    output = tmp_path / "run.safetensors"
+    with event_log(output, first=0) as write_row:
+        for count, row in enumerate(ROWS, start=1):
+            write_row(row)
+            assert len(points(output)["loss"]) == count
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    output = tmp_path / "run.safetensors"
+    with event_log(output, first=0) as write_row, largest_file(64), pytest.raises(OutputError, match="not be written"):
+        write_row(ROWS[0])
+
+
 def test_another_run_is_forgotten(tmp_path: Path) -> None:
     output = tmp_path / "run.safetensors"
     forget_events(output)  # nothing there
@@ -60,7 +77,7 @@ def test_without_the_library_one_line_says_so(
     really_import = builtins.__import__
 
     def without(name: str, *arguments: Any, **options: Any) -> ModuleType:
-        if name == "tensorboardX":
+        if name.partition(".")[0] == "tensorboardX":
             raise ImportError(name)
         return really_import(name, *arguments, **options)
 

@@ -1,16 +1,19 @@
 """export/launcher.py: which tritonserver it becomes, with what; the real one's part is in test_triton.py."""
 
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from anatomynet.client.triton import TritonRuntime
 from anatomynet.engine.errors import ServerError
 from anatomynet.export import launcher
-from tests.triton_servers import LAUNCHER, has_server
+from tests.triton_servers import LAUNCHER, has_server, running_server
 
 needs_wheel = pytest.mark.skipif(not has_server(), reason="no tritonserver here: pip install 'anatomynet[serve]'")
 SOMEONE_ELSES_SERVER = '#!/bin/sh\nfor argument; do echo "[$argument]"; done\nexit 7\n'
@@ -152,6 +155,35 @@ def test_the_wheel_is_not_written_to(tmp_path: Path, cache: str) -> None:
     assert os.access(folder / "python" / "triton_python_backend_stub", os.X_OK)
     again, _ = launcher.server_command([], environment_with(XDG_CACHE_HOME=str(home)))
     assert (again == command) == (not cache)
+
+
+READ_ONLY = """#!/bin/sh
+exec unshare --map-root-user --mount sh -c '
+for folder in {folders}; do
+  mount --bind "$folder" "$folder" && mount -o remount,bind,ro "$folder" && ! [ -w "$folder" ] || exit 8
+done
+{become}' sh "$@"
+"""
+
+
+@needs_wheel
+def test_the_wheel_may_be_read_only(random_repository: Path, tmp_path: Path) -> None:
+    """A real start, an answer and a stop."""
+    spec = importlib.util.find_spec("pytriton")
+    assert spec is not None
+    assert spec.origin is not None
+    home = Path(spec.origin).parent
+    folders = f'"{home}" "{home.with_name("nvidia_pytriton.libs")}"'
+    probe = script_at(tmp_path / "probe", READ_ONLY.format(folders=folders, become="exit 0"))
+    if subprocess.run([probe], capture_output=True, check=False).returncode:
+        pytest.skip("a read-only folder takes a mount namespace: root may write wherever modes forbid it")
+    become = f'exec "{LAUNCHER}" --model-repository="$ANATOMYNET_REPOSITORY" "$@"'
+    program = script_at(tmp_path / "program", READ_ONLY.format(folders=folders, become=become))
+    with (
+        running_server(random_repository, folder=tmp_path, program=program) as server,  # ends by SIGTERM, status 0
+        TritonRuntime(server.url) as runtime,
+    ):
+        assert runtime.infer(np.zeros((24, 96, 128), np.int16))[0].shape == (24, 96, 128)
 
 
 @needs_wheel

@@ -123,6 +123,35 @@ def test_masked_terms_have_no_gradient(logits: Tensor, target: Tensor) -> None:
     assert not gradient(only_masked_terms, logits).any()
 
 
+@pytest.mark.parametrize("masked", [(0, MISSING_LABEL), (MISSING_LABEL,), (0, 1, 2, 3)])
+def test_the_gradient_through_a_masked_class_is_exactly_zero(
+    logits: Tensor, target: Tensor, masked: tuple[int, ...]
+) -> None:
+    """Section 2.4, of each loss and of what it is given: not small, but zero in every voxel."""
+    weights = torch.tensor([0.0 if label in masked else weight for label, weight in enumerate(WEIGHTS)])
+    truth = F.one_hot(target.flatten(), CLASSES).T.float()
+    log_probabilities = logits[0].flatten(1).log_softmax(dim=0).detach().requires_grad_()
+    probabilities = log_probabilities.exp().detach().requires_grad_()
+    rows = {
+        "dice": gradient(dice_loss(probabilities, truth, weights), probabilities),
+        "focal": gradient(focal_loss(log_probabilities, truth, weights, gamma=2.0), log_probabilities),
+    }
+    for name, found in rows.items():
+        zero = [not row.any() for row in found]
+        assert zero == [label in masked for label in range(CLASSES)], name
+
+
+def test_a_masked_logit_moves_by_the_softmax_of_the_annotated_classes_alone(logits: Tensor, target: Tensor) -> None:
+    weights = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    truth = F.one_hot(target.flatten(), CLASSES).T.float()
+    shares = logits[0].flatten(1).softmax(dim=0).detach().requires_grad_()
+    through = gradient(dice_loss(shares, truth, weights), shares)  # rows of the annotated classes alone
+    found = gradient(hybrid_loss(logits, target, MIDDLE_MISSING, focal_weight=0.0, missing="mask"), logits)
+    expected = -shares[MISSING_LABEL] * (shares * through).sum(dim=0)
+    assert expected.abs().max() > 1e-3
+    assert torch.allclose(found[0, MISSING_LABEL].flatten(), expected, atol=FLOAT_TOLERANCE)
+
+
 def test_nothing_annotated_teaches_nothing_when_masked(logits: Tensor) -> None:
     loss = hybrid_loss(logits, torch.zeros(5, 6, 7, dtype=torch.int64), (False,) * 3, missing="mask")
     assert loss == 0

@@ -206,7 +206,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(data: Path, trained: 
     assert tensors.keys() == expected.keys()
     assert [name for name, tensor in tensors.items() if not torch.equal(tensor, expected[name])] == []
     assert output.read_bytes() == trained.read_bytes()
-    assert [row["mean"] for row in rows_of(log)] == [row["mean"] for row in rows_of(trained.with_suffix(".csv"))]
+    assert log.read_bytes() == trained.with_suffix(".csv").read_bytes()  # the loss of the broken epoch too
 
 
 def test_a_finished_run_has_nothing_to_resume(data: Path, trained: Path) -> None:
@@ -237,9 +237,14 @@ def test_even_a_run_that_learns_nothing_writes_what_it_announces(data: Path, tmp
     assert output.is_file()
 
 
-def test_resuming_with_another_configuration_is_refused(data: Path, trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "changed"), [("550.0", "600.0"), ("in_plane_stride = 1", "in_plane_stride = 2")], ids=["window", "stride"]
+)
+def test_resuming_with_another_configuration_is_refused(
+    data: Path, trained: Path, tmp_path: Path, line: str, changed: str
+) -> None:
     other = tmp_path / "other.toml"
-    other.write_text(CONFIG.replace("550.0", "600.0"))
+    other.write_text(CONFIG.replace(line, changed))
     result = CliRunner().invoke(
         main, ["--data", str(data), "--config", str(other), "--output", str(trained), "--resume"]
     )

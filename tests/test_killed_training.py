@@ -1,0 +1,129 @@
+"""A run that is killed, at any moment, and resumed: to the last byte what it would have been."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from tests.test_train import CONFIG, WAIT_S, refusal, train, write_case
+
+STATE = "tiny.state.safetensors"
+EVENTS = "tiny.tensorboard"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums in one order, so that runs can be compared bit by bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_case(folder / "train" / "a", 0)
+    write_case(folder / "train" / "b", 3, ("Chiasm", "OpticNerve_L"))
+    write_case(folder / "validation" / "c", 2)
+    (folder / "tiny.toml").write_text(CONFIG)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    result = train(data, folder / "tiny.safetensors")
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def killed(data: Path, output: Path, moment: str, times: int, *options: str) -> None:
+    """Trains in a process that kills itself at that moment."""
+    options = ("--data", str(data), "--config", str(data / "tiny.toml"), "--output", str(output), *options)
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.killed_training", moment, str(times), *options],
+        capture_output=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=WAIT_S,
+        check=False,
+    )
+    assert run.returncode == -signal.SIGKILL, run.stderr.decode()
+
+
+def state_of(folder: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    with safe_open(folder / STATE, "pt") as file:
+        return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+
+
+def points_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows: tag -> (step, value)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events: Any = EventAccumulator(str(folder / EVENTS)).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def assert_alike(found: Path, expected: Path) -> None:
+    """Checkpoint, log, curves and cases byte by byte; the state, whose header has no order, by what it holds."""
+    files = {path.name for path in expected.iterdir()}
+    assert {path.name for path in found.iterdir()} == files
+    for name in files - {STATE, EVENTS}:
+        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+    (metadata, tensors), (expected_metadata, expected_tensors) = state_of(found), state_of(expected)
+    assert metadata == expected_metadata
+    assert tensors.keys() == expected_tensors.keys()
+    assert [name for name, tensor in tensors.items() if not torch.equal(tensor, expected_tensors[name])] == []
+    if find_spec("tensorboard") and EVENTS in files:
+        assert points_of(found) == points_of(expected)
+
+
+@pytest.mark.parametrize(
+    ("moment", "times", "step"),
+    [
+        ("state written", 1, 5),
+        ("step done", 13, 10),  # in the middle of the third epoch
+        ("best written", 2, 5),
+        ("row and curves written", 2, 5),
+        ("all but the state written", 4, 15),
+    ],
+)
+def test_killed_and_resumed_it_is_the_run_that_nothing_happened_to(
+    data: Path, undisturbed: Path, tmp_path: Path, moment: str, times: int, step: int
+) -> None:
+    output = tmp_path / "tiny.safetensors"
+    killed(data, output, moment, times)
+    assert int(state_of(tmp_path)[0]["step"]) == step, "not the moment that was meant"
+    resumed = train(data, output, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert_alike(tmp_path, undisturbed)
+
+
+def test_killed_again_after_it_was_resumed(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    output = tmp_path / "tiny.safetensors"
+    killed(data, output, "step done", 7)
+    killed(data, output, "all but the state written", 2, "--resume")
+    assert train(data, output, "--resume").exit_code == 0
+    assert_alike(tmp_path, undisturbed)
+
+
+def test_killed_before_its_first_state_it_begins_again(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """And takes no state of the run that was there before."""
+    output = tmp_path / "tiny.safetensors"
+    shutil.copy(undisturbed / STATE, tmp_path)
+    killed(data, output, "all but the state written", 1)
+    assert "nothing to resume" in refusal(train(data, output, "--resume"))
+    assert train(data, output).exit_code == 0
+    assert_alike(tmp_path, undisturbed)
