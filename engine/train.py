@@ -111,6 +111,7 @@ def fit(training: Training, cases: list[Case], held_out: list[Case], output: Pat
     """
     train = training.train
     losses = training.losses
+    _forget_rows(output.with_suffix(".csv"), beyond=training.step)
     with (
         _Interruptible() as interruption,
         event_log(output, first=training.step) as write_events,
@@ -239,7 +240,6 @@ def main(
         training.begin_with(None if begin_with == SHIPPED_NAME else Path(begin_with))
     if resume:
         training.restore(_state_of(output))
-        _forget_rows(output.with_suffix(".csv"), beyond=training.step)
     else:
         for path in (_state_of(output), output.with_suffix(".csv")):  # another run's
             path.unlink(missing_ok=True)
