@@ -128,7 +128,7 @@ def test_a_stream_that_would_fill_the_memory_is_refused(tmp_path: Path, syntax: 
 
 
 def of_many_layers(path: Path, count: int) -> None:
-    """Makes of a JPEG 2000 slice a kilobyte that costs a decoder time and memory for each layer (CVE-2023-39327).
+    """Makes of a JPEG 2000 slice a kilobyte that costs OpenJPEG time and memory for each of its layers.
 
     Precincts of 2 x 2 samples, of which each layer has a packet (ISO 15444-1 A.6.1); all packets are empty.
     """

@@ -96,7 +96,7 @@ def test_only_what_may_crash_or_hang_is_decoded_apart(syntax: str, apart: bool) 
 
 
 def test_a_jpeg_2000_that_takes_too_long_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six seconds of OpenJPEG's, where one is given; larger slices take hours."""
+    """Six seconds of OpenJPEG's, where two are given."""
     study, child = tmp_path / "study", tmp_path / "child.py"
     for path in write_study(study, random_volume(SHAPE)):
         compress(path, JPEG2000Lossless)
