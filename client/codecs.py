@@ -2,13 +2,14 @@
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from pydicom.encaps import get_frame
+from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID
 
@@ -32,27 +33,29 @@ class Codec:
     Attributes:
         plugin: pydicom's name of it.
         package: what installs it; empty where pydicom does it alone.
-        may_abort: a damaged stream can end the process that decodes it, not only raise an error.
+        apart: to be decoded in a process of its own: a damaged stream may end the one that decodes it, hold it for
+            ever, or write where it should not.
     """
 
     plugin: str
     package: str = ""
-    may_abort: bool = False
+    apart: bool = False
 
 
 UNKNOWN = Codec("")
 
 # By the beginning of a transfer syntax's name. The licences are permissive: pylibjpeg-libjpeg, the usual answer for
-# lossless JPEG, is GPL. gdcm answers some damages with abort() or a segmentation fault, so it decodes in a process
-# apart (decoder_process.py), which costs its start and copies of each slice. The others need not pay that: OpenJPEG and
-# CharLS hand every error back, and thousands of damaged streams ended in none otherwise (tests/fuzz_reader.py); RLE is
-# decoded by pydicom in Python. Never a second decoder after the first failed: gdcm reads JPEG 2000 and JPEG-LS too.
+# lossless JPEG, is GPL. Two decode in a process apart (decoder_process.py), which costs its start and copies of each
+# slice: gdcm answers some damages with abort() or a segmentation fault, and OpenJPEG 2.5.0 is known to loop for ever on
+# others. The rest need not pay that: CharLS, which is fast, hands every error back, and thousands of damaged streams
+# ended in none otherwise (tests/fuzz_reader.py); RLE is decoded by pydicom in Python. Never a second decoder after the
+# first failed: gdcm reads JPEG 2000 and JPEG-LS too.
 CODECS = {
     "JPEG Extended": UNKNOWN,  # 12 bits, lossy: gdcm's is built for 8
-    "JPEG 2000": Codec("pylibjpeg", "pylibjpeg-openjpeg"),
-    "High-Throughput JPEG 2000": Codec("pylibjpeg", "pylibjpeg-openjpeg"),
+    "JPEG 2000": Codec("pylibjpeg", "pylibjpeg-openjpeg", apart=True),
+    "High-Throughput JPEG 2000": Codec("pylibjpeg", "pylibjpeg-openjpeg", apart=True),
     "JPEG-LS": Codec("pyjpegls", "pyjpegls"),
-    "JPEG": Codec("gdcm", "python-gdcm", may_abort=True),
+    "JPEG": Codec("gdcm", "python-gdcm", apart=True),
     "RLE": Codec("pydicom"),
 }
 
@@ -87,9 +90,9 @@ class EncodedFrame:
         return f"{name} frame {self.index + 1}" if self.count > 1 else name
 
     @property
-    def may_abort(self) -> bool:
+    def apart(self) -> bool:
         """Whether it must be decoded in a process of its own."""
-        return codec_of(self.transfer_syntax_uid).may_abort
+        return codec_of(self.transfer_syntax_uid).apart
 
 
 def codec_of(transfer_syntax_uid: str) -> Codec:
@@ -158,7 +161,25 @@ def undecodable(frame: EncodedFrame, why: str = "") -> StudyError:
     return StudyError(f"{frame.name} is damaged: its pixels cannot be decoded{why}; export the series again")
 
 
+def decoded_stream(stream: bytes, frame: EncodedFrame) -> NDArray[np.generic]:
+    """A stream's stored words, (y, x), by pydicom's plugin, in this process.
+
+    Raises:
+        RuntimeError, ValueError: it cannot be decoded.
+    """
+    whole = replace(frame, index=0, count=1)
+    return _by_pydicom(BytesIO(encapsulate([stream])), whole, plugin=codec_of(frame.transfer_syntax_uid).plugin)
+
+
 def _decoded(frame: EncodedFrame) -> NDArray[np.generic]:
+    if UID(frame.transfer_syntax_uid).is_encapsulated:
+        return decoded_stream(encoded_stream(frame), frame)
+    with Path(frame.path).open("rb") as file:
+        file.seek(frame.start)
+        return _by_pydicom(file, frame)
+
+
+def _by_pydicom(pixel_data: BinaryIO, frame: EncodedFrame, *, plugin: str = "") -> NDArray[np.generic]:
     options: dict[str, Any] = {
         "number_of_frames": frame.count,
         "rows": frame.rows,
@@ -170,14 +191,8 @@ def _decoded(frame: EncodedFrame) -> NDArray[np.generic]:
         "pixel_representation": int(frame.signed),
         "pixel_keyword": "PixelData",
     }
-    uid = UID(frame.transfer_syntax_uid)
-    with Path(frame.path).open("rb") as file:
-        if uid.is_encapsulated:
-            options["decoding_plugin"] = codec_of(uid).plugin
-            file.seek(frame.start)
-            _check_stream(get_frame(file, frame.index, number_of_frames=frame.count), frame)
-        file.seek(frame.start)
-        found: NDArray[np.generic] = get_decoder(uid).as_array(file, index=frame.index, **options)[0]
+    decoder = get_decoder(UID(frame.transfer_syntax_uid))
+    found: NDArray[np.generic] = decoder.as_array(pixel_data, index=frame.index, decoding_plugin=plugin, **options)[0]
     return found
 
 

@@ -1,7 +1,7 @@
-"""A decoder that may end its process gets one of its own: bounded in time and memory, it dies alone.
+"""A decoder that may end its process, or never end, gets one of its own: bounded in time and memory, it dies alone.
 
-A child (gdcm_child.py) lives for a series, not for a slice. It gets streams alone, not their files, and nothing that it
-sends is taken for more than numbers: a damaged stream may have made it anyone's.
+A child (decoder_child.py) lives for a series, not for a slice. It gets streams alone, not their files, and nothing
+that it sends is taken for more than numbers: a damaged stream may have made it anyone's.
 """
 
 import json
@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from io import BufferedReader
 from pathlib import Path
 from threading import Lock
@@ -20,13 +20,13 @@ from typing import IO, cast
 
 import numpy as np
 
-from anatomynet.client import gdcm_child
-from anatomynet.client.codecs import EncodedFrame, encoded_stream, undecodable
-from anatomynet.client.gdcm_child import DECODED, REFUSED
+from anatomynet.client import decoder_child
+from anatomynet.client.codecs import EncodedFrame, codec_of, encoded_stream, undecodable
+from anatomynet.client.decoder_child import DECODED, REFUSED
 from anatomynet.engine.errors import StudyError
 from anatomynet.engine.volume import HounsfieldArray
 
-CHILD = Path(gdcm_child.__file__)
+CHILD = Path(decoder_child.__file__)
 
 
 class DecoderProcesses:
@@ -78,7 +78,8 @@ def _start_child() -> "subprocess.Popen[bytes]":
     # -P: no module is taken from the working directory, which may be a folder that came by post.
     # -S: all paths are in PYTHONPATH, and what hooks into Python's start takes longer than the child.
     command = [sys.executable, "-P", "-S", str(CHILD)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # One thread: numpy's many on a large machine are address space that the child may not have.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OPENBLAS_NUM_THREADS": "1"}
     pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
     try:
         with _stops_are_for_the_parent():
@@ -107,8 +108,13 @@ def _stops_are_for_the_parent() -> Iterator[None]:
 def _asked(child: "subprocess.Popen[bytes]", frame: EncodedFrame, stream: bytes, out: HounsfieldArray) -> bytes:
     """DECODED, and `out` is filled; REFUSED; nothing where the child is gone."""
     question, answer = cast(IO[bytes], child.stdin), cast(BufferedReader, child.stdout)
+    wanted = {
+        **asdict(replace(frame, path="", start=0, index=0, count=1)),
+        "plugin": codec_of(frame.transfer_syntax_uid).plugin,
+        "stream_bytes": len(stream),
+    }
     try:
-        question.write(json.dumps({**asdict(frame), "path": "", "stream_bytes": len(stream)}).encode() + b"\n" + stream)
+        question.write(json.dumps(wanted).encode() + b"\n" + stream)
         question.flush()
     except BrokenPipeError:
         return b""

@@ -40,6 +40,7 @@ from anatomynet.client.headers import DAMAGED, uid_tail
 from anatomynet.client.node_arrivals import STARTED, STORED, Arrivals, Instance
 from anatomynet.client.node_config import NodeConfig
 from anatomynet.client.node_log import log, log_failure
+from anatomynet.client.node_socket import ANNOUNCED_PDU, bound_reading
 from anatomynet.engine.errors import NodeError, OutputError
 
 SUCCESS, OUT_OF_RESOURCES, NOT_OF_ITS_CLASS, NOT_UNDERSTOOD = 0x0000, 0xA700, 0xA900, 0xC000
@@ -55,7 +56,6 @@ COMPRESSED_SYNTAXES = (
     RLELossless,
 )
 RELEASE_GRACE_S = 5.0
-LARGEST_PDU = 128 << 10  # a slice in five pieces, not in 33
 UID_CHARACTERS = frozenset("0123456789.")
 LONGEST_UID = 64
 
@@ -76,11 +76,12 @@ def listening(config: NodeConfig, arrivals: Arrivals) -> Iterator[tuple[str, int
     ae.require_called_aet = True
     ae.maximum_associations = config.most_associations
     ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = config.timeout_seconds
-    ae.maximum_pdu_size = LARGEST_PDU
+    ae.maximum_pdu_size = ANNOUNCED_PDU
     ae.add_supported_context(Verification)
     for storage in (CTImageStorage, EnhancedCTImageStorage):
         ae.add_supported_context(storage, list(readable_syntaxes()))
     handlers: list[Any] = [
+        (evt.EVT_CONN_OPEN, bound_reading),
         (evt.EVT_REQUESTED, receiver.check_caller),
         (evt.EVT_REJECTED, receiver.rejected),
         (evt.EVT_PDU_RECV, receiver.measure),

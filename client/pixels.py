@@ -145,7 +145,7 @@ def read_hu(path: Path, pixels: StoredPixels, out: HounsfieldArray, decoders: De
         _read_raw_pixels(path, pixels.offset, out)
     elif pixels.frame is None:
         _read_deflated_pixels(path, out)
-    elif pixels.frame.may_abort:
+    elif pixels.frame.apart:
         decoders.decode(pixels.frame, out)
     else:
         decode_frame(pixels.frame, out)

@@ -127,6 +127,35 @@ def test_a_stream_that_would_fill_the_memory_is_refused(tmp_path: Path, syntax: 
     assert int(megabytes) < 300
 
 
+def of_many_layers(path: Path, count: int) -> None:
+    """Makes of a JPEG 2000 slice a kilobyte that costs OpenJPEG time and memory for each of its layers.
+
+    Precincts of 2 x 2 samples, of which each layer has a packet (ISO 15444-1 A.6.1); all packets are empty.
+    """
+    dataset = pydicom.dcmread(path)
+    stream = pydicom.encaps.get_frame(dataset.PixelData, 0, number_of_frames=1)
+    cod, tile = stream.index(b"\xff\x52"), stream.index(b"\xff\x90")
+    length, _, order, _, transform, levels = struct.unpack_from(">HBBHBB", stream, cod + 2)
+    rest = stream[cod + 10 : cod + 2 + length]
+    style = struct.pack(">HBBHBB", length + levels + 1, 0b111, order, count, transform, levels)
+    header = stream[:cod] + b"\xff\x52" + style + rest + b"\0" + b"\x11" * levels
+    tile_part = struct.pack(">HHHIBB", 0xFF90, 10, 0, 0, 0, 1) + b"\xff\x93" + bytes(64)
+    dataset.PixelData = pydicom.encaps.encapsulate([header + stream[cod + 2 + length : tile] + tile_part])
+    dataset.save_as(path)
+
+
+def test_a_jpeg_2000_of_too_many_layers_is_refused(tmp_path: Path) -> None:
+    """In 10 seconds and its own gigabyte at the latest."""
+    paths = write_study(tmp_path / "study", random_volume(SHAPE))
+    for path in paths:
+        compress(path, JPEG2000Lossless)
+    of_many_layers(paths[1], 65535)
+    run = subprocess.run([sys.executable, "-c", PEAK, tmp_path / "study"], capture_output=True, text=True, check=True)
+    error, megabytes = run.stdout.splitlines()
+    assert error.startswith("slice 2 of 3, CT0002.dcm is damaged: its pixels cannot be decoded")
+    assert int(megabytes) < 300
+
+
 @pytest.mark.parametrize("boxed", [False, True], ids=["codestream", "JP2 file"])
 def test_a_jpeg_2000_may_lie_in_a_jp2_file(tmp_path: Path, boxed: bool) -> None:
     """DICOM wants the codestream alone; some archives keep the file."""

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
+from pydicom.uid import HTJ2KLossless, JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
 
-from anatomynet.client import gdcm_child
+from anatomynet.client import decoder_child, decoder_process
 from anatomynet.client.codecs import EncodedFrame, codec_of
 from anatomynet.client.decoder_process import CHILD, DecoderProcesses
-from anatomynet.client.study import read_ct_series
+from anatomynet.client.study import read_ct_series, volume_from_series
 from anatomynet.engine.errors import StudyError
 from anatomynet.engine.volume import HounsfieldArray
 from tests.dicom_studies import random_volume, write_study
-from tests.test_codecs import SHAPE, compress
+from tests.test_codecs import SHAPE, compress, of_many_layers
 
 ORPHAN = """
 import sys, time
@@ -35,9 +35,14 @@ print(Path("/proc/self/task", Path("/proc/self").resolve().name, "children").rea
 time.sleep(60)
 """
 ENDLESS = """
-from anatomynet.client import gdcm_child
-gdcm_child.decoded = lambda stream, wanted: sum(iter(int, 1))
-gdcm_child.main()
+from anatomynet.client import decoder_child
+decoder_child.decoded = lambda stream, wanted: sum(iter(int, 1))
+decoder_child.main()
+"""
+IN_TWO_SECONDS = """
+from anatomynet.client import decoder_child
+decoder_child.LONGEST_DECODE_S = 2
+decoder_child.main()
 """
 STARTS_IN_S = 10
 
@@ -77,11 +82,33 @@ def children() -> list[int]:
 
 @pytest.mark.parametrize(
     ("syntax", "apart"),
-    [(JPEGLosslessSV1, True), (JPEG2000Lossless, False), (JPEGLSLossless, False), (RLELossless, False)],
-    ids=["JPEG", "JPEG 2000", "JPEG-LS", "RLE"],
+    [
+        (JPEGLosslessSV1, True),
+        (JPEG2000Lossless, True),
+        (HTJ2KLossless, True),
+        (JPEGLSLossless, False),
+        (RLELossless, False),
+    ],
+    ids=["JPEG", "JPEG 2000", "HTJ2K", "JPEG-LS", "RLE"],
 )
-def test_only_what_may_abort_is_decoded_apart(syntax: str, apart: bool) -> None:
-    assert codec_of(syntax).may_abort == apart
+def test_only_what_may_crash_or_hang_is_decoded_apart(syntax: str, apart: bool) -> None:
+    assert codec_of(syntax).apart == apart
+
+
+def test_a_jpeg_2000_that_takes_too_long_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six seconds of OpenJPEG's, where two are given."""
+    study, child = tmp_path / "study", tmp_path / "child.py"
+    for path in write_study(study, random_volume(SHAPE)):
+        compress(path, JPEG2000Lossless)
+    of_many_layers(study / "CT0002.dcm", 30_000)
+    child.write_text(IN_TWO_SECONDS)
+    monkeypatch.setattr(decoder_process, "CHILD", child)
+    with pytest.raises(StudyError) as error:
+        volume_from_series(read_ct_series(study))
+    assert str(error.value) == (
+        "slice 2 of 3, CT0002.dcm is damaged: its pixels cannot be decoded (the decoder took too long); "
+        "export the series again"
+    )
 
 
 def test_one_child_decodes_a_series_and_goes_with_it(frames: list[EncodedFrame]) -> None:
@@ -124,14 +151,14 @@ def test_one_that_hangs_is_stopped_in_time(frames: list[EncodedFrame]) -> None:
         [sys.executable, "-c", ENDLESS], input=json.dumps(question).encode() + b"\n1234", check=False
     )
     assert child.returncode == -signal.SIGALRM
-    assert 0 <= time.monotonic() - start - gdcm_child.LONGEST_DECODE_S < STARTS_IN_S
+    assert 0 <= time.monotonic() - start - decoder_child.LONGEST_DECODE_S < STARTS_IN_S
 
 
 def test_memory_is_bounded_and_no_core_is_left(decoders: DecoderProcesses, frames: list[EncodedFrame]) -> None:
     decoded(decoders, frames[0])
     limits = Path(f"/proc/{children()[0]}/limits").read_text().splitlines()
     limit = {line[:26].strip(): line[26:].split()[0] for line in limits[1:]}
-    assert limit["Max address space"] == str(gdcm_child.MOST_BYTES)
+    assert limit["Max address space"] == str(decoder_child.MOST_BYTES)
     assert limit["Max core file size"] == "0"
 
 
