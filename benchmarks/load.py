@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from anatomynet.client.triton import TritonRuntime
 from anatomynet.engine.volume import HounsfieldArray
+from anatomynet.export.triton_models import MODEL_NAME
 from benchmarks.common import RESULTS, machine, write_result
 from benchmarks.served import SMALL, WHOLE, percentiles, phantom_hu, resident_gb, write_shipped_repository
 from tests.triton_servers import RunningServer, running_server
@@ -184,7 +185,7 @@ class RawClient:
         self._client = InferenceServerClient(server.url)
         self._done = threading.Event()
         self._error: str | None = None
-        self._call = self._client.async_infer("anatomynet", [ct], callback=self._end)
+        self._call = self._client.async_infer(MODEL_NAME, [ct], callback=self._end)
 
     def _end(self, result: Any, error: Any) -> None:
         self._error = str(error.message()) if error is not None else None
@@ -228,7 +229,7 @@ def analyze(server: RunningServer, program: Path, libraries: Path, at_once: int)
     """perf_analyzer's own row: the server without our client, so many volumes at once, in shared memory."""
     table = libraries.parent / f"perf-{at_once}.csv"
     options = {
-        "-m": "anatomynet",
+        "-m": MODEL_NAME,
         "-u": server.url,
         "-i": "grpc",
         "--shape": f"CT:{','.join(map(str, SMALL))}",
@@ -272,10 +273,15 @@ def draw(curves: list[dict[str, Any]]) -> None:
 
 
 def pending(server: RunningServer) -> float:
-    """How many requests wait at a server."""
+    """How many volumes wait at a server."""
     with urllib.request.urlopen(server.metrics_url, timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"{PENDING}{{"))
+        return waiting_volumes(answer.read().decode())
+
+
+def waiting_volumes(metrics: str) -> float:
+    """That number in a server's metrics; the region finder has a queue of its own, which does not count."""
+    ours = f'{PENDING}{{model="{MODEL_NAME}"'
+    return next(float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines() if line.startswith(ours))
 
 
 def wait_until(condition: Any) -> None:

@@ -34,6 +34,9 @@ ADDRESS_OPTIONS = ("--http-address", "--grpc-address", "--metrics-address")
 REPOSITORY_OPTIONS = ("--model-repository", "--model-store")
 # 2000 slices of 512 x 512; Triton's own limit of 64 MiB is 128.
 LARGEST_HTTP_BODY = 2**30
+# gRPC's requests that are kept for the next ones, each with the memory of the largest volume that it ever held, 140 MB.
+# By default eight; one is as fast (benchmarks.load), since volumes are drawn one at a time.
+KEPT_REQUESTS = {"--grpc-infer-allocation-pool-size": "1"}
 HELP_TIMEOUT_S = 30
 # Seen on 2.51: a body called application/x-www-form-urlencoded, as curl and urllib call all that has no name, goes
 # to a thread's stack, once or twice, and 8 MB of it ended the server. Address space alone, taken as it is written.
@@ -76,7 +79,7 @@ def server_command(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     prepared = {**environment, "PATH": path, GUARD: str(os.getpid())}
     server = installed_server(environment)
     if server is not None:
-        return [str(server), *_options_of_newer_servers(server, arguments), *arguments], prepared
+        return [str(server), *_options_for_volumes(server, arguments), *arguments], prepared
     return _wheel_command(arguments, prepared)
 
 
@@ -102,8 +105,9 @@ def _leads_to_launcher(candidate: Path) -> bool:
     return head.startswith(b"#!") and any(mark in head for mark in LAUNCHER_MARKS)
 
 
-def _options_of_newer_servers(server: Path, arguments: Sequence[str]) -> list[str]:
-    """What whole volumes need of servers that limit them: 2.59 HTTP bodies, 2.68 the clients' shared memory.
+def _options_for_volumes(server: Path, arguments: Sequence[str]) -> list[str]:
+    """What whole volumes need of servers that limit them, 2.59 HTTP bodies, 2.68 the clients' shared memory; and of all
+    that they keep less of them.
 
     A server's own --help tells its version best: an older one ends at an option that it does not know.
     """
@@ -120,7 +124,7 @@ def _options_of_newer_servers(server: Path, arguments: Sequence[str]) -> list[st
         ).stdout
     except (OSError, subprocess.TimeoutExpired):  # it will say itself what is wrong with it
         return []
-    options = {"--http-max-input-size": str(LARGEST_HTTP_BODY)}
+    options = {"--http-max-input-size": str(LARGEST_HTTP_BODY), **KEPT_REQUESTS}
     # Whoever may name shared memory may read the server's own: only where no other machine can ask.
     if all(set(_values(arguments, option)) == {LOOPBACK} for option in ADDRESS_OPTIONS[:2]):
         options["--allow-client-shm"] = "true"
@@ -146,6 +150,7 @@ def _wheel_command(arguments: Sequence[str], environment: dict[str, str]) -> tup
         )
     options = {
         **closed,
+        **KEPT_REQUESTS,
         "--backend-directory": str(_backend_directory(home, environment)),
         "--cache-directory": str(home / "caches"),
     }

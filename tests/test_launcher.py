@@ -103,7 +103,7 @@ def test_this_environments_python_comes_first(tmp_path: Path) -> None:
     )
 
 
-# --- options of servers newer than the wheel's
+# --- options for whole volumes
 
 NEWER_SERVER = (
     '#!/bin/sh\nif [ "$1" = --help ]; then echo "--http-max-input-size <n>\n--allow-client-shm <bool>"; exit; fi\n'
@@ -115,6 +115,14 @@ def test_whole_volumes_pass_a_newer_servers_http_limit(tmp_path: Path) -> None:
     script_at(tmp_path, NEWER_SERVER)
     run = launched("--id=x", environment=environment_with(tmp_path))
     assert run.stdout.split() == [f"--http-max-input-size={launcher.LARGEST_HTTP_BODY}", "--id=x"]
+
+
+def test_a_server_keeps_the_memory_of_one_volume(tmp_path: Path) -> None:
+    script_at(tmp_path, NEWER_SERVER.replace("<n>", "<n>\n--grpc-infer-allocation-pool-size <n>"))
+    run = launched("--http-max-input-size=5", environment=environment_with(tmp_path))
+    assert run.stdout.split() == ["--grpc-infer-allocation-pool-size=1", "--http-max-input-size=5"]
+    chosen = ("--http-max-input-size=5", "--grpc-infer-allocation-pool-size=3")
+    assert launched(*chosen, environment=environment_with(tmp_path)).stdout.split() == list(chosen)
 
 
 def test_shared_memory_only_where_no_other_machine_can_ask(tmp_path: Path) -> None:
