@@ -1,6 +1,6 @@
 """What does each part of the paper give on this data? Its ablations, with seeds, in one table.
 
-    python -m benchmarks.ablations --data ../shared/data/openkbp --steps 7000 --seeds 3          # for a GPU
+    python -m benchmarks.ablations --data OPENKBP --steps 7000 --seeds 3          # for a GPU
     python -m benchmarks.ablations --phantoms 4 --steps 5 --seeds 2 --name ""                    # does it run?
 
 Zhu et al. compare squeeze-and-excitation, residual blocks, one or more down-samplings, the losses, and masks. Every

@@ -1,8 +1,8 @@
 """How well does a checkpoint agree with the physicians on a folder of cases?
 
-    python -m benchmarks.accuracy ../shared/data/openkbp/validation [--checkpoint FILE] [--mirror] [--plot]
-    python -m benchmarks.accuracy ../shared/data/openkbp/validation --checkpoint FILE.onnx   # OpenVINO, ONNX Runtime
-    python -m benchmarks.accuracy ../shared/data/openkbp/validation --url localhost:8001     # Triton
+    python -m benchmarks.accuracy OPENKBP/validation [--checkpoint FILE] [--mirror] [--plot]
+    python -m benchmarks.accuracy OPENKBP/validation --checkpoint FILE.onnx   # OpenVINO, ONNX Runtime
+    python -m benchmarks.accuracy OPENKBP/validation --url localhost:8001     # Triton
 
 Every case of the folder (the PDDCA layout) is drawn by the same `segment` that serves, on its own grid. A structure
 that is not annotated does not count; one that is annotated and not drawn counts as a miss, with the worst scores.

@@ -1,6 +1,6 @@
 """How well does a network that no one here designed do, trained on the same cases with the same budget?
 
-    python -m benchmarks.baseline --data ../shared/data/openkbp [--config openkbp7] [--steps N] [--resume]
+    python -m benchmarks.baseline --data OPENKBP [--config openkbp7] [--steps N] [--resume]
 
 MONAI's DynUNet, the U-Net that nnU-Net plans, learns by the same `Training`: the same steps, crops, augmentation, loss,
 averaged weights and validation; only the network differs. The best checkpoint is measured as benchmarks.accuracy

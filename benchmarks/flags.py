@@ -1,6 +1,6 @@
 """Do the findings point at what went wrong? Flagged or not, against a DSC below 0.7, on a folder of cases.
 
-    python -m benchmarks.flags ../shared/data/openkbp/validation
+    python -m benchmarks.flags OPENKBP/validation
 
 Every case is drawn by the shipped checkpoint as `segment` draws it; a structure is flagged where a finding names it.
 Prints a table and writes benchmarks/results/flags.json.

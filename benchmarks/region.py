@@ -1,6 +1,6 @@
 """Is anything lost by the region finder, and what does it save?
 
-    python -m benchmarks.region ../shared/data/openkbp/validation [--checkpoint FILE.onnx] [--limit N]
+    python -m benchmarks.region OPENKBP/validation [--checkpoint FILE.onnx] [--limit N]
 
 Every case of the folder is drawn twice by the `segment` that serves, with and without the region finder, and held
 against the physicians both times; and so is a synthetic planning CT of 178 x 512 x 512, against the truth. The two are

@@ -1,6 +1,6 @@
 """Why do network and physicians agree no better? How much lies in where a structure begins and ends, how much in size.
 
-    python -m benchmarks.shortfall ../shared/data/openkbp [--checkpoint FILE] [--every N]
+    python -m benchmarks.shortfall OPENKBP [--checkpoint FILE] [--every N]
 
 For each structure, on the validation patients and on every Nth of those it learnt from: DSC; DSC without the cases that
 training's survey refuses; DSC within the slices that the physician drew on, which forgives the first and last slice; by

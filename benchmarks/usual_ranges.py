@@ -1,6 +1,6 @@
 """What is usual in the training cases? Writes engine/configs/usual_ranges.toml: numbers, no patient.
 
-    python -m benchmarks.usual_ranges ../shared/data/openkbp/train
+    python -m benchmarks.usual_ranges OPENKBP/train
 
 Of the scans: the extremes. Of metal around the structures: the 90th percentile, so that one patient in ten is named.
 Of each structure's size: from the 5th to the 95th percentile, each end moved outwards by half: contours of several

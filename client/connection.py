@@ -10,7 +10,7 @@ from anatomynet.client.access import Access, read_access
 from anatomynet.client.address import address_from_url
 from anatomynet.client.triton import TIMEOUT_S, TritonRuntime, probe_local
 from anatomynet.engine.errors import ServerError
-from anatomynet.engine.runtime import Runtime, load_runtime
+from anatomynet.engine.runtime import OpenVinoRuntime, Runtime, load_runtime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ def choose_runtime(server: ServerOptions) -> Runtime:
     """
     access = access_to(server)
     if not server.urls:
-        return probe_local() or load_runtime()
+        return probe_local() or _embedded()
     return TritonRuntime(
         *server.urls,
         shared_memory=server.shared_memory,
@@ -71,6 +71,13 @@ def choose_runtime(server: ServerOptions) -> Runtime:
         access=access,
         tell=server.tell,
     )
+
+
+def _embedded() -> Runtime:
+    runtime = load_runtime()
+    if isinstance(runtime, OpenVinoRuntime):
+        runtime.begin_region_finder()
+    return runtime
 
 
 def access_to(server: ServerOptions) -> Access:

@@ -14,7 +14,7 @@ import math
 import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -106,8 +106,7 @@ def load_runtime(path: Path | None = None) -> Runtime:
 class OpenVinoRuntime:
     """An ONNX file on this machine's CPU, in FP32; one volume at a time, on every core.
 
-    A compiled model is not cached on disk: compiling takes a fifth of a second, in a thread beside the reading of the
-    first volume, and so does the region finder that comes with it. At native resolution memory is short,
+    A compiled model is not cached on disk: compiling takes a fifth of a second. At native resolution memory is short,
     and what is compiled for one size needs less of it: there it is compiled for each size.
 
     Raises:
@@ -135,9 +134,9 @@ class OpenVinoRuntime:
         self._memory = MemoryGuard(_bytes_a_voxel(self.model, ONE_SIZE_BYTES if one_size else NETWORK_BYTES))
         self._shape: tuple[int, ...] = ()
         self._request: openvino.InferRequest | None = None
-        thread = ThreadPoolExecutor(1)
-        self._any_size = None if one_size else thread.submit(self._compiled, graph)
-        self._finder = thread.submit(_shipped_region_finder)
+        # Compiled in a thread, beside the reading of the first volume.
+        self._thread = ThreadPoolExecutor(1)
+        self._any_size = None if one_size else self._thread.submit(self._compiled, graph)
         self.description = f"OpenVINO {openvino.__version__.split('-')[0]} on {threads} CPU threads"
         self._lock = threading.Lock()
 
@@ -148,7 +147,15 @@ class OpenVinoRuntime:
         Raises:
             ModelError: its file is missing or damaged.
         """
-        return self._finder.result()
+        return self._coming_finder.result()
+
+    def begin_region_finder(self) -> None:
+        """Loads it in a thread, beside the reading of the first volume: for who will want it."""
+        _ = self._coming_finder
+
+    @functools.cached_property
+    def _coming_finder(self) -> Future[RegionFinder]:
+        return self._thread.submit(_shipped_region_finder)
 
     def infer(self, hu: HounsfieldArray) -> tuple[LabelArray, NDArray[np.float32]]:
         """See Runtime; releases the GIL while it computes."""

@@ -6,6 +6,7 @@ the two stages (section 3.1); engine/data.py is the augmentation (3.1). configs/
 
 import csv
 import dataclasses
+import io
 import math
 import signal
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,7 @@ PHANTOM_SHAPE = (112, 128, 128)  # (z, y, x), as a planning CT reduced 4 x 4 in 
 
 
 def samples(cases: list[Case], model: ModelConfig, train: TrainConfig, *, first: int) -> Iterator[Sample]:
-    """The samples of steps `first` to the last, made ahead in a thread; each hangs on the seed and its step alone."""
+    """The samples of steps `first` to the last, made ahead in threads; each hangs on the seed and its step alone."""
     augmentation = Augmentation(model, train)
 
     def make(step: int) -> Sample:
@@ -173,17 +174,29 @@ class _Interruptible:
 
 
 def _append_row(path: Path, row: dict[str, float]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow({key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()})
+    """Adds a row, and a header before the first: whole, or the file stays as it was."""
+    before = path.read_bytes() if path.is_file() else b""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, row)
+    if not before:
+        writer.writeheader()
+    writer.writerow({key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()})
+    write_whole(path, before + text.getvalue().encode(), overwrite=True)
+
+
+def _forget_run(output: Path) -> None:
+    """Removes state and logs of the run that was at `output`: it is another one."""
+    for path in (_state_of(output), output.with_suffix(".csv")):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(f"{path}, of another run, could not be removed: {error.strerror}") from error
+    forget_events(output)
 
 
 def _forget_rows(path: Path, *, beyond: int) -> None:
     """Leaves out of a log what was written after the state that a run goes on from: it comes again."""
-    if path.is_file():
+    if path.is_file() and path.stat().st_size:
         header, *rows = path.read_bytes().decode().splitlines(keepends=True)  # csv's own line ends
         kept = [row for row in rows if int(row.split(",")[0]) <= beyond]
         write_whole(path, "".join((header, *kept)).encode(), overwrite=True)
@@ -241,9 +254,7 @@ def main(
     if resume:
         training.restore(_state_of(output))
     else:
-        for path in (_state_of(output), output.with_suffix(".csv")):  # another run's
-            path.unlink(missing_ok=True)
-        forget_events(output)
+        _forget_run(output)
     if begin_with:
         click.echo(_told(keep_best(training, held_out, output, loss=math.nan)))
     fit(training, cases, held_out, output)

@@ -35,7 +35,7 @@ REPOSITORY_OPTIONS = ("--model-repository", "--model-store")
 # 2000 slices of 512 x 512; Triton's own limit of 64 MiB is 128.
 LARGEST_HTTP_BODY = 2**30
 # gRPC's requests that are kept for the next ones, each with the memory of the largest volume that it ever held, 140 MB.
-# By default eight; one is as fast (benchmarks.load), since volumes are drawn one at a time.
+# By default eight; volumes are drawn one at a time.
 KEPT_REQUESTS = {"--grpc-infer-allocation-pool-size": "1"}
 HELP_TIMEOUT_S = 30
 # Seen on 2.51: a body called application/x-www-form-urlencoded, as curl and urllib call all that has no name, goes

@@ -281,6 +281,14 @@ def test_a_row_that_was_logged_before_its_state_comes_once(data: Path, trained: 
     assert [row["step"] for row in rows_of(tmp_path / "tiny.csv")] == [5, 10, 15, 20, 21]
 
 
+def test_a_log_that_was_lost_begins_anew(data: Path, trained: Path, tmp_path: Path) -> None:
+    for path in trained.parent.glob("tiny.*safetensors"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "tiny.csv").touch()
+    assert train(data, tmp_path / trained.name, "--resume", "--steps", str(STEPS + 1)).exit_code == 0
+    assert [row["step"] for row in rows_of(tmp_path / "tiny.csv")] == [21]
+
+
 def test_resuming_without_a_state_is_refused(data: Path, tmp_path: Path) -> None:
     assert "nothing to resume" in refusal(train(data, tmp_path / "new.safetensors", "--resume"))
 
