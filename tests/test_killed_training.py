@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tests.test_train import CONFIG, WAIT_S, refusal, train, write_case
+from tests.test_train import WAIT_S, refusal, train, write_archive
 
 STATE = "tiny.state.safetensors"
 EVENTS = "tiny.tensorboard"
@@ -32,12 +32,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_case(folder / "train" / "a", 0)
-    write_case(folder / "train" / "b", 3, ("Chiasm", "OpticNerve_L"))
-    write_case(folder / "validation" / "c", 2)
-    (folder / "tiny.toml").write_text(CONFIG)
-    return folder
+    return write_archive(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -96,15 +96,18 @@ def write_case(
     nrrd.write(str(folder / "img.nrrd"), hu, HEADER, index_order="C")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_archive(folder: Path) -> Path:
     """Two cases to train on, one of them without a right optic nerve, and one to validate."""
-    folder = tmp_path_factory.mktemp("data")
     write_case(folder / "train" / "a", 0)
     write_case(folder / "train" / "b", 3, ("Chiasm", "OpticNerve_L"))
     write_case(folder / "validation" / "c", 2)
     (folder / "tiny.toml").write_text(CONFIG)
     return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_archive(tmp_path_factory.mktemp("data"))
 
 
 def train(data: Path, output: Path, *options: str) -> Result:
