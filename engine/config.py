@@ -37,6 +37,7 @@ CHOICES = {
     "missing": ("mask", "marginal"),
     "precision": ("float32", "bfloat16"),
     "optimiser": ("adamw", "rmsprop-sgd"),
+    "augmentation": ("in-plane", "volumetric"),
 }
 
 Vector = tuple[float, float, float]
@@ -127,6 +128,8 @@ class TrainConfig:
         missing: "mask" drops the terms of what is not annotated, the background with it (section 2.4); "marginal"
             counts what is not annotated as background, so that the background still teaches.
         precision: "bfloat16" computes convolutions in it; twice as fast on GPUs and on CPUs with AVX512-BF16.
+        augmentation: "in-plane" is the paper's affine and elastic, the same on every slice (section 3.1); "volumetric"
+            also stretches and tilts along the slices, and changes sharpness and grey values.
         crop: voxels (z, y, x) of a training crop at the network's resolution; the whole body box where smaller.
         whole_share: share of steps that see the whole body box instead of a crop.
         phantom_share: share of steps on synthetic phantoms.
@@ -150,6 +153,7 @@ class TrainConfig:
     class_weights: tuple[float, ...] = ()
     missing: str = "marginal"
     precision: str = "float32"
+    augmentation: str = "in-plane"
     crop: tuple[int, int, int] = (56, 80, 96)
     whole_share: float = 0.1
     phantom_share: float = 0.05

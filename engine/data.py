@@ -1,4 +1,4 @@
-"""Cases on disk -> training samples: the layouts, what is annotated, crops and augmentation.
+"""Cases on disk -> cases in memory: the layouts, and what is annotated.
 
 A case is a folder, of one of these layouts; whatever else lies in it is left alone.
 
@@ -21,32 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional as F
 
 from anatomynet.engine.aliases import load_aliases, structure_from_roi_name
-from anatomynet.engine.config import ModelConfig, TrainConfig
+from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import DataError
 from anatomynet.engine.geometry import Index, VolumeGeometry
-from anatomynet.engine.network import normalised_from_hu
 from anatomynet.engine.preprocess import body_box
 from anatomynet.engine.resolution import block_means, reduced_labels
-from anatomynet.engine.structures import mirrored_labels
 from anatomynet.engine.volume import CTVolume, LabelArray
 from anatomynet.engine.volume_files import SUFFIXES, read_volume, stem_of
 
-# Augmentation, in plane and the same on every slice (section 3.1 of Zhu et al.: affine and elastic).
-LARGEST_ROTATION = np.radians(12)
-SCALES = (0.85, 1.2)
-ELASTIC_NODES = 5
-ELASTIC_SHIFT = 0.03  # of the crop's side, one standard deviation
-ELASTIC_SHARE = 0.3
-CONTRASTS = (0.9, 1.1)
-BRIGHTNESS = 0.06  # of the window's half width
-LARGEST_NOISE = 0.05
-FOREGROUND_SHARE = 0.8  # of crops are centred on a structure's voxel
 CT_NAMES = ("img.nrrd", "ct.nii.gz", "ct.nii")
 LABEL_MAP_NAMES = ("labels.nii.gz", "labels.nii", "labels.nrrd")
 LABEL_TABLE = "labels.toml"
@@ -79,15 +64,6 @@ class Case:
     annotated: tuple[bool, ...]
     unmatched: tuple[str, ...] = ()
     synthetic: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """One training step's input: float32 (1, 1, z, y, x), int64 (z, y, x), and what is annotated."""
-
-    image: Tensor
-    target: Tensor
-    annotated: tuple[bool, ...]
 
 
 def find_cases(folder: Path) -> list[Path]:
@@ -211,72 +187,6 @@ def _cropped(case: Case, start: Index, stop: Index) -> Case:
     box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
     volume = CTVolume(np.ascontiguousarray(case.volume.hu[box]), case.volume.geometry.cropped(start, stop))
     return replace(case, volume=volume, labels=np.ascontiguousarray(case.labels[box]))
-
-
-class Augmentation:
-    """Draws samples from cases that are cut to the body; each step's randomness hangs on the seed and the step."""
-
-    def __init__(self, model: ModelConfig, train: TrainConfig) -> None:
-        self.model = model
-        self.train = train
-        self.mirror = torch.tensor(mirrored_labels(model.structures))
-
-    def draw(self, case: Case, around: int | None = None, *, random: np.random.Generator) -> Sample:
-        """One augmented sample: a crop around a structure, that of label `around` if given, or the whole body box."""
-        whole = random.random() < self.train.whole_share
-        size = case.labels.shape if whole else np.minimum(self.train.crop, case.labels.shape)
-        centre = np.array(case.labels.shape) / 2 if whole else _crop_centre(case.labels, around, random)
-        depth, height, width = (int(side) for side in size)
-        first = int(np.clip(round(centre[0] - depth / 2), 0, case.labels.shape[0] - depth))
-        hu = torch.from_numpy(case.volume.hu[first : first + depth])
-        labels = torch.from_numpy(case.labels[first : first + depth])
-        grid, flipped = _in_plane_grid(centre[1:], (height, width), case.labels.shape[1:], random)
-        # Air is made 0, for that is what grid_sample finds outside.
-        image = normalised_from_hu(hu, self.model.hu_window)[None] + 1
-        image = F.grid_sample(image, grid, align_corners=False) - 1
-        target = F.grid_sample(labels.float()[None], grid, mode="nearest", align_corners=False)[0].long()
-        image = image * random.uniform(*CONTRASTS) + random.normal(0, BRIGHTNESS)
-        noise = torch.from_numpy(random.standard_normal(image.shape, dtype=np.float32))
-        image = (image + noise * random.uniform(0, LARGEST_NOISE)).clamp(-1, 1)
-        annotated = case.annotated
-        if flipped:
-            target = self.mirror[target]
-            # A structure without its partner in the model: what lies there now has no contours.
-            annotated = tuple(label > 0 and annotated[label - 1] for label in self.mirror[1:].tolist())
-        return Sample(image[None], target, annotated)
-
-
-def _crop_centre(labels: LabelArray, around: int | None, random: np.random.Generator) -> NDArray[np.float64]:
-    """A voxel (z, y, x): mostly one of a structure, that of label `around` or each as likely as another."""
-    present = np.unique(labels)[1:]
-    if len(present) and random.random() < FOREGROUND_SHARE:
-        voxels = np.flatnonzero(labels == (around if around in present else random.choice(present)))
-        centre = np.array(np.unravel_index(random.choice(voxels), labels.shape), dtype=np.float64)
-        # In plane the structures lie around the spine: half way to their common centre keeps most of them in sight.
-        common = np.array([np.mean(side) for side in np.nonzero(labels)])
-        centre[1:] = (centre[1:] + common[1:]) / 2
-        return centre
-    return random.uniform(0, labels.shape)
-
-
-def _in_plane_grid(
-    centre: NDArray[np.float64], size: tuple[int, int], source: tuple[int, ...], random: np.random.Generator
-) -> tuple[Tensor, bool]:
-    """Where each pixel (y, x) of a crop comes from, as grid_sample wants it, and whether left and right changed."""
-    angle = random.uniform(-LARGEST_ROTATION, LARGEST_ROTATION)
-    scale = random.uniform(*SCALES)
-    flipped = bool(random.random() < 0.5)
-    y, x = np.meshgrid(*(np.arange(side) + 0.5 - side / 2 for side in size), indexing="ij")
-    if random.random() < ELASTIC_SHARE:
-        nodes = random.normal(0, ELASTIC_SHIFT, (1, 2, ELASTIC_NODES, ELASTIC_NODES)).astype(np.float32)
-        shift = F.interpolate(torch.from_numpy(nodes), size, mode="bicubic", align_corners=True)[0].numpy()
-        y, x = y + shift[0] * size[0], x + shift[1] * size[1]
-    if flipped:
-        x = -x
-    source_y = (np.cos(angle) * y - np.sin(angle) * x) / scale + centre[0]
-    source_x = (np.sin(angle) * y + np.cos(angle) * x) / scale + centre[1]
-    grid = np.stack((source_x * 2 / source[1] - 1, source_y * 2 / source[0] - 1), axis=-1)
-    return torch.from_numpy(grid.astype(np.float32))[None], flipped
 
 
 Mask = NDArray[np.bool_]

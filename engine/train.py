@@ -1,7 +1,7 @@
 """One visible training loop, and its command: cases -> checkpoint. First step of the straight path.
 
 Where the recipe of Zhu et al. lies: engine/training.py takes one volume a step, whole where `whole_share` is 1, through
-the two stages (section 3.1); engine/data.py is the augmentation (3.1). configs/oar9.toml sets all of it.
+the two stages (section 3.1); engine/augmentation.py the augmentation (3.1). configs/oar9.toml sets all of it.
 """
 
 import csv
@@ -9,22 +9,24 @@ import dataclasses
 import io
 import math
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 from types import FrameType
 
 import click
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from anatomynet.engine.augmentation import Augmentation, Sample
 from anatomynet.engine.checkpoint import save_checkpoint
 from anatomynet.engine.command import reports_errors
 from anatomynet.engine.config import SHIPPED_NAME, ModelConfig, TrainConfig, load_config
 from anatomynet.engine.curves import write_curves
-from anatomynet.engine.data import Augmentation, Case, Sample, cut_to_body, cut_to_head_and_neck
+from anatomynet.engine.data import Case, cut_to_body, cut_to_head_and_neck
 from anatomynet.engine.errors import OutputError
 from anatomynet.engine.events import event_log, forget_events
 from anatomynet.engine.geometry import Point, VolumeGeometry
@@ -37,36 +39,53 @@ from anatomynet.engine.survey import summary_lines, survey_cases, write_survey
 from anatomynet.engine.training import Training
 
 # Threads that make samples. One is enough for two cores, where a sample takes 8 ms, a phantom 0.23 s and a step half a
-# second; a GPU's steps are shorter, and it has more cores beside it.
+# second. A GPU draws its samples itself, between its steps; the threads make phantoms.
 LOADERS = max(1, min(4, available_cores() // 4))
 AHEAD = LOADERS + 2  # samples kept ready
 PHANTOM_SHAPE = (112, 128, 128)  # (z, y, x), as a planning CT reduced 4 x 4 in plane
+PHANTOMS = 128  # different ones in a run; they take 0.2 GB
+NOTED_STEPS = 50  # between two looks at the loss, for which a GPU must be waited
 
 
-def samples(cases: list[Case], model: ModelConfig, train: TrainConfig, *, first: int) -> Iterator[Sample]:
-    """The samples of steps `first` to the last, made ahead in threads; each hangs on the seed and its step alone."""
-    augmentation = Augmentation(model, train)
+def samples(
+    cases: list[Case], model: ModelConfig, train: TrainConfig, *, first: int, device: torch.device | str = "cpu"
+) -> Iterator[Sample]:
+    """The samples of steps `first` to the last, on the device; each hangs on the seed and its step alone.
 
-    def make(step: int) -> Sample:
+    Threads make them ahead; of a GPU's they choose the cases, and it draws from them when its turn comes.
+    """
+    augmentation = Augmentation(model, train, device)
+    ahead = augmentation.device.type == "cpu"
+    phantom = lru_cache(PHANTOMS)(partial(_phantom_like_one_of, cases, model, train.seed))
+
+    def make(step: int) -> Callable[[], Sample]:
         random = np.random.default_rng((train.seed, step))
+        around = None
         if random.random() < train.phantom_share:
-            like = cases[int(random.integers(len(cases)))]
-            case = phantom_case(model, spacing=like.volume.geometry.spacing, seed=step)
+            case = phantom(step % PHANTOMS)
         else:
             # A pass over the cases is a shuffle of them.
             order = np.random.default_rng((train.seed, step // len(cases), 1)).permutation(len(cases))
             case = cases[order[step % len(cases)]]
             if train.balanced_share and random.random() < train.balanced_share:
-                return augmentation.draw(*chosen_by_structure(cases, train, random), random=random)
-        return augmentation.draw(case, random=random)
+                case, around = chosen_by_structure(cases, train, random)
+        if not ahead:
+            return partial(augmentation.draw, case, around, random=random)
+        sample = augmentation.draw(case, around, random=random)
+        return lambda: sample
 
     with ThreadPoolExecutor(LOADERS) as pool:
         ready = [pool.submit(make, step) for step in range(first, min(first + AHEAD, train.steps))]
         for step in range(first, train.steps):
-            sample = ready.pop(0).result()
+            draw = ready.pop(0).result()
             if step + AHEAD < train.steps:
                 ready.append(pool.submit(make, step + AHEAD))
-            yield sample
+            yield draw()
+
+
+def _phantom_like_one_of(cases: list[Case], model: ModelConfig, seed: int, number: int) -> Case:
+    like = cases[int(np.random.default_rng((seed, number, 2)).integers(len(cases)))]
+    return phantom_case(model, spacing=like.volume.geometry.spacing, seed=number)
 
 
 def chosen_by_structure(cases: list[Case], train: TrainConfig, random: np.random.Generator) -> tuple[Case, int]:
@@ -96,13 +115,17 @@ def validate(
 ) -> dict[str, list[float]]:
     """DSC of each structure over the cases that have it, drawn by the same `segment` that serves."""
     runtime = TorchRuntime(network, model, device)
-    scores: dict[str, list[float]] = {name: [] for name in model.structures}
-    for case in cases:
+
+    def measure(case: Case) -> dict[str, float]:
         drawn = draw_reduced(case.volume, runtime).labels
-        for label, name in enumerate(model.structures, start=1):
-            if case.annotated[label - 1]:
-                scores[name].append(dice(drawn == label, case.labels == label))
-    return scores
+        labels = {name: i for i, name in enumerate(model.structures, start=1) if case.annotated[i - 1]}
+        return {name: dice(drawn == label, case.labels == label) for name, label in labels.items()}
+
+    # Beside a GPU, most of the time goes into what the processor does before and after the network.
+    side_by_side = available_cores() // 2 if torch.device(device).type == "cuda" else 1
+    with ThreadPoolExecutor(max(1, min(8, side_by_side))) as pool:
+        measured = list(pool.map(measure, cases))
+    return {name: [scores[name] for scores in measured if name in scores] for name in model.structures}
 
 
 def fit(training: Training, cases: list[Case], held_out: list[Case], output: Path) -> None:
@@ -118,12 +141,13 @@ def fit(training: Training, cases: list[Case], held_out: list[Case], output: Pat
         event_log(output, first=training.step) as write_events,
         tqdm(total=train.steps, initial=training.step, unit="step") as bar,
     ):
-        for sample in samples(cases, training.model, train, first=training.step):
+        for sample in samples(cases, training.model, train, first=training.step, device=training.device):
             losses.append(training.learn(sample))
+            if training.step % NOTED_STEPS == 0:
+                bar.set_postfix(loss=f"{_mean(losses[-NOTED_STEPS:]):.3f}", refresh=False)
             bar.update()
-            bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
             if training.step % train.steps_per_epoch == 0 or training.step == train.steps:
-                row = keep_best(training, held_out, output, loss=float(np.mean(losses)))
+                row = keep_best(training, held_out, output, loss=_mean(losses))
                 bar.write(_told(row))
                 _append_row(output.with_suffix(".csv"), row)
                 write_curves(output.with_suffix(".csv"))
@@ -133,6 +157,10 @@ def fit(training: Training, cases: list[Case], held_out: list[Case], output: Pat
             if interruption.asked:
                 training.save(_state_of(output))
                 raise KeyboardInterrupt
+
+
+def _mean(losses: list[Tensor]) -> float:
+    return float(torch.stack(losses).mean())
 
 
 def keep_best(training: Training, held_out: list[Case], output: Path, *, loss: float) -> dict[str, float]:

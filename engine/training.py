@@ -10,15 +10,16 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from anatomynet.engine.augmentation import Sample
 from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.config import ModelConfig, TrainConfig, model_config_from_json
-from anatomynet.engine.data import Sample
 from anatomynet.engine.errors import ModelError
 from anatomynet.engine.losses import hybrid_loss
 from anatomynet.engine.network import AnatomyNet
@@ -55,8 +56,10 @@ class Training:
         self.network = _channels_last(new_network(model.classes).to(device))
         self.average = _channels_last(new_network(model.classes).to(device)).eval()
         self.average.load_state_dict(self.network.state_dict())
+        self._floats, self._counts = _followed(self.average, self.network)
+        self._recorded: dict[bool, nn.Module] = {}  # by whether the statistics are frozen
         self.step = 0
-        self.losses: list[float] = []  # of the epoch's steps so far
+        self.losses: list[Tensor] = []  # of the epoch's steps so far, on the device
         self.optimiser = self._new_optimiser()
         self.best = -1.0  # below the worst DSC: the first validation always writes a checkpoint
 
@@ -84,18 +87,16 @@ class Training:
         pairs = itertools.zip_longest(self.model.patients, model.patients, fillvalue=0)
         self.model = dataclasses.replace(self.model, patients=tuple(max(pair) for pair in pairs))
 
-    def learn(self, sample: Sample) -> float:
-        """One optimiser step on one volume; returns the loss."""
+    def learn(self, sample: Sample) -> Tensor:
+        """One optimiser step on one volume; returns the loss, a scalar on the device: a GPU is not waited for."""
         if self.step == second_stage_start(self.train):
             self.optimiser = self._new_optimiser()
         for group in self.optimiser.param_groups:
             group["lr"] = rate_at(self.step, self.train)
         self._set_mode()
         image = sample.image.to(self.device, memory_format=torch.channels_last_3d)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bfloat16"):
-            logits = self.network(image)
         loss = hybrid_loss(
-            logits,
+            self._forward(image)(image),
             sample.target.to(self.device),
             sample.annotated,
             class_weights=self.train.class_weights,
@@ -109,13 +110,38 @@ class Training:
         self.optimiser.step()
         self.step += 1
         self._follow()
-        return float(loss.detach())
+        return loss.detach()
+
+    def _forward(self, image: Tensor) -> nn.Module:
+        """What makes logits of this image: on a GPU a recording of it for full crops, the most frequent size.
+
+        The network's thousand small kernels take a GPU less time than Python takes to name them.
+        """
+        plain = _InPrecision(self.network, self.device, self.train.precision)
+        if self.device.type != "cuda" or tuple(image.shape[2:]) != self.train.crop:
+            return plain
+        frozen = self._statistics_are_frozen
+        if frozen not in self._recorded:
+            before = {name: value.clone() for name, value in self.network.state_dict().items()}
+            # The trials before a recording move the statistics.
+            self._recorded[frozen] = cast(nn.Module, torch.cuda.make_graphed_callables(plain, (image.clone(),)))
+            self.network.load_state_dict(before)
+        return self._recorded[frozen]
+
+    @property
+    def _statistics_are_frozen(self) -> bool:
+        return self.step >= self._frozen_from
+
+    @property
+    def _frozen_from(self) -> int:
+        return round(self.train.steps * (1 - self.train.frozen_norm_share))
 
     def _new_optimiser(self) -> torch.optim.Optimizer:
         """That of the stage which the step lies in, without a memory."""
         weights, train = self.network.parameters(), self.train
         if train.optimiser == "adamw":
-            return torch.optim.AdamW(weights, lr=train.learning_rate, weight_decay=train.weight_decay)
+            fused = self.device.type == "cuda"
+            return torch.optim.AdamW(weights, lr=train.learning_rate, weight_decay=train.weight_decay, fused=fused)
         if self.step < second_stage_start(train):
             return torch.optim.RMSprop(weights, lr=train.learning_rate, weight_decay=train.weight_decay)
         return torch.optim.SGD(weights, lr=train.second_rate, momentum=MOMENTUM, weight_decay=train.weight_decay)
@@ -127,10 +153,9 @@ class Training:
         served network does not have. What freezing gains has not been measured by itself.
         """
         self.network.train()
-        frozen_from = round(self.train.steps * (1 - self.train.frozen_norm_share))
-        if self.step == frozen_from:
+        if self.step == self._frozen_from:
             self.network.load_state_dict(self.average.state_dict())
-        if self.step >= frozen_from:
+        if self._statistics_are_frozen:
             for module in self.network.modules():
                 if isinstance(module, nn.BatchNorm3d):
                     module.eval()
@@ -148,7 +173,7 @@ class Training:
             tensors |= {f"optimiser.{index}.{k}": v.contiguous().cpu() for k, v in moments.items()}
         train = json.dumps(dataclasses.asdict(self.train), sort_keys=True)
         metadata = {"model": self.model.to_json(), "train": train, "step": str(self.step), "best": repr(self.best)}
-        metadata["losses"] = json.dumps(self.losses)
+        metadata["losses"] = json.dumps([float(loss) for loss in self.losses])
         write_whole(path, save(tensors, metadata=metadata), overwrite=True)
 
     def restore(self, path: Path) -> None:
@@ -172,7 +197,8 @@ class Training:
             network.load_state_dict(_with_prefix(tensors, prefix))
         self._count_patients_of(model)  # the checkpoint that the run began with may have had others
         self.step, self.best = int(metadata["step"]), float(metadata["best"])
-        self.losses = json.loads(metadata.get("losses", "[]"))  # states older than that lack them
+        losses = json.loads(metadata.get("losses", "[]"))  # states older than that lack them
+        self.losses[:] = [torch.tensor(loss, device=self.device) for loss in losses]
         self.optimiser = self._new_optimiser()
         if self.step == second_stage_start(self.train):
             return  # what was saved is the first stage's memory, of no use to the second
@@ -186,11 +212,36 @@ class Training:
         """Moves the averaged weights; early on they follow faster, so that they forget where they began."""
         keep = min(self.train.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            for mean, now in zip(self.average.state_dict().values(), self.network.state_dict().values(), strict=True):
-                if mean.is_floating_point():
-                    mean.lerp_(now, 1 - keep)
-                else:
-                    mean.copy_(now)
+            torch._foreach_lerp_(*self._floats, 1 - keep)  # one call for all: a GPU's step is as long as its calls
+            for mean, now in self._counts:
+                mean.copy_(now)
+
+
+class _InPrecision(nn.Module):
+    """A network that computes in a training's precision."""
+
+    def __init__(self, network: nn.Module, device: torch.device, precision: str) -> None:
+        super().__init__()
+        self.network = network
+        self._device_type = device.type
+        self._bfloat16 = precision == "bfloat16"
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Float (n, 1, z, y, x) -> logits."""
+        # Without the cache of converted weights, which a recording could not fill anew.
+        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._bfloat16, cache_enabled=False):
+            logits: Tensor = self.network(image)
+        return logits
+
+
+def _followed(
+    average: nn.Module, network: nn.Module
+) -> tuple[tuple[list[Tensor], list[Tensor]], list[tuple[Tensor, Tensor]]]:
+    """The averaged weights and those they follow, as two lists; and pairs of counts, which cannot be averaged."""
+    pairs = list(zip(average.state_dict().values(), network.state_dict().values(), strict=True))
+    floats = [pair for pair in pairs if pair[0].is_floating_point()]
+    counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+    return ([mean for mean, _ in floats], [now for _, now in floats]), counts
 
 
 def _same_but_patients(one: ModelConfig, other: ModelConfig) -> bool:
