@@ -1,16 +1,23 @@
 """What does each part of the paper give on this data? Its ablations, with seeds, in one table.
 
-    python -m benchmarks.ablations --data OPENKBP --steps 7000 --seeds 3          # for a GPU
+    python -m benchmarks.ablations --data OPENKBP --steps 7000 --seeds 3 --jobs 8 # for a GPU
     python -m benchmarks.ablations --phantoms 4 --steps 5 --seeds 2 --name ""                    # does it run?
 
 Zhu et al. compare squeeze-and-excitation, residual blocks, one or more down-samplings, the losses, and masks. Every
 variant changes one thing of AnatomyNet with the paper's loss (Dice + 0.5 x focal, masked); the rest of the recipe is
-the configuration's, so a variant is as good as these steps make it. Writes benchmarks/results/ablations.json.
+the configuration's, so a variant is as good as these steps make it. All variants run with the first seed, then with
+the next; benchmarks/results/ablations.json is written anew after every run, so that one cut short leaves what is done.
 """
 
+import pickle
+import signal
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +34,9 @@ from anatomynet.engine.data import Case, cut_to_body, cut_to_head_and_neck
 from anatomynet.engine.errors import DataError
 from anatomynet.engine.network import AnatomyNet, ResidualBlock, SqueezeExcitation
 from anatomynet.engine.survey import survey_cases
-from anatomynet.engine.train import phantom_case, samples, validate
-from anatomynet.engine.training import Training
+from anatomynet.engine.train import phantom_case, validate
 from benchmarks.common import machine, write_result
-from benchmarks.oar9_phantoms import FIRST_UNSEEN_SEED, with_structures_withheld
+from benchmarks.oar9_phantoms import FIRST_UNSEEN_SEED, device_name, trained, with_structures_withheld
 
 PAPER: dict[str, Any] = {"focal_weight": 0.5, "focal_gamma": 2.0, "missing": "mask", "class_weights": ()}
 
@@ -113,6 +119,7 @@ VARIANTS = (
 @click.option("--config", default="openkbp7", show_default=True, help="A shipped configuration, or a TOML file.")
 @click.option("--steps", type=click.IntRange(min=1), help="Instead of the configuration's.")
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Runs of each variant.")
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1), help="Runs at once, a process each.")
 @click.option("--variant", "chosen", multiple=True, help="Only this one; may be given again.")
 @click.option("--name", default="ablations", show_default=True, help="Of the JSON in benchmarks/results; '' is none.")
 @reports_errors
@@ -122,26 +129,29 @@ def main(
     config: str,
     steps: int | None,
     seeds: int,
+    jobs: int,
     chosen: tuple[str, ...],
     name: str,
 ) -> None:
     """Train every variant with every seed, and compare them on the validation cases."""
     model, train = load_config(config)
     train = replace(train, steps=steps or train.steps, **PAPER)
+    variants = [variant.name for variant in variants_named(chosen)]
     taught, held_out = cases_of(data, phantoms, model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = []
-    for variant in variants_named(chosen):
-        runs = []
-        for seed in range(train.seed, train.seed + seeds):
-            start = time.perf_counter()
-            scores = scores_of(variant, taught, held_out, model=model, train=replace(train, seed=seed), device=device)
-            runs.append({"seed": seed, "seconds": round(time.perf_counter() - start), "dice": scores})
-        rows.append({"variant": variant.name, **mean_and_spread(runs), "runs": runs})
-        click.echo(table_line(rows[-1], model))
-    if name:
-        about = {"data": str(data.resolve().name) if data else f"{phantoms} phantoms", "steps": train.steps}
-        write_result(name, {**machine(), "device": device.type, **about, "cases": len(taught), "variants": rows})
+    about = {"data": str(data.resolve().name) if data else f"{phantoms} phantoms", "steps": train.steps}
+    result = {**machine(), "device": device_name(device), **about, "cases": len(taught), "jobs": jobs}
+    planned = [(variant, seed) for seed in range(train.seed, train.seed + seeds) for variant in variants]
+    done: list[dict[str, Any]] = []
+    for run in finished_runs(Task(taught, held_out, model, train, device), planned, jobs):
+        done.append(run)
+        click.echo(f"{len(done)} of {len(planned)}  " + run_line(run))
+        if name:
+            state = {"complete": len(done) == len(planned), "planned": len(planned), "done": len(done)}
+            failed = [run for run in done if "failed" in run]
+            write_result(name, {**result, **state, "failed": failed, "variants": rows_of(done, variants)})
+    for row in rows_of(done, variants):
+        click.echo(table_line(row, model))
 
 
 def variants_named(names: Sequence[str]) -> list[Variant]:
@@ -176,24 +186,94 @@ def cases_of(data: Path | None, phantoms: int | None, model: ModelConfig) -> tup
     return with_structures_withheld(made[:count], seed=0), made[count:]
 
 
-def scores_of(
-    variant: Variant,
-    taught: list[Case],
-    held_out: list[Case],
-    *,
-    model: ModelConfig,
-    train: TrainConfig,
-    device: torch.device,
-) -> dict[str, float]:
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What all runs share: cases to learn from and to validate with, model, recipe, and device."""
+
+    taught: list[Case]
+    held_out: list[Case]
+    model: ModelConfig
+    train: TrainConfig
+    device: torch.device
+
+
+Planned = tuple[str, int]  # a variant's name and a seed
+
+
+def finished_runs(task: Task, planned: Sequence[Planned], jobs: int) -> Iterator[dict[str, Any]]:
+    """Each run as it ends, begun in the order planned; what failed says why, and the others go on."""
+    if jobs == 1:
+        yield from (run_of(task, one) for one in planned)
+        return
+    with tempfile.TemporaryDirectory() as folder, ended_by_sigterm():
+        file = Path(folder) / "task.pickle"
+        file.write_bytes(pickle.dumps(task))
+        # Not forked: each its own CUDA context. Not an executor, which a worker that is killed takes down.
+        with get_context("spawn").Pool(jobs, torch.set_num_threads, (1,)) as pool:
+            yield from pool.imap_unordered(partial(_run_of_file, file), planned)
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """A SIGTERM unwinds the stack, and with it ends the workers."""
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run_of_file(file: Path, one: Planned) -> dict[str, Any]:
+    return run_of(_task_of(file), one)
+
+
+@lru_cache(1)
+def _task_of(file: Path) -> Task:
+    task: Task = pickle.loads(file.read_bytes())
+    return task
+
+
+def run_of(task: Task, one: Planned) -> dict[str, Any]:
+    """One run: variant, seed, seconds, and the mean DSC of each structure; or why it failed, as CUDA tells it."""
+    (name, seed), start = one, time.perf_counter()
+    told: dict[str, Any]
+    try:
+        told = {"dice": scores_of(variants_named([name])[0], task, seed)}
+    except RuntimeError as error:
+        told = {"failed": str(error).splitlines()[0]}
+    return {"variant": name, "seed": seed, "seconds": round(time.perf_counter() - start), **told}
+
+
+def scores_of(variant: Variant, task: Task, seed: int) -> dict[str, float]:
     """Mean DSC of each structure that is validated, after one run."""
-    train = replace(train, **variant.train)
+    train, taught = replace(task.train, seed=seed, **variant.train), task.taught
     if variant.blind:
         taught = [replace(case, annotated=(True,) * len(case.annotated)) for case in taught]
-    training = Training(model, train, device, new_network=variant.new_network)
-    for sample in tqdm(samples(taught, model, train, first=0), total=train.steps, desc=variant.name, unit="step"):
-        training.learn(sample)
-    scores = validate(training.average, model, held_out, device)
+    training = trained(taught, task.model, train, task.device, new_network=variant.new_network)
+    scores = validate(training.average, task.model, task.held_out, task.device)
     return {name: round(float(np.mean(values)), 4) for name, values in scores.items() if values}
+
+
+def rows_of(done: Sequence[dict[str, Any]], variants: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each variant that has a run, in their order.
+
+    Means are over the seeds that every variant has done, so that a table cut short compares like with like; before
+    there is such a seed, over each variant's own.
+    """
+    runs = {variant: [run for run in done if run["variant"] == variant and "dice" in run] for variant in variants}
+    common = set.intersection(*({run["seed"] for run in of_one} for of_one in runs.values()))
+    rows = []
+    for variant, of_one in runs.items():
+        if of_one:
+            counted = sorted(
+                (run for run in of_one if run["seed"] in common or not common), key=lambda run: run["seed"]
+            )
+            rows.append({"variant": variant, **mean_and_spread(counted), "runs": of_one})
+    return rows
 
 
 def mean_and_spread(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -201,10 +281,17 @@ def mean_and_spread(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     mean of each structure."""
     means = [float(np.mean(list(run["dice"].values()))) for run in runs]
     return {
+        "seeds": [run["seed"] for run in runs],
         "dice": round(float(np.mean(means)), 4),
         "spread": round(float(np.std(means, ddof=1)), 4) if len(means) > 1 else None,
         "structures": {name: round(float(np.mean([run["dice"][name] for run in runs])), 4) for name in runs[0]["dice"]},
     }
+
+
+def run_line(run: dict[str, Any]) -> str:
+    """One run: what, how long, and its mean DSC or what went wrong."""
+    outcome = run["failed"] if "failed" in run else f"{np.mean(list(run['dice'].values())):.3f}"
+    return f"{run['variant']}, seed {run['seed']}, {run['seconds']} s: {outcome}"
 
 
 def table_line(row: dict[str, Any], model: ModelConfig) -> str:

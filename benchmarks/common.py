@@ -15,6 +15,8 @@ from typing import Any
 
 import click
 
+from anatomynet.engine.output import write_whole
+
 BIN = Path(sys.executable).parent
 RESULTS_VARIABLE = "ANATOMYNET_BENCHMARK_RESULTS"  # another folder for what is written
 RESULTS = Path(os.environ.get(RESULTS_VARIABLE) or Path(__file__).resolve().parent / "results")
@@ -97,6 +99,10 @@ def table_lines(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list
 
 
 def write_result(name: str, result: dict[str, Any]) -> None:
-    """Writes benchmarks/results/NAME.json."""
+    """Writes benchmarks/results/NAME.json, whole or not at all: it may be written again as more comes in.
+
+    Raises:
+        OutputError: it could not be written.
+    """
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_whole(RESULTS / f"{name}.json", (json.dumps(result, indent=2) + "\n").encode(), overwrite=True)

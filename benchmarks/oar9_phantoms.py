@@ -1,14 +1,15 @@
 """Does `oar9` learn all nine organs from cases of which none has all? On phantoms, where every truth is known.
 
-    python -m benchmarks.oar9_phantoms                                   # native resolution: for a GPU
+    python -m benchmarks.oar9_phantoms [--minutes 5]                     # native resolution: for a GPU
     python -m benchmarks.oar9_phantoms --steps 20 --cases 4 --unseen 1 --spacing 3 --name ""      # does it run?
 
 Every training phantom keeps a random part of its nine contours, never all; unseen phantoms are drawn by the same
 `segment` that serves. The goals: mean DSC 0.90 for the large organs, 0.80 for chiasm and optic nerves.
 """
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
@@ -17,12 +18,14 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from anatomynet.engine.command import reports_errors
 from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
-from anatomynet.engine.data import Case
+from anatomynet.engine.data import Case, cut_to_body
 from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.network import AnatomyNet
 from anatomynet.engine.phantom import make_phantom
 from anatomynet.engine.runtime import available_cores
 from anatomynet.engine.train import samples, validate
@@ -51,6 +54,7 @@ TRAIN = TrainConfig(
     class_weights=(1.0, 1.0, 2.0, 1.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0),
     ema_decay=0.995,
 )
+PLANNED_EVERY = 100  # steps, where the time is limited
 
 
 @click.command()
@@ -58,12 +62,13 @@ TRAIN = TrainConfig(
 @click.option("--cases", default=64, show_default=True, type=click.IntRange(min=1), help="Phantoms to learn from.")
 @click.option("--unseen", default=12, show_default=True, type=click.IntRange(min=1), help="Phantoms to be drawn.")
 @click.option("--spacing", default=1.0, show_default=True, help="mm in plane; slices are twice as far apart.")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Fewer steps, if they took longer.")
 @click.option("--missing", type=click.Choice(["mask", "marginal"]), default="marginal", show_default=True)
 @click.option(
     "--name", default="oar9_phantoms", show_default=True, help="Of the JSON in benchmarks/results; '' is none."
 )
 @reports_errors
-def main(steps: int, cases: int, unseen: int, spacing: float, missing: str, name: str) -> None:
+def main(steps: int, cases: int, unseen: int, spacing: float, minutes: float | None, missing: str, name: str) -> None:
     """Train oar9 on phantoms with structures withheld, and measure it on unseen ones."""
     model = model_at_spacing(load_config("oar9")[0], spacing)
     train = replace(TRAIN, steps=steps, missing=missing, focal_weight=FOCAL_WEIGHTS[missing])
@@ -72,18 +77,19 @@ def main(steps: int, cases: int, unseen: int, spacing: float, missing: str, name
     with ProcessPoolExecutor(available_cores()) as pool:
         made = pool.map(partial(phantom, model), seeds)
         phantoms = list(tqdm(made, total=len(seeds), desc="phantoms"))
-    taught = with_structures_withheld(phantoms[:cases], seed=train.seed)
+    taught = [cut_to_body(case) for case in with_structures_withheld(phantoms[:cases], seed=train.seed)]
     start = time.perf_counter()
-    training = trained(taught, model, train, device)
+    training = trained(taught, model, train, device, seconds=60 * minutes if minutes else math.inf)
     seconds = time.perf_counter() - start
     scores = validate(training.average, model, phantoms[cases:], device)
     rows = [row_of(structure, scores[structure], taught, model) for structure in model.structures]
     for row in rows:
         click.echo("  ".join(f"{key} {value}" for key, value in row.items()))
-    click.echo(f"{steps} steps in {seconds:.0f} s on {device_name(device)}")
+    click.echo(f"{training.step} steps in {seconds:.0f} s on {device_name(device)}")
     if name:
-        result = {**machine(), "device": device_name(device), "seconds": round(seconds), "structures": rows}
-        write_result(name, {**result, "cases": cases, "unseen": unseen, "spacing": spacing, "train": asdict(train)})
+        result = {**machine(), "device": device_name(device), "seconds": round(seconds), "steps": training.step}
+        about = {"cases": cases, "unseen": unseen, "spacing": spacing, "train": asdict(training.train)}
+        write_result(name, {**result, "structures": rows, **about})
 
 
 def model_at_spacing(model: ModelConfig, in_plane: float) -> ModelConfig:
@@ -117,12 +123,38 @@ def with_structures_withheld(cases: Sequence[Case], *, seed: int, kept_share: fl
     return chosen
 
 
-def trained(cases: list[Case], model: ModelConfig, train: TrainConfig, device: torch.device) -> Training:
-    """The training after its last step."""
-    training = Training(model, train, device)
-    for sample in tqdm(samples(cases, model, train, first=0), total=train.steps, unit="step"):
-        training.learn(sample)
+def trained(
+    cases: list[Case],
+    model: ModelConfig,
+    train: TrainConfig,
+    device: torch.device,
+    *,
+    new_network: Callable[[int], nn.Module] = AnatomyNet,
+    seconds: float = math.inf,
+) -> Training:
+    """The training after its last step; where the seconds do not suffice for all, fewer are planned as it goes."""
+    training = Training(model, train, device, new_network=new_network)
+    start = time.perf_counter()
+    with tqdm(total=train.steps, unit="step", disable=None) as bar:
+        for sample in samples(cases, model, train, first=0):
+            training.learn(sample)
+            bar.update()
+            spent = time.perf_counter() - start
+            if training.step >= training.train.steps or spent > seconds:
+                break
+            if seconds < math.inf and training.step % PLANNED_EVERY == 0:
+                training.train = replace(train, steps=planned_steps(training, train.steps, seconds / spent))
     return training
+
+
+def planned_steps(training: Training, most: int, share: float) -> int:
+    """How many steps fit, at the pace so far, into a time of which the share 1 / `share` is spent.
+
+    The plan stays once the normalisation is frozen, or where it would be frozen in what has been.
+    """
+    now, unfrozen = training.train.steps, 1 - training.train.frozen_norm_share
+    fits = min(most, int(training.step * share))
+    return fits if training.step < round(now * unfrozen) and training.step < round(fits * unfrozen) else now
 
 
 def row_of(structure: str, scores: list[float], taught: list[Case], model: ModelConfig) -> dict[str, Any]:

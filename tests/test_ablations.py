@@ -1,8 +1,12 @@
 """Each variant is AnatomyNet but for one thing, learns, and lands in one table with mean and spread."""
 
 import json
+import os
+import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +23,14 @@ from benchmarks import ablations, common
 from benchmarks.ablations import (
     PAPER,
     VARIANTS,
+    Task,
     TwoDownSamplings,
     Variant,
+    ended_by_sigterm,
     mean_and_spread,
+    rows_of,
+    run_line,
+    run_of,
     scores_of,
     table_line,
     variants_named,
@@ -74,17 +83,25 @@ def test_every_variant_answers_at_the_size_it_was_asked(variant: Variant, shape:
     assert same == (variant.new_network is AnatomyNet)
 
 
+def task() -> Task:
+    return Task([case()], [case()], MODEL, TRAIN, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 def test_every_variant_learns(variant: Variant) -> None:
-    scores = scores_of(variant, [case()], [case()], model=MODEL, train=TRAIN, device=torch.device("cpu"))
+    scores = scores_of(variant, task(), 1)
     assert scores.keys() == {"Parotid_L"}  # the other is not annotated where it is validated
     assert 0 <= scores["Parotid_L"] <= 1
 
 
+def run(variant: str, seed: int, dice: dict[str, float]) -> dict[str, Any]:
+    return {"variant": variant, "seed": seed, "seconds": 1, "dice": dice}
+
+
 def test_mean_and_spread_by_hand() -> None:
-    runs = [{"dice": {"Larynx": 0.4, "Chiasm": 0.6}}, {"dice": {"Larynx": 0.6, "Chiasm": 0.8}}]
+    runs = [run("x", 1, {"Larynx": 0.4, "Chiasm": 0.6}), run("x", 2, {"Larynx": 0.6, "Chiasm": 0.8})]
     row = mean_and_spread(runs)
-    assert row == {"dice": 0.6, "spread": 0.1414, "structures": {"Larynx": 0.5, "Chiasm": 0.7}}
+    assert row == {"seeds": [1, 2], "dice": 0.6, "spread": 0.1414, "structures": {"Larynx": 0.5, "Chiasm": 0.7}}
     assert mean_and_spread(runs[:1])["spread"] is None
     line = table_line({"variant": "x", **row}, replace(MODEL, structures=("Larynx", "Chiasm")))
     assert line.split() == ["x", "0.600", "±", "0.141", "Larynx", "0.500", "Chiasm", "0.700"]
@@ -96,17 +113,71 @@ def test_an_unknown_variant_is_refused() -> None:
         variants_named(["no mask"])
 
 
-def test_one_table_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seeds_that_not_all_variants_have_are_not_counted() -> None:
+    done = [run("a", 1, {"Larynx": 0.2}), run("b", 1, {"Larynx": 0.4}), run("b", 2, {"Larynx": 0.8})]
+    rows = rows_of(done, ["b", "a"])
+    assert [(row["variant"], row["seeds"], row["dice"], len(row["runs"])) for row in rows] == [
+        ("b", [1], 0.4, 2),
+        ("a", [1], 0.2, 1),
+    ]
+    assert [row["variant"] for row in rows_of(done[1:], ["b", "a"])] == ["b"]
+    assert rows_of(done[1:], ["b", "a"])[0]["seeds"] == [1, 2]  # no seed is common yet
+
+
+def test_a_run_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(ablations, "scores_of", full)
+    failed = run_of(task(), ("no masks", 7))
+    assert failed == {"variant": "no masks", "seed": 7, "seconds": 0, "failed": "CUDA out of memory."}
+    assert run_line(failed) == "no masks, seed 7, 0 s: CUDA out of memory."
+    assert rows_of([failed], ["no masks"]) == []
+
+
+def test_sigterm_unwinds_the_stack() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left, ended_by_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+NAMES = ["as published", "Dice alone"]
+ARGUMENTS = ["--phantoms", "2", "--seeds", "2", *(part for name in NAMES for part in ("--variant", name))]
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(ablations, "cases_of", lambda *_: ([case()], [case()]))
     monkeypatch.setattr(ablations, "load_config", lambda _: (MODEL, TRAIN))
-    names = ["as published", "Dice alone"]
-    arguments = ["--phantoms", "2", "--seeds", "2", *(part for name in names for part in ("--variant", name))]
-    outcome = CliRunner().invoke(ablations.main, arguments)
+    return tmp_path / "ablations.json"
+
+
+def test_what_is_cut_short_leaves_what_is_done(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_short(_: Task, planned: list[tuple[str, int]], __: int) -> Iterator[dict[str, Any]]:
+        yield from (run(name, seed, {"Larynx": 0.5}) for name, seed in planned[:3])
+        raise SystemExit(143)
+
+    monkeypatch.setattr(ablations, "finished_runs", cut_short)
+    assert CliRunner().invoke(ablations.main, ARGUMENTS).exit_code == 143
+    written = json.loads(results.read_text())
+    assert (written["complete"], written["done"], written["planned"]) == (False, 3, 4)
+    assert [[one["seed"] for one in row["runs"]] for row in written["variants"]] == [[1808, 1809], [1808]]
+    assert [row["seeds"] for row in written["variants"]] == [[1808], [1808]]
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_one_table_is_written(results: Path, jobs: str) -> None:
+    outcome = CliRunner().invoke(ablations.main, [*ARGUMENTS, "--jobs", jobs])
     assert outcome.exit_code == 0, outcome.output
-    written = json.loads((tmp_path / "ablations.json").read_text())
-    assert [row["variant"] for row in written["variants"]] == names
-    assert [[run["seed"] for run in row["runs"]] for row in written["variants"]] == [[1808, 1809]] * 2
+    assert outcome.output.count(" of 4  ") == 4
+    written = json.loads(results.read_text())
+    assert written["complete"]
+    assert written["failed"] == []
+    assert [row["variant"] for row in written["variants"]] == NAMES
+    assert [row["seeds"] for row in written["variants"]] == [[1808, 1809]] * 2
 
 
 def test_phantoms_or_a_folder() -> None:

@@ -4,6 +4,8 @@ The small version of benchmarks/oar9_phantoms.py: three structures at 6 mm, one 
 """
 
 from dataclasses import replace
+from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ from anatomynet.engine.data import Case
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.phantom import make_phantom
 from anatomynet.engine.train import validate
+from anatomynet.engine.training import Training
 from anatomynet.engine.volume import CTVolume
-from benchmarks.oar9_phantoms import FIRST_UNSEEN_SEED, trained, with_structures_withheld
+from benchmarks import oar9_phantoms
+from benchmarks.oar9_phantoms import FIRST_UNSEEN_SEED, planned_steps, trained, with_structures_withheld
 
 SPACING = (6.0, 6.0, 6.0)
 MODEL = ModelConfig("small", ("Mandible", "Parotid_L", "Parotid_R"), 1, SPACING, SPACING, (-250.0, 550.0))
@@ -92,3 +96,26 @@ def test_some_structures_are_withheld_never_all_and_never_none() -> None:
         kept = [i + 1 for i, known in enumerate(other.annotated) if known]
         assert set(np.unique(other.labels)) == {0, *kept}
         assert np.array_equal(other.labels > 0, np.isin(case.labels, kept))
+
+
+def test_where_time_is_short_the_plan_shrinks_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is one that shows a second more at every look: a step takes a second."""
+    monkeypatch.setattr(oar9_phantoms, "PLANNED_EVERY", 2)
+    monkeypatch.setattr(oar9_phantoms, "time", SimpleNamespace(perf_counter=count().__next__))
+    train = replace(TRAIN, steps=10_000, crop=(8, 8, 8), whole_share=0.0, precision="float32")
+    training = trained([jaw(0)], MODEL, train, torch.device("cpu"), seconds=8)
+    assert (training.step, training.train.steps) == (8, 8)
+    training = trained([jaw(0)], MODEL, replace(train, steps=3), torch.device("cpu"), seconds=1000)
+    assert (training.step, training.train.steps) == (3, 3)
+    training = trained([jaw(0)], MODEL, train, torch.device("cpu"), seconds=1)  # over before there is a plan
+    assert (training.step, training.train.steps) == (2, 10_000)
+
+
+def test_planned_steps_by_hand() -> None:
+    training = Training(MODEL, replace(TRAIN, steps=1000, frozen_norm_share=0.5), torch.device("cpu"))
+    training.step = 100
+    assert planned_steps(training, 1000, 6.0) == 600  # a sixth of the time is spent
+    assert planned_steps(training, 1000, 60.0) == 1000  # never more than were asked for
+    assert planned_steps(training, 1000, 1.5) == 1000  # would be frozen from step 75, which is past: the time ends it
+    training.step = 500
+    assert planned_steps(training, 1000, 1.9) == 1000  # is frozen already
