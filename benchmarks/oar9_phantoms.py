@@ -136,7 +136,7 @@ def trained(
     training = Training(model, train, device, new_network=new_network)
     start = time.perf_counter()
     with tqdm(total=train.steps, unit="step", disable=None) as bar:
-        for sample in samples(cases, model, train, first=0):
+        for sample in samples(cases, model, train, first=0, device=device):
             training.learn(sample)
             bar.update()
             spent = time.perf_counter() - start
