@@ -211,6 +211,8 @@ def finished_runs(task: Task, planned: Sequence[Planned], jobs: int) -> Iterator
         # Not forked: each its own CUDA context. Not an executor, which a worker that is killed takes down.
         with get_context("spawn").Pool(jobs, torch.set_num_threads, (1,)) as pool:
             yield from pool.imap_unordered(partial(_run_of_file, file), planned)
+            pool.close()
+            pool.join()
 
 
 @contextmanager
