@@ -39,6 +39,7 @@ from benchmarks.common import machine, write_result
 from benchmarks.oar9_phantoms import FIRST_UNSEEN_SEED, device_name, trained, with_structures_withheld
 
 PAPER: dict[str, Any] = {"focal_weight": 0.5, "focal_gamma": 2.0, "missing": "mask", "class_weights": ()}
+PATIENTS = {"phantom_share": 0.0}  # alone
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def main(
 ) -> None:
     """Train every variant with every seed, and compare them on the validation cases."""
     model, train = load_config(config)
-    train = replace(train, steps=steps or train.steps, **PAPER)
+    train = replace(train, steps=steps or train.steps, **PAPER, **PATIENTS)
     variants = [variant.name for variant in variants_named(chosen)]
     taught, held_out = cases_of(data, phantoms, model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -70,11 +70,12 @@ class Augmentation:
         held = self._hold(case)
         whole = random.random() < self.train.whole_share
         sides = case.labels.shape
-        size = sides if whole else tuple(int(side) for side in np.minimum(self.train.crop, sides))
+        size = sides if whole else self._crop_size(sides)
         centre = np.array(sides) / 2 if whole else held.crop_centre(around, random)
         view = _View(centre, size, flipped=bool(random.random() < 0.5))
         noise = torch.Generator(self.device).manual_seed(int(random.integers(2**62)))
         if self.train.augmentation == "volumetric":
+            view = view.inside(sides)
             image, target = self._sampled(held, _volumetric_grid(view, held, random))
             image = _other_greys(image, random, noise)
         else:
@@ -87,6 +88,11 @@ class Augmentation:
             # A structure without its partner in the model: what lies there now has no contours.
             annotated = tuple(label > 0 and annotated[label - 1] for label in self.mirror[1:].tolist())
         return Sample(image.clamp(-1, 1)[None, None], target, annotated)
+
+    def _crop_size(self, sides: tuple[int, ...]) -> tuple[int, ...]:
+        """Of a crop's own size also where the case is smaller, there is air around: a GPU records one size."""
+        depth, height, width = self.train.crop
+        return (depth if self.train.augmentation == "volumetric" else min(depth, sides[0]), height, width)
 
     def _hold(self, case: Case) -> "_Held":
         held = self._held.get(case)
@@ -120,6 +126,11 @@ class _View(NamedTuple):
     centre: Vector
     size: tuple[int, ...]
     flipped: bool
+
+    def inside(self, sides: tuple[int, ...]) -> "_View":
+        """Moved so that no more air than must be is seen, as it is in the box that serving computes."""
+        half = np.minimum(self.size, sides) / 2
+        return self._replace(centre=np.clip(self.centre, half, np.array(sides) - half))
 
 
 @dataclass(frozen=True, eq=False)

@@ -130,7 +130,7 @@ class TrainConfig:
         precision: "bfloat16" computes convolutions in it; twice as fast on GPUs and on CPUs with AVX512-BF16.
         augmentation: "in-plane" is the paper's affine and elastic, the same on every slice (section 3.1); "volumetric"
             also stretches and tilts along the slices, and changes sharpness and grey values.
-        crop: voxels (z, y, x) of a training crop at the network's resolution; the whole body box where smaller.
+        crop: voxels (z, y, x) of a training crop at the network's resolution, in plane with air around a smaller case.
         whole_share: share of steps that see the whole body box instead of a crop.
         phantom_share: share of steps on synthetic phantoms.
         balanced_share: share of the other steps that choose a structure first, as likely as its class weight, then a

@@ -43,7 +43,7 @@ from anatomynet.engine.training import Training
 LOADERS = max(1, min(4, available_cores() // 4))
 AHEAD = LOADERS + 2  # samples kept ready
 PHANTOM_SHAPE = (112, 128, 128)  # (z, y, x), as a planning CT reduced 4 x 4 in plane
-PHANTOMS = 128  # different ones in a run; they take 0.2 GB
+PHANTOMS = 64  # different ones in a run; they take 0.1 GB
 NOTED_STEPS = 50  # between two looks at the loss, for which a GPU must be waited
 
 

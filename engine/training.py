@@ -57,6 +57,7 @@ class Training:
         self.average = _channels_last(new_network(model.classes).to(device)).eval()
         self.average.load_state_dict(self.network.state_dict())
         self._floats, self._counts = _followed(self.average, self.network)
+        self._set_frozen: bool | None = None  # as the network's modules are
         self._recorded: dict[bool, nn.Module] = {}  # by whether the statistics are frozen
         self.step = 0
         self.losses: list[Tensor] = []  # of the epoch's steps so far, on the device
@@ -152,13 +153,15 @@ class Training:
         With one volume a batch, a layer that normalises by the batch sees each volume by its own statistics, which the
         served network does not have. What freezing gains has not been measured by itself.
         """
-        self.network.train()
         if self.step == self._frozen_from:
             self.network.load_state_dict(self.average.state_dict())
-        if self._statistics_are_frozen:
+        frozen = self._statistics_are_frozen
+        if frozen != self._set_frozen:  # asking every module takes longer than many a kernel
+            self.network.train()
             for module in self.network.modules():
                 if isinstance(module, nn.BatchNorm3d):
-                    module.eval()
+                    module.train(not frozen)
+            self._set_frozen = frozen
 
     def save(self, path: Path) -> None:
         """Writes the state, whole or not at all; `restore` reads it.

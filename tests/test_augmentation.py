@@ -154,16 +154,17 @@ sides = st.tuples(st.integers(8, 20), st.integers(8, 40), st.integers(8, 40))
 
 
 @settings(deadline=None, max_examples=40)
-@given(shape=sides, crop=sides, whole=st.booleans(), seed=st.integers(0, 1000))
+@given(shape=sides, crop=sides, whole=st.booleans(), kind=st.sampled_from(KINDS), seed=st.integers(0, 1000))
 def test_samples_are_finite_and_of_the_announced_shape(
-    shape: tuple[int, int, int], crop: tuple[int, int, int], whole: bool, seed: int
+    shape: tuple[int, int, int], crop: tuple[int, int, int], whole: bool, kind: str, seed: int
 ) -> None:
     random = np.random.default_rng(seed)
     hu = random.integers(-1024, 3000, shape).astype(np.int16)
     labels = random.integers(0, 4, shape).astype(np.uint8) * bool(seed % 3)  # every third case is empty
     case = Case("any", CTVolume(hu, VolumeGeometry(shape, (1.5, 1.5, 2.5))), labels, (True, True, True))
-    sample = draw(case, seed, crop=crop, whole_share=float(whole))
-    expected = shape if whole else tuple(np.minimum(crop, shape))
+    sample = draw(case, seed, crop=crop, whole_share=float(whole), augmentation=kind)
+    # In plane, slices are not made up.
+    expected = shape if whole else (crop[0] if kind == "volumetric" else min(crop[0], shape[0]), *crop[1:])
     assert sample.image.shape == (1, 1, *expected)
     assert sample.target.shape == expected
     assert (sample.image.dtype, sample.target.dtype) == (torch.float32, torch.int64)
