@@ -39,7 +39,7 @@ from benchmarks.common import machine, write_result
 from benchmarks.oar9_phantoms import FIRST_UNSEEN_SEED, device_name, trained, with_structures_withheld
 
 PAPER: dict[str, Any] = {"focal_weight": 0.5, "focal_gamma": 2.0, "missing": "mask", "class_weights": ()}
-PATIENTS = {"phantom_share": 0.0}  # alone
+PATIENTS: dict[str, Any] = {"phantom_share": 0.0}  # alone
 
 
 @dataclass(frozen=True)

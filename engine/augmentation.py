@@ -62,7 +62,8 @@ class Augmentation:
         self.model = model
         self.train = train
         self.device = torch.device(device)
-        self.mirror = torch.tensor(mirrored_labels(model.structures), device=self.device)
+        self._mirrored = mirrored_labels(model.structures)
+        self._mirror = torch.tensor(self._mirrored, device=self.device)
         self._held: WeakKeyDictionary[Case, _Held] = WeakKeyDictionary()
 
     def draw(self, case: Case, around: int | None = None, *, random: np.random.Generator) -> Sample:
@@ -84,9 +85,9 @@ class Augmentation:
             image = _noisy(image, random.uniform(0, LARGEST_NOISE), noise)
         annotated = case.annotated
         if view.flipped:
-            target = self.mirror[target]
+            target = self._mirror[target]
             # A structure without its partner in the model: what lies there now has no contours.
-            annotated = tuple(label > 0 and annotated[label - 1] for label in self.mirror[1:].tolist())
+            annotated = tuple(label > 0 and annotated[label - 1] for label in self._mirrored[1:])
         return Sample(image.clamp(-1, 1)[None, None], target, annotated)
 
     def _crop_size(self, sides: tuple[int, ...]) -> tuple[int, ...]:

@@ -127,7 +127,8 @@ class TrainConfig:
         class_weights: of the loss, background first, one a class; empty for all ones.
         missing: "mask" drops the terms of what is not annotated, the background with it (section 2.4); "marginal"
             counts what is not annotated as background, so that the background still teaches.
-        precision: "bfloat16" computes convolutions in it; twice as fast on GPUs and on CPUs with AVX512-BF16.
+        precision: "bfloat16" computes convolutions in it, twice as fast on GPUs and on CPUs with AVX512-BF16; "float32"
+            where a CPU has no AVX-512.
         augmentation: "in-plane" is the paper's affine and elastic, the same on every slice (section 3.1); "volumetric"
             also stretches and tilts along the slices, and changes sharpness and grey values.
         crop: voxels (z, y, x) of a training crop at the network's resolution, in plane with air around a smaller case.

@@ -30,6 +30,7 @@ from anatomynet.engine.data import Case, cut_to_body
 from anatomynet.engine.geometry import Index, Point
 from anatomynet.engine.network import normalised_from_hu
 from anatomynet.engine.postprocess import drop_strays
+from anatomynet.engine.precision import in_bfloat16
 from anatomynet.engine.preprocess import body_box, prepare
 from anatomynet.engine.region import (
     FACES,
@@ -117,7 +118,7 @@ def drawn_mask(case: Case, network: nn.Module, model: ModelConfig) -> Mask:
     start, stop = body_box(case.volume.hu, in_plane_stride=1)
     body = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
     image = normalised_from_hu(torch.from_numpy(case.volume.hu[body]), model.hu_window)[None, None]
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):  # a target needs no more
+    with torch.inference_mode(), in_bfloat16("cpu"):  # a target needs no more
         drawn = network(image)[0].argmax(dim=0).to(torch.uint8).numpy()
     mask = np.zeros(case.labels.shape, np.bool_)
     mask[body] = drop_strays(drawn) > 0
@@ -190,7 +191,7 @@ def learn(
             random = np.random.default_rng((SEED, step))
             source = phantoms if random.random() < PHANTOM_SHARE else cases
             given, target = sample_of(source[int(random.integers(len(source)))], config, random)
-            with torch.autocast("cpu", torch.bfloat16):
+            with in_bfloat16("cpu"):
                 logits = network(given.contiguous(memory_format=torch.channels_last_3d))
             loss = loss_of(logits.float(), target)
             optimiser.zero_grad()

@@ -24,6 +24,7 @@ from anatomynet.engine.errors import ModelError
 from anatomynet.engine.losses import hybrid_loss
 from anatomynet.engine.network import AnatomyNet
 from anatomynet.engine.output import write_whole
+from anatomynet.engine.precision import in_bfloat16
 
 LARGEST_GRADIENT = 12.0
 MOMENTUM = 0.9  # of the paper's second stage (section 3.1)
@@ -231,8 +232,7 @@ class _InPrecision(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Float (n, 1, z, y, x) -> logits."""
-        # Without the cache of converted weights, which a recording could not fill anew.
-        with torch.autocast(self._device_type, torch.bfloat16, enabled=self._bfloat16, cache_enabled=False):
+        with in_bfloat16(self._device_type, wanted=self._bfloat16):
             logits: Tensor = self.network(image)
         return logits
 
