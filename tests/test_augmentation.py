@@ -1,5 +1,6 @@
 """Augmentation keeps image, labels and sides together, in plane and in the volume."""
 
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from anatomynet.engine import augmentation
 from anatomynet.engine.augmentation import Augmentation, Sample
@@ -189,3 +191,41 @@ def test_outside_the_volume_is_air(kind: str) -> None:
             assert sample.image[0, 0][outside].median() < -0.5
             return
     pytest.fail("no sample looked over the edge")
+
+
+BALL_MM = 9.0
+
+
+def extents(seed: int) -> NDArray[np.float64]:
+    """Standard deviations (z, y, x), mm, of a ball that a sample shows whole."""
+    geometry = VolumeGeometry((24, 40, 40), (1.5, 1.5, 2.5))
+    places = np.indices(geometry.shape) * np.array((2.5, 1.5, 1.5))[:, None, None, None]
+    middle = np.array((30.0, 30.0, 30.0))[:, None, None, None]
+    labels = (((places - middle) ** 2).sum(axis=0) <= BALL_MM**2).astype(np.uint8)
+    hu = np.where(labels, 100, -100).astype(np.int16)
+    sample = draw(Case("ball", CTVolume(hu, geometry), labels, (True,) * 3), seed, augmentation="volumetric")
+    found = np.argwhere(sample.target.numpy()) * (2.5, 1.5, 1.5)
+    return np.asarray(found.std(axis=0))
+
+
+@pytest.mark.parametrize("longer", [1.0, 1.25])
+def test_turns_are_of_millimetres_and_only_slices_stretch(monkeypatch: pytest.MonkeyPatch, longer: float) -> None:
+    """Voxels are longer than wide: a ball that is tilted by voxels would become an egg."""
+    fixed = {"SCALES": (1.0, 1.0), "SLICE_SCALES": (longer, longer), "ASPECT": 0.0, "ELASTIC_SHARE": 0.0}
+    for name, value in {**fixed, "FOREGROUND_SHARE": 1.0}.items():
+        monkeypatch.setattr(augmentation, name, value)
+    for seed in SEEDS[::4]:
+        z, y, x = extents(seed)
+        assert y == pytest.approx(BALL_MM / np.sqrt(5), rel=0.06)
+        assert x == pytest.approx(BALL_MM / np.sqrt(5), rel=0.06)
+        assert z == pytest.approx(longer * BALL_MM / np.sqrt(5), rel=0.08)
+
+
+def test_what_is_held_of_a_case_goes_with_it() -> None:
+    drawn = Augmentation(MODEL, TrainConfig(crop=(16, 40, 40)))
+    case = head()
+    drawn.draw(case, random=np.random.default_rng(0))
+    assert len(drawn._held) == 1
+    del case
+    gc.collect()
+    assert len(drawn._held) == 0
