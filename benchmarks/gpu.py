@@ -25,6 +25,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from benchmarks.padded import padded_network
 from torch import Tensor, nn
 
 from anatomynet.client.triton import TritonRuntime
@@ -37,7 +38,6 @@ from anatomynet.export.onnx import export_onnx, folded
 from anatomynet.export.repository import write_repository
 from anatomynet.export.triton_models import python_model
 from benchmarks.common import machine, write_result
-from benchmarks.padded import padded_network
 from benchmarks.served import percentiles, phantom_hu
 from tests.triton_servers import running_server
 
