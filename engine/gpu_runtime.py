@@ -77,15 +77,20 @@ class GpuRuntime:
         check_input(hu, self.model)
         try:
             with self._lock, torch.inference_mode(), self._cudnn():
-                labels, confidence = self.compute(self._uploaded(hu))
+                labels, confidence = self._computed(self._uploaded(hu))
                 return self._downloaded(labels), confidence.cpu().numpy()
         except RuntimeError as error:  # out of memory too
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             raise failed(hu, self.description, error) from error
 
-    def compute(self, hu: Tensor) -> tuple[Tensor, Tensor]:
-        """CT, int16 (z, y, x), on the device -> LABEL_MAP and CONFIDENCE there; in inference mode."""
+    def labels_on_device(self, hu: Tensor) -> Tensor:
+        """CT, int16 (z, y, x), on the device -> LABEL_MAP there; CONFIDENCE is computed too. For who times it."""
+        with torch.inference_mode(), self._cudnn():
+            return self._computed(hu)[0]
+
+    def _computed(self, hu: Tensor) -> tuple[Tensor, Tensor]:
+        """CT, int16 (z, y, x), on the device -> LABEL_MAP and CONFIDENCE there."""
         blocks = self._network.blocks_of(self._grid.network_input_from_hu(hu))
         features = self._network.features(blocks)
         if self.model.in_plane_stride == 1:
