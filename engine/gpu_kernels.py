@@ -59,14 +59,14 @@ def _combine(
 @triton.jit(do_not_specialize=["count"])
 def _channel_sums(rows, sums, count, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     channel = tl.arange(0, WIDTH)
-    total = tl.zeros((WIDTH,), tl.float32)
+    total = tl.zeros((BLOCK, WIDTH), tl.float32)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     for start in range(first, count, tl.num_programs(0) * BLOCK):
         row = start + tl.arange(0, BLOCK)
         inside = (row < count)[:, None] & (channel < CHANNELS)[None, :]
         place = row[:, None] * CHANNELS + channel[None, :]
-        total += tl.sum(tl.load(rows + place, mask=inside, other=0.0).to(tl.float32), axis=0)
-    tl.store(sums + tl.program_id(0) * WIDTH + channel, total)
+        total += tl.load(rows + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(sums + tl.program_id(0) * WIDTH + channel, tl.sum(total, axis=0))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -94,7 +94,7 @@ def _border_sums(
     # A program has one slice, ROWS rows of it, and all columns in pieces of BLOCK.
     z, first_y = tl.program_id(0), tl.program_id(1) * ROWS
     label_of = tl.arange(0, WIDTH)
-    total, count = tl.zeros((WIDTH,), tl.float32), tl.zeros((WIDTH,), tl.float32)
+    total, count = tl.zeros((BLOCK, WIDTH), tl.float32), tl.zeros((BLOCK, WIDTH), tl.float32)
     for y in range(first_y, tl.minimum(first_y + ROWS, height)):
         for first_x in range(0, width, BLOCK):
             x = first_x + tl.arange(0, BLOCK)
@@ -112,11 +112,11 @@ def _border_sums(
                         differs |= known & (other != own)
             weight = tl.where(differs, tl.load(top + here, mask=inside, other=0.0), 0.0)
             is_label = own.to(tl.int32)[:, None] == label_of[None, :]
-            total += tl.sum(tl.where(is_label, weight[:, None], 0.0), axis=0)
-            count += tl.sum(tl.where(is_label & differs[:, None], 1.0, 0.0), axis=0)
+            total += tl.where(is_label, weight[:, None], 0.0)
+            count += tl.where(is_label & differs[:, None], 1.0, 0.0)
     place = (z * tl.num_programs(1) + tl.program_id(1)) * WIDTH + label_of
-    tl.store(sums + place, total)
-    tl.store(voxels + place, count)
+    tl.store(sums + place, tl.sum(total, axis=0))
+    tl.store(voxels + place, tl.sum(count, axis=0))
 
 
 class KernelOperations:

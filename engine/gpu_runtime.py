@@ -179,11 +179,14 @@ class GpuRuntime:
     def _host_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=self._device.type == "cuda")
 
-    def _cudnn(self) -> contextlib.AbstractContextManager[None]:
-        manager: contextlib.AbstractContextManager[None] = torch.backends.cudnn.flags(
-            enabled=True, benchmark=self._tune
-        )
-        return manager
+    @contextlib.contextmanager
+    def _cudnn(self) -> Iterator[None]:
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = self._tune
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = before
 
 
 def operations_for(device: torch.device) -> Operations:
