@@ -15,7 +15,6 @@ line, and the others go on. Prints a table, writes benchmarks/results/gpu.json, 
 `--device cpu` runs the same lines on a small volume without a GPU, for who changes this script: its times mean nothing.
 """
 
-import copy
 import json
 import signal
 import statistics
@@ -466,17 +465,20 @@ def measure_profile(trial: Trial) -> None:
 def measure_compiled(trial: Trial) -> None:
     """torch.compile, which takes a minute a form: as long as there is time."""
     network, config = load_checkpoint(trial.checkpoint)
-    half = torch.float16 if trial.on_gpu else torch.float32
     for name, source in (("plain", folded(network)), ("padded", padded_network(network, CHANNELS_MULTIPLE))):
         left = trial.stop - time.monotonic()
         if left <= 0:
             raise click.ClickException("no time was left")
-        served = ServedNetwork(InPrecision(copy.deepcopy(source), half, LAST), config).to(trial.device).eval()
-        compiled = torch.compile(served, dynamic=False)
         row = f"FP16, {name}, channels last, torch.compile"
-        build = partial(_labels_of, compiled)
-        reference: list[Tensor] = []
-        guarded(trial, f"form {row}", partial(measure_form, trial, row, lambda b=build: b, reference), limit_s=left)
+        build = partial(compiled_form, source, config, trial.device)
+        guarded(trial, f"form {row}", partial(measure_form, trial, row, build, []), limit_s=left)
+
+
+def compiled_form(network: nn.Module, config: ModelConfig, device: str) -> Form:
+    """The whole served graph through torch.compile."""
+    half = torch.float16 if device == "cuda" else torch.float32
+    served = ServedNetwork(InPrecision(network, half, LAST), config).to(device).eval()
+    return partial(_labels_of, torch.compile(served, dynamic=False))
 
 
 def _labels_of(module: Callable[[Tensor], Any], hu: Tensor) -> Tensor:

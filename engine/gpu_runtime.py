@@ -30,6 +30,7 @@ from anatomynet.engine.volume import HounsfieldArray, LabelArray
 # What the head takes of a voxel of its own resolution, and how much of the free memory it may have.
 HEAD_BYTES, HEAD_SHARE = 200, 0.6
 COPIERS, SLICES_A_COPY = 8, 16
+TUNE = False  # of what is served: a first volume of a new size would wait for seconds
 SLICES_AT_ONCE = 64  # of logits that are interpolated to the CT's grid
 
 
@@ -214,7 +215,7 @@ def load_gpu_runtime(checkpoint: Path) -> GpuRuntime:
     Raises:
         ModelError: no such file, or none that anatomynet-train wrote.
     """
-    return GpuRuntime(*load_checkpoint(checkpoint))
+    return GpuRuntime(*load_checkpoint(checkpoint), tune=TUNE)
 
 
 def _rows(logits: Tensor) -> Tensor:
