@@ -15,6 +15,7 @@ line, and the others go on. Prints a table, writes benchmarks/results/gpu.json, 
 `--device cpu` runs the same lines on a small volume without a GPU, for who changes this script: its times mean nothing.
 """
 
+import dataclasses
 import json
 import signal
 import statistics
@@ -83,6 +84,7 @@ class Trial:
         folder: for files.
         stop: the time, of time.monotonic, after which no part begins that may be left out.
         result: what was found.
+        reference: the labels of the first form, once it was measured.
     """
 
     checkpoint: Path
@@ -93,6 +95,7 @@ class Trial:
     folder: Path
     stop: float
     result: dict[str, Any] = field(default_factory=dict)
+    reference: list[Tensor] = field(default_factory=list)
 
     @property
     def on_gpu(self) -> bool:
@@ -166,6 +169,7 @@ def parts(study: "subprocess.Popen[bytes]") -> dict[str, Callable[[Trial], objec
         "served": measure_served,
         "study": partial(measure_study, study=study),
         "profile": measure_profile,
+        "graphs": measure_graphs,
         "ONNX Runtime": measure_onnx_runtime,
         "compiled": measure_compiled,
     }
@@ -216,12 +220,30 @@ def random_checkpoint(path: Path) -> Path:
 def measure_forms(trial: Trial) -> None:
     """Median seconds, peak memory of the GPU, and the share of labels that FP32 draws otherwise."""
     network, config = load_checkpoint(trial.checkpoint)
-    reference: list[Tensor] = []
     for name, build in forms_of(network, config, trial.device):
-        guarded(trial, f"form {name}", partial(measure_form, trial, name, build, reference))
+        guarded(trial, f"form {name}", partial(measure_form, trial, name, build))
 
 
-def measure_form(trial: Trial, name: str, build: Callable[[], Form], reference: list[Tensor]) -> None:
+def measure_graphs(trial: Trial) -> None:
+    """CUDA graphs, last but for what takes long: a recording that fails may leave the process unfit for more.
+
+    Raises:
+        click.ClickException: no GPU.
+    """
+    if not trial.on_gpu:
+        raise click.ClickException("a CUDA graph takes a GPU")
+    network, config = load_checkpoint(trial.checkpoint)
+    for name, tune in (("CUDA graph", False), ("tuned, CUDA graph", True)):
+        build = partial(graph_form, network, config, tune=tune)
+        guarded(trial, f"form {name}", partial(measure_form, trial, f"{OWN}, {name}", build))
+
+
+def graph_form(network: AnatomyNet, config: ModelConfig, *, tune: bool) -> Form:
+    """engine.gpu_runtime's, recorded."""
+    return cuda_graph(GpuRuntime(network, config, tune=tune).labels_on_device)
+
+
+def measure_form(trial: Trial, name: str, build: Callable[[], Form]) -> None:
     """One row of the table of forms; the first is what the others are held against."""
     hu = torch.from_numpy(trial.hu).to(trial.device)
     if trial.on_gpu:
@@ -234,12 +256,12 @@ def measure_form(trial: Trial, name: str, build: Callable[[], Form], reference: 
         if trial.on_gpu:
             torch.cuda.synchronize()
         first = time.perf_counter() - start
-        if not reference:
-            reference.append(labels.cpu())
+        if not trial.reference:
+            trial.reference.append(labels.cpu())
         row: Row = {
             "seconds": median_seconds(lambda: form(hu), trial),
             "first_seconds": first,
-            "changed_share": float((labels.cpu() != reference[0]).double().mean()),
+            "changed_share": float((labels.cpu() != trial.reference[0]).double().mean()),
         }
     if trial.on_gpu:
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -268,9 +290,6 @@ def forms_of(network: AnatomyNet, config: ModelConfig, device: str) -> Iterator[
     yield "FP16, channels last", lambda: usual_form(plain, half, LAST)
     yield "FP16, padded channels", lambda: usual_form(padded, half, usual)
     yield "FP16", lambda: usual_form(plain, half, usual)
-    if device == "cuda":
-        yield f"{OWN}, CUDA graph", lambda: cuda_graph(own())
-        yield f"{OWN}, tuned, CUDA graph", lambda: cuda_graph(own(tune=True))
 
 
 def cuda_graph(form: Form) -> Form:
@@ -326,19 +345,26 @@ def measure_runtime(trial: Trial) -> None:
 
 
 def measure_labels(trial: Trial) -> None:
-    """The trained checkpoint on the phantom, in FP32 and as the GPU computes it."""
+    """The trained checkpoint on the phantom, in FP32 and as the GPU computes it: as it is, and at native resolution,
+    for which it was not trained, but where the sums are longest."""
     network, config = load_checkpoint()
-    own = GpuRuntime(network, config, device=trial.device)
+    for name, stride in (("as trained", config.in_plane_stride), ("at stride 1", 1)):
+        rows = trial.result.setdefault("labels", {"model": config.name})
+        rows[name] = changed_labels(trial, network, dataclasses.replace(config, in_plane_stride=stride))
+
+
+def changed_labels(trial: Trial, network: AnatomyNet, config: ModelConfig) -> Row:
+    """Share of labels, DSC of each structure, and confidence, against FP32; median seconds, both copies included."""
     with torch.inference_mode():
         served = ServedNetwork(network, config).to(trial.device).eval()
         expected, expected_confidence = (t.cpu().numpy() for t in served(torch.from_numpy(trial.hu).to(trial.device)))
+    own = GpuRuntime(network.cpu(), config, device=trial.device)
     labels, confidence = own.infer(trial.hu)
     count = config.classes
     common = np.bincount(expected[expected == labels], minlength=count)
     both = np.bincount(expected.ravel(), minlength=count) + np.bincount(labels.ravel(), minlength=count)
     dsc = {name: 2 * int(common[i]) / int(both[i]) for i, name in enumerate(config.structures, 1) if both[i]}
-    trial.result["labels"] = {
-        "model": config.name,
+    return {
         "changed_share": float((labels != expected).mean()),
         "dsc": dsc,
         "confidence_difference": float(np.abs(confidence - expected_confidence).max()),
@@ -471,7 +497,7 @@ def measure_compiled(trial: Trial) -> None:
             raise click.ClickException("no time was left")
         row = f"FP16, {name}, channels last, torch.compile"
         build = partial(compiled_form, source, config, trial.device)
-        guarded(trial, f"form {row}", partial(measure_form, trial, row, build, []), limit_s=left)
+        guarded(trial, f"form {row}", partial(measure_form, trial, row, build), limit_s=left)
 
 
 def compiled_form(network: nn.Module, config: ModelConfig, device: str) -> Form:
