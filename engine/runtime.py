@@ -4,7 +4,8 @@
     OnnxRuntime       an ONNX file on an NVIDIA GPU, or on a CPU
     TorchRuntime      a network in PyTorch: the reference, and what training validates with
 
-A Triton server is a runtime too (anatomynet.client.triton), and its Python backend calls `load_runtime` itself.
+and engine.gpu_runtime.GpuRuntime, a checkpoint on an NVIDIA GPU through PyTorch. A Triton server is a runtime too
+(anatomynet.client.triton), and its Python backend loads one of these itself.
 """
 
 from __future__ import annotations
@@ -159,14 +160,14 @@ class OpenVinoRuntime:
 
     def infer(self, hu: HounsfieldArray) -> tuple[LabelArray, NDArray[np.float32]]:
         """See Runtime; releases the GIL while it computes."""
-        _check_input(hu, self.model)
+        check_input(hu, self.model)
         with self._lock:
             self._memory.check(hu.shape)
             request = self._request_for(hu.shape)
             try:
                 results = request.infer({INPUT_NAME: np.ascontiguousarray(hu)}, share_inputs=True)
             except RuntimeError as error:
-                raise _failed(hu, self.description, error) from error
+                raise failed(hu, self.description, error) from error
             label_map, confidence = (results[name] for name in OUTPUT_NAMES)
         return label_map, confidence
 
@@ -243,13 +244,13 @@ class OnnxRuntime:
 
     def infer(self, hu: HounsfieldArray) -> tuple[LabelArray, NDArray[np.float32]]:
         """See Runtime; releases the GIL while it computes."""
-        _check_input(hu, self.model)
+        check_input(hu, self.model)
         if self.providers[0] == CPU_PROVIDER:
             self._memory.check(hu.shape)
         try:
             label_map, confidence = self._session.run(list(OUTPUT_NAMES), {INPUT_NAME: np.ascontiguousarray(hu)})
         except self._failures as error:
-            raise _failed(hu, self.description, error) from error
+            raise failed(hu, self.description, error) from error
         return label_map, confidence
 
 
@@ -270,7 +271,7 @@ class TorchRuntime:
         """See Runtime."""
         import torch
 
-        _check_input(hu, self.model)
+        check_input(hu, self.model)
         with torch.inference_mode():
             label_map, confidence = self._served(torch.from_numpy(np.ascontiguousarray(hu)).to(self._device))
         return label_map.cpu().numpy(), confidence.cpu().numpy()
@@ -337,7 +338,8 @@ def _config_from_metadata(path: Path, text: str | None) -> ModelConfig:
     return model_config_from_json(text)
 
 
-def _check_input(hu: HounsfieldArray, config: ModelConfig) -> None:
+def check_input(hu: HounsfieldArray, config: ModelConfig) -> None:
+    """Raises GeometryError for an array of another type, too small for the network, or too large for any runtime."""
     in_plane = SMALLEST_NETWORK_SIDE * config.in_plane_stride
     smallest = (SMALLEST_NETWORK_SIDE, in_plane, in_plane)
     if hu.dtype != np.int16 or hu.ndim != 3 or any(side < s for side, s in zip(hu.shape, smallest, strict=True)):
@@ -359,7 +361,8 @@ def damaged_file(path: Path, error: Exception) -> ModelError:
     )
 
 
-def _failed(hu: HounsfieldArray, runtime: str, error: Exception) -> ModelError:
+def failed(hu: HounsfieldArray, runtime: str, error: Exception) -> ModelError:
+    """What to raise where a runtime, named by its description, could not compute a CT."""
     return ModelError(
         f"{runtime} could not compute a volume of {hu.shape} voxels ({_last_line(error)}); "
         "a smaller volume, or more memory, may help"

@@ -1,7 +1,7 @@
 """Every form that a checkpoint is exported to, one function each: written, and proven against the checkpoint.
 
     onnx_file            the served graph, FP32 or FP16
-    python_form          for Triton's Python backend: those files, and model.py
+    python_form          for Triton's Python backend: those files, the checkpoint, and model.py
     onnxruntime_form     for Triton's ONNX Runtime backend: one of those files
     tensorrt_form        for Triton's TensorRT backend: a plan for this machine's GPU, between two small graphs
     region_form          the region finder, beside any of these three
@@ -22,9 +22,10 @@ import onnx
 import torch
 
 from anatomynet.engine.checkpoint import load_checkpoint, load_region_checkpoint
-from anatomynet.engine.config import ModelConfig
+from anatomynet.engine.config import ModelConfig, shipped_weights
 from anatomynet.engine.data import read_case
 from anatomynet.engine.errors import ExportError
+from anatomynet.engine.gpu_runtime import has_gpu, load_gpu_runtime
 from anatomynet.engine.limits import IN_PLANE_VOXELS, largest_slices
 from anatomynet.engine.phantom import make_phantom
 from anatomynet.engine.preprocess import prepare
@@ -59,11 +60,12 @@ RTX_MODULE = "tensorrt_rtx_bindings"
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What is exported: the network as ONNX, its configuration, and what the checkpoint itself draws."""
+    """What is exported: the network as ONNX, its configuration, what the checkpoint itself draws, and its file."""
 
     graph: onnx.ModelProto
     config: ModelConfig
     reference: Reference
+    checkpoint: Path
 
 
 def read_source(checkpoint: Path | None, parity_input: Path | None) -> Source:
@@ -78,7 +80,8 @@ def read_source(checkpoint: Path | None, parity_input: Path | None) -> Source:
     click.echo(f"checkpoint {config.name}, sha256 {config.checkpoint_sha256}: {', '.join(config.structures)}")
     hu = parity_volume(config, parity_input)
     click.echo(f"proof on {parity_input or 'a synthetic patient'}, {' x '.join(map(str, hu.shape))} voxels")
-    return Source(network_model(network), config, draw_reference(network, config, hu))
+    reference = draw_reference(network, config, hu)
+    return Source(network_model(network), config, reference, checkpoint or shipped_weights(".safetensors"))
 
 
 def parity_volume(config: ModelConfig, case: Path | None) -> HounsfieldArray:
@@ -115,9 +118,14 @@ def onnx_file(
 
 
 def python_form(source: Source, folder: Path, *, fp16: bool) -> list[TritonModel]:
-    """FP32 for CPUs, and with `fp16` FP16 for GPUs beside it; see `onnx_file` for what it raises."""
-    precisions = (False, True) if fp16 else (False,)
-    return [python_model(source.config, [onnx_file(source, folder, fp16=half) for half in precisions])]
+    """FP32 for CPUs; with `fp16` for GPUs FP16 beside it, and the checkpoint, which PyTorch computes in FP16 where ONNX
+    Runtime has no CUDA. See `onnx_file` for what it raises."""
+    if not fp16:
+        return [python_model(source.config, [onnx_file(source, folder, fp16=False)])]
+    files = [onnx_file(source, folder, fp16=half) for half in (False, True)]
+    if has_gpu():
+        _prove(source, load_gpu_runtime(source.checkpoint), fp16=True)
+    return [python_model(source.config, files, checkpoint=source.checkpoint)]
 
 
 def onnxruntime_form(source: Source, folder: Path, *, fp16: bool) -> list[TritonModel]:

@@ -19,7 +19,7 @@ from anatomynet.export.triton_models import MODEL_SOURCE, shipped_model_source
 
 MANIFEST_NAME = "manifest.json"
 # A backend's name can stand for a library in the model's own folder, so no other kind of file is served.
-SERVED_SUFFIXES = (".onnx", ".plan")
+SERVED_SUFFIXES = (".onnx", ".plan", ".safetensors")
 CONFIG_NAME = "config.pbtxt"
 KEYS = {"anatomynet_version", "needs", "plan", "sha256"}
 EXPORT_AGAIN = "write it anew with `anatomynet-export`"
@@ -100,7 +100,7 @@ def _check_nothing_added(folder: Path) -> None:
     if added:
         raise ModelError(
             f"{folder / added[0]} is not what anatomynet-export wrote: expected only config.pbtxt, {MODEL_SOURCE}, "
-            f"ONNX files and plans that {MANIFEST_NAME} lists; remove it"
+            f"ONNX files, checkpoints and plans that {MANIFEST_NAME} lists; remove it"
         )
 
 

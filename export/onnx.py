@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar, cast
 
 import numpy as np
 import onnx
@@ -25,12 +24,12 @@ from torch import Tensor, nn
 
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import ExportError, ModelError
-from anatomynet.engine.network import AnatomyNet, ResidualBlock
+from anatomynet.engine.folding import folded
+from anatomynet.engine.network import AnatomyNet
 from anatomynet.engine.runtime import METADATA_KEY, OnnxRuntime
 from anatomynet.export.onnx_text import BOX_OF_FOREGROUND, HEADER, IR_VERSION, OPSET, border_confidence_nodes
 from anatomynet.export.slabs import slab_finish_model, split_network
 
-Module = TypeVar("Module", bound=nn.Module)
 TRIAL_SIDES = (11, 37, 43)  # times the stride in plane, and odd: padding and cropping both happen
 
 
@@ -137,21 +136,6 @@ def half_model(network: onnx.ModelProto) -> onnx.ModelProto:
     del graph.node[:]
     graph.node.extend(nodes)
     return model
-
-
-def folded(network: Module) -> Module:
-    """A copy in eval mode with every BatchNorm folded into the convolution before it; the logits stay the same."""
-    network = copy.deepcopy(network).eval()
-    fuse = torch.nn.utils.fuse_conv_bn_eval
-    for block in network.modules():
-        if isinstance(block, ResidualBlock):
-            for conv, norm in (("conv1", "norm1"), ("conv2", "norm2")):
-                setattr(block, conv, fuse(getattr(block, conv), getattr(block, norm)))
-                setattr(block, norm, nn.Identity())
-        elif isinstance(block, nn.Sequential) and isinstance(block[0], nn.Conv3d):
-            block[0] = fuse(block[0], cast(nn.BatchNorm3d, block[1]))
-            block[1] = nn.Identity()
-    return network
 
 
 def prepare_model(config: ModelConfig, *, fp16: bool) -> onnx.ModelProto:

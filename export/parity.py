@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import ParityError
+from anatomynet.engine.folding import folded
 from anatomynet.engine.network import AnatomyNet, ServedNetwork, border_confidence
 from anatomynet.engine.runtime import Runtime
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
-from anatomynet.export.onnx import folded
 
 # Between the two best logits, on the CT's own grid. Below it a label may change: other sums in another order.
 FP32_MARGIN = 0.001

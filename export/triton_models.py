@@ -1,6 +1,6 @@
 """What Triton is told of a model: its config.pbtxt and the files beside it, for each backend that can serve it.
 
-    python_model        model.py calls anatomynet.engine, with the ONNX files beside it; runs anywhere
+    python_model        model.py calls anatomynet.engine, with the files beside it; runs anywhere
     onnxruntime_model   Triton's own ONNX Runtime, with model.onnx
     tensorrt_models     an ensemble: prepare.onnx -> plan -> finish.onnx
     region_model        beside any of them, the region finder: `anatomynet_region`
@@ -165,12 +165,13 @@ optimization { execution_accelerators { gpu_execution_accelerator [{
 }] } }"""
 
 
-def python_model(config: ModelConfig, onnx_files: Sequence[Path]) -> TritonModel:
-    """For Triton's Python backend: model.py runs the ONNX file that is fastest on the machine.
+def python_model(config: ModelConfig, onnx_files: Sequence[Path], *, checkpoint: Path | None = None) -> TritonModel:
+    """For Triton's Python backend: model.py runs what is fastest on the machine.
 
     Args:
         config: of the checkpoint the files were exported from; becomes parameters of config.pbtxt.
         onnx_files: the served graph, one or more (FP32, FP16); kept under their own names.
+        checkpoint: its file, for GPUs that only PyTorch reaches; None leaves those to the CPU.
 
     Raises:
         ExportError: no ONNX file, or two of one name.
@@ -185,7 +186,8 @@ def python_model(config: ModelConfig, onnx_files: Sequence[Path]) -> TritonModel
     settings = _Settings(
         "python", [CT], [LABEL_MAP, _confidence(config)], [PYTHON_INSTANCE, QUEUE, warm_up], _parameters(config)
     )
-    files = {MODEL_SOURCE: shipped_model_source(), **{file.name: file for file in onnx_files}}
+    weights = {f"{config.name}.safetensors": checkpoint} if checkpoint else {}
+    files = {MODEL_SOURCE: shipped_model_source(), **{file.name: file for file in onnx_files}, **weights}
     return TritonModel(MODEL_NAME, _config_text(MODEL_NAME, settings), files)
 
 

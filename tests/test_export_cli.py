@@ -62,6 +62,7 @@ def test_fills_a_repository_and_says_so(checkpoint: Path, case: Path, tmp_path: 
     version = output / "anatomynet" / "1"
     assert {path.name for path in version.glob("*.onnx")} == {"openkbp7-fp32.onnx", "openkbp7-fp16.onnx"}
     assert all(load_runtime(path).model == config for path in version.glob("*.onnx"))
+    assert (version / "openkbp7.safetensors").read_bytes() == checkpoint.read_bytes()
     assert (output / "anatomynet" / "config.pbtxt").is_file()
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from anatomynet.export.onnx import folded
-from benchmarks.padded import padded_network
+from anatomynet.engine.folding import folded
+from anatomynet.engine.padding import padded_network
 from tests.random_network import random_network
 
 ROOT = Path(__file__).resolve().parent.parent

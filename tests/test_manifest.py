@@ -96,6 +96,16 @@ def test_models_own_check_finds_damage(repository: Path) -> None:
         check_files(repository / "anatomynet")
 
 
+def test_a_checkpoint_is_covered(tmp_path: Path, file: Path) -> None:
+    checkpoint = tmp_path / "given.safetensors"
+    checkpoint.write_bytes(b"the weights")
+    write_repository(tmp_path / "repo", [python_model(load_config("openkbp7")[0], [file], checkpoint=checkpoint)])
+    check_repository(tmp_path / "repo")
+    (tmp_path / "repo" / "anatomynet" / "1" / "openkbp7.safetensors").write_bytes(b"the weigths")
+    with pytest.raises(ModelError, match=r"openkbp7\.safetensors is damaged"):
+        check_repository(tmp_path / "repo")
+
+
 def machine(monkeypatch: pytest.MonkeyPatch, gpus: tuple[Gpu, ...], version: tuple[int, int, int] | None) -> None:
     monkeypatch.setattr(manifest, "visible_gpus", lambda: gpus)
     monkeypatch.setattr(manifest, "tensorrt_version", lambda: version)

@@ -13,12 +13,12 @@ from onnx import TensorProto
 
 from anatomynet.engine.config import ModelConfig, model_config_from_json
 from anatomynet.engine.errors import ExportError
+from anatomynet.engine.folding import folded
 from anatomynet.engine.network import AnatomyNet, ServedNetwork, border_confidence
 from anatomynet.engine.runtime import METADATA_KEY, OnnxRuntime, OpenVinoRuntime, TorchRuntime
 from anatomynet.export.onnx import (
     export_onnx,
     finish_model,
-    folded,
     half_model,
     plan_model,
     prepare_model,

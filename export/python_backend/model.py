@@ -1,7 +1,7 @@
 """What Triton's Python backend runs: unpacks tensors, calls anatomynet.engine, packs tensors.
 
-anatomynet-export copies this file into the model repository, beside the ONNX files. It runs in the environment whose
-`python3` is first on tritonserver's PATH; anatomynet must be installed there.
+anatomynet-export copies this file into the model repository, beside the ONNX files and the checkpoint. It runs in the
+environment whose `python3` is first on tritonserver's PATH; anatomynet must be installed there.
 """
 
 import json
@@ -15,6 +15,7 @@ from anatomynet.engine.config import model_config_from_json
 from anatomynet.engine.errors import AnatomyNetError, ModelError
 from anatomynet.engine.limits import size_limit_from_parameters
 from anatomynet.engine.runtime import CUDA_PROVIDER, OnnxRuntime, Runtime, load_runtime
+from anatomynet.export.gpu import visible_gpus
 from anatomynet.export.manifest import check_files
 
 
@@ -34,7 +35,7 @@ class TritonPythonModel:
             check_files(home)
             self.runtime = fastest_runtime(folder)
             if self.runtime.model != model_config_from_json(parameters["model_config"]["string_value"]):
-                raise ModelError("config.pbtxt and the ONNX file beside it are of two models: run anatomynet-export")
+                raise ModelError("config.pbtxt and what lies beside it are of two models: run anatomynet-export")
         except AnatomyNetError as error:
             raise pb_utils.TritonModelException(str(error)) from error
         values = {key: value["string_value"] for key, value in parameters.items()}
@@ -65,7 +66,8 @@ class TritonPythonModel:
 
 
 def fastest_runtime(folder: Path) -> Runtime:
-    """The FP16 graph where a GPU runs it, else the FP32 one: a CPU computes FP16 in FP32, and gains nothing.
+    """On a GPU the FP16 graph through ONNX Runtime, or else the checkpoint through PyTorch; the FP32 graph on a CPU,
+    which computes FP16 in FP32 and gains nothing.
 
     Raises:
         ModelError: no ONNX file, or one that cannot be run here.
@@ -74,5 +76,18 @@ def fastest_runtime(folder: Path) -> Runtime:
     if not files:
         raise ModelError(f"no ONNX file in {folder}: run anatomynet-export")
     runtime = load_runtime(files[0])
-    on_gpu = isinstance(runtime, OnnxRuntime) and CUDA_PROVIDER in runtime.providers
-    return load_runtime(files[-1]) if on_gpu and len(files) > 1 else runtime
+    if isinstance(runtime, OnnxRuntime) and CUDA_PROVIDER in runtime.providers:
+        return load_runtime(files[-1]) if len(files) > 1 else runtime
+    return _torch_on_gpu(folder) or runtime
+
+
+def _torch_on_gpu(folder: Path) -> Runtime | None:
+    """None where there is no checkpoint in the folder, no GPU, or no PyTorch that reaches it."""
+    checkpoints = sorted(folder.glob("*.safetensors"))
+    if not checkpoints or not visible_gpus():  # PyTorch takes seconds to import
+        return None
+    try:
+        from anatomynet.engine.gpu_runtime import has_gpu, load_gpu_runtime
+    except ImportError:
+        return None
+    return load_gpu_runtime(checkpoints[0]) if has_gpu() else None

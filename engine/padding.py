@@ -1,17 +1,15 @@
 """AnatomyNet with channels that tensor cores and vectors like: padded with zeros to a multiple, and the same logits."""
 
-import copy
-
 import torch
 from torch import nn
 
+from anatomynet.engine.folding import folded
 from anatomynet.engine.network import AnatomyNet, ResidualBlock, SqueezeExcitation
-from anatomynet.export.onnx import folded
 
 
 def padded_network(network: AnatomyNet, multiple: int) -> AnatomyNet:
     """A folded copy in which 28, 30, 32 and 34 channels are the next multiple; the head stays as it is."""
-    network = folded(copy.deepcopy(network))
+    network = folded(network)
     stem = network.stem[0]
     assert isinstance(stem, nn.Conv3d)
     widths = [stem.out_channels]

@@ -1,0 +1,203 @@
+"""AnatomyNet as a GPU's tensor cores want it: the same logits, other shapes. What GpuRuntime computes with.
+
+    stem       the 3 x 3 x 3 of stride 2 as a 2 x 2 x 2 over blocks of eight voxels: eight channels instead of one
+    trunk      batch normalisation folded, channels padded with zeros to multiples of eight, channels last
+    upsample   one matrix product, in which the CT goes through beside the features: no concatenation at full resolution
+    head       its first convolution and its shortcut read the same, so they are one; 16 channels, of which the last is
+               1 everywhere and carries the biases
+
+What stands between convolutions is in engine.gpu_operations, since there a GPU waits for its memory. The means of
+squeeze and excitation, and what they decide, are in FP32 whatever the network is in. The head sees no further than
+three voxels, so it may be computed in slabs of slices: see `HEAD_HALO`.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anatomynet.engine.gpu_operations import Operations
+from anatomynet.engine.network import HEAD_CHANNELS, AnatomyNet, ResidualBlock, SqueezeExcitation
+from anatomynet.engine.padding import padded_network
+
+MULTIPLE = 8  # of channels, for FP16
+HEAD_WIDTH = 16  # HEAD_CHANNELS, the CT, and ones
+CT_CHANNEL, ONES_CHANNEL = HEAD_CHANNELS, HEAD_WIDTH - 1
+HEAD_HALO = 2  # slices of features, each of which is two of the CT
+LAST = torch.channels_last_3d
+
+
+class TensorCoreNetwork(nn.Module):
+    """AnatomyNet's logits, for inference alone.
+
+    Args:
+        network: whose weights are copied.
+        operations: what computes between the convolutions.
+        dtype: of weights and activations; FP16 is what it is for, FP32 shows that the logits are the same.
+    """
+
+    def __init__(self, network: AnatomyNet, operations: Operations, dtype: torch.dtype) -> None:
+        super().__init__()
+        source = padded_network(network, MULTIPLE)
+        stem = source.stem[0]
+        assert isinstance(stem, nn.Conv3d)
+        self.classes = source.classify.out_channels
+        self.operations = operations
+        self.stem = _Weights(_over_blocks(stem.weight), stem.bias, dtype)
+        self.encoder, self.decoder = (
+            nn.ModuleList(
+                nn.Sequential(*(_Block(block, operations, dtype) for block in stage.children())) for stage in stages
+            )
+            for stages in (source.encoder, source.decoder)
+        )
+        self.upsample = _Weights(*_upsample_matrix(source.upsample), dtype)
+        self.first = _Weights(_first_of_head(source.head), None, dtype)
+        self.second = _Weights(_with_ones(source.head.conv2, HEAD_WIDTH, keep_ones=False), None, dtype)
+        width = -(-self.classes // MULTIPLE) * MULTIPLE
+        self.classify = _Weights(_with_ones(source.classify, width, keep_ones=False), None, dtype)
+        self.dtype = dtype
+
+    def blocks_of(self, x: Tensor) -> Tensor:
+        """Float (1, 1, z, y, x), all sides even -> (1, 8, z / 2, y / 2, x / 2): two by two by two voxels, one below
+        the other in channels."""
+        depth, height, width = x.shape[2:]
+        halves = x.to(self.dtype).view(depth // 2, 2, height // 2, 2, width // 2, 2)
+        return _volume(halves.permute(0, 2, 4, 1, 3, 5).reshape(-1, 8), (depth // 2, height // 2, width // 2))
+
+    def features(self, blocks: Tensor) -> Tensor:
+        """Blocks -> (1, 32, z / 2, y / 2, x / 2): all that looks further than a few voxels."""
+        y = _conv(F.pad(blocks, (1, 0, 1, 0, 1, 0)), self.stem)
+        y = _volume(self.operations.shift_leaky(_rows(y), self.stem.shift), y.shape[2:])
+        skips = []
+        for stage in self.encoder:
+            skips.append(y)
+            y = stage(y)
+        for stage in self.decoder:
+            y = stage(torch.cat((y, skips.pop()), dim=1))
+        return y
+
+    def logits(self, features: Tensor, blocks: Tensor) -> Tensor:
+        """Features and blocks, of all slices or of some -> (1, classes and up to seven more, z, y, x), channels last.
+
+        Of some: right but for the outermost `HEAD_HALO` slices of features, where the volume goes on.
+        """
+        full = self._upsampled(features, blocks)
+        shape = full.shape[2:]
+        both = _rows(_conv(full, self.first, padding=1))
+        y = _volume(self.operations.leaky(both[:, :HEAD_WIDTH]), shape)
+        rows = _rows(_conv(y, self.second, padding=1))
+        y = _volume(self.operations.add_leaky(rows, both[:, HEAD_WIDTH:]), shape)
+        return _conv(y, self.classify, padding=1)
+
+    def _upsampled(self, features: Tensor, blocks: Tensor) -> Tensor:
+        """-> (1, 16, z, y, x): the transposed convolution, the CT, and ones."""
+        depth, height, width = features.shape[2:]
+        rows = torch.cat((_rows(features), _rows(blocks)), dim=1)
+        fine = torch.addmm(self.upsample.shift.to(self.dtype), rows, self.upsample.weight)
+        # Moved eight bytes at a time: by halves it would take four times as long.
+        wide = fine.view(torch.float64).view(depth, height, width, 2, 2, -1)
+        full = wide.permute(0, 3, 1, 4, 2, 5).contiguous().view(self.dtype)
+        return _volume(full.view(-1, HEAD_WIDTH), (2 * depth, 2 * height, 2 * width))
+
+
+class _Weights(nn.Module):
+    """A kernel in the network's own precision, and a shift a channel in FP32."""
+
+    weight: Tensor
+    shift: Tensor
+
+    def __init__(self, weight: Tensor, shift: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        weight = weight.detach().to(dtype)
+        self.register_buffer("weight", weight.contiguous(memory_format=LAST) if weight.ndim == 5 else weight)
+        self.register_buffer("shift", (weight.new_zeros(weight.shape[0]) if shift is None else shift.detach()).float())
+
+
+class _Block(nn.Module):
+    """ResidualBlock, its convolutions' biases taken along in the passes between them."""
+
+    def __init__(self, block: nn.Module, operations: Operations, dtype: torch.dtype) -> None:
+        super().__init__()
+        assert isinstance(block, ResidualBlock)
+        assert isinstance(block.recalibrate, SqueezeExcitation)
+        self.operations = operations
+        self.conv1 = _Weights(block.conv1.weight, block.conv1.bias, dtype)
+        self.conv2 = _Weights(block.conv2.weight, block.conv2.bias, dtype)
+        self.squeeze, self.excite = block.recalibrate.squeeze, block.recalibrate.excite
+        self.shortcut: _Weights | None = None
+        if isinstance(block.shortcut, nn.Sequential):
+            conv = block.shortcut[0]
+            assert isinstance(conv, nn.Conv3d)
+            self.shortcut = _Weights(conv.weight, conv.bias, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1, channels_in, z, y, x) -> (1, channels_out, z, y, x), channels last."""
+        shape = x.shape[2:]
+        y = _volume(self.operations.shift_leaky(_rows(_conv(x, self.conv1, padding=1)), self.conv1.shift), shape)
+        rows = _rows(_conv(y, self.conv2, padding=1))
+        means = self.operations.channel_means(rows) + self.conv2.shift
+        scale = torch.sigmoid(self.excite(F.leaky_relu(self.squeeze(means))))
+        shift = scale * self.conv2.shift
+        if self.shortcut is None:
+            return _volume(self.operations.scale_add_leaky(rows, scale, _rows(x), shift), shape)
+        beside = _rows(_conv(x, self.shortcut))
+        return _volume(self.operations.scale_add_leaky(rows, scale, beside, shift + self.shortcut.shift), shape)
+
+
+def _conv(x: Tensor, weights: _Weights, *, padding: int = 0) -> Tensor:
+    return F.conv3d(x, weights.weight, padding=padding)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(1, channels, z, y, x) -> (voxels, channels); a view where channels come last."""
+    return x.permute(0, 2, 3, 4, 1).reshape(-1, x.shape[1])
+
+
+def _volume(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(voxels, channels) -> (1, channels, z, y, x), channels last."""
+    return rows.view(1, *shape, rows.shape[1]).permute(0, 4, 1, 2, 3)
+
+
+def _over_blocks(kernel: Tensor) -> Tensor:
+    """(c, 1, 3, 3, 3) of stride 2, padded by 1 -> (c, 8, 2, 2, 2) over blocks, padded by 1 before."""
+    # Of a voxel's neighbours along an axis: in which block, and where in it.
+    places = ((0, 1), (1, 0), (1, 1))
+    blocks = kernel.new_zeros(kernel.shape[0], 2, 2, 2, 2, 2, 2)
+    for z, (block_z, in_z) in enumerate(places):
+        for y, (block_y, in_y) in enumerate(places):
+            for x, (block_x, in_x) in enumerate(places):
+                blocks[:, in_z, in_y, in_x, block_z, block_y, block_x] = kernel[:, 0, z, y, x]
+    return blocks.reshape(kernel.shape[0], 8, 2, 2, 2)
+
+
+def _upsample_matrix(conv: nn.ConvTranspose3d) -> tuple[Tensor, Tensor]:
+    """Matrix (features and 8, 8 x 16) and shift (8 x 16,): a row of features and a block -> eight voxels."""
+    assert conv.bias is not None
+    channels = conv.weight.shape[0]
+    matrix = conv.weight.new_zeros(channels + 8, 2, 2, 2, HEAD_WIDTH)
+    matrix[:channels, ..., :HEAD_CHANNELS] = conv.weight.permute(0, 2, 3, 4, 1)
+    matrix = matrix.view(channels + 8, 8, HEAD_WIDTH)
+    for place in range(8):
+        matrix[channels + place, place, CT_CHANNEL] = 1
+    shift = conv.weight.new_zeros(8, HEAD_WIDTH)
+    shift[:, :HEAD_CHANNELS] = conv.bias
+    shift[:, ONES_CHANNEL] = 1
+    return matrix.view(channels + 8, -1), shift.flatten()
+
+
+def _first_of_head(head: ResidualBlock) -> Tensor:
+    """(32, 16, 3, 3, 3): what goes on to the second convolution, then the shortcut; ones in both."""
+    assert isinstance(head.shortcut, nn.Sequential)
+    shortcut = head.shortcut[0]
+    assert isinstance(shortcut, nn.Conv3d)
+    return torch.cat([_with_ones(conv, HEAD_WIDTH, keep_ones=True) for conv in (head.conv1, shortcut)])
+
+
+def _with_ones(conv: nn.Conv3d, width: int, *, keep_ones: bool) -> Tensor:
+    """(width, 16, 3, 3, 3): the bias as the weight of the ones, in the middle; `keep_ones` hands them on."""
+    assert conv.bias is not None
+    kernel = conv.weight.new_zeros(width, HEAD_WIDTH, 3, 3, 3)
+    kernel[: conv.out_channels, : conv.in_channels] = conv.weight
+    kernel[: conv.out_channels, ONES_CHANNEL, 1, 1, 1] = conv.bias
+    if keep_ones:
+        kernel[ONES_CHANNEL, ONES_CHANNEL, 1, 1, 1] = 1
+    return kernel

@@ -1,0 +1,71 @@
+"""engine/gpu_kernels.py against PyTorch: on a GPU, or else in Triton's interpreter, where Triton's compiler is."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from anatomynet.engine.gpu_operations import Operations, TorchOperations
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when it is imported
+pytest.importorskip("triton", reason="Triton's compiler comes with a PyTorch for CUDA")
+
+from anatomynet.engine.gpu_kernels import KernelOperations
+
+# The interpreter's: of lanes beyond the last voxel, and of a loop's bounds.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"),
+]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VOXELS = 3001
+# FP16 keeps eleven binary digits; values are up to about ten.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 0.02}
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("channels", [16, 32, 40])
+@pytest.mark.parametrize("name", ["shift_leaky", "leaky", "add_leaky", "scale_add_leaky", "channel_means"])
+def test_rows(name: str, channels: int, dtype: torch.dtype) -> None:
+    rows = random(VOXELS, 2 * channels).to(dtype)[:, :channels]
+    others = random(VOXELS, 2 * channels, seed=1).to(dtype)[:, channels:]
+    scale, shift = random(channels, seed=2), random(channels, seed=3)
+
+    def computed(by: Operations) -> Tensor:
+        whole = rows.contiguous()
+        results = {
+            "shift_leaky": lambda: by.shift_leaky(whole, shift),
+            "leaky": lambda: by.leaky(rows),
+            "add_leaky": lambda: by.add_leaky(whole, others),
+            "scale_add_leaky": lambda: by.scale_add_leaky(whole, scale, others, shift),
+            "channel_means": lambda: by.channel_means(whole),
+        }
+        return results[name]().float()
+
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(
+        computed(KernelOperations()), computed(TorchOperations()), atol=tolerance, rtol=tolerance / 10
+    )
+
+
+@pytest.mark.parametrize(("classes", "width"), [(10, 16), (8, 8), (3, 8), (17, 24)])
+def test_winners_and_confidence(classes: int, width: int) -> None:
+    shape = (5, 21, 37)
+    logits = (random(5 * 21 * 37, width) * 3).half()
+    (labels, top), (expected_labels, expected_top) = (
+        by.winners(logits, classes) for by in (KernelOperations(), TorchOperations())
+    )
+    assert bool((labels == expected_labels).all())
+    torch.testing.assert_close(top, expected_top)
+    blobs = torch.arange(shape[0] * shape[1] * shape[2], device=DEVICE).view(shape) // 61 % classes
+    by_kernel, by_torch = (
+        by.border_confidence(blobs.to(torch.uint8), top.view(shape), classes)
+        for by in (KernelOperations(), TorchOperations())
+    )
+    torch.testing.assert_close(by_kernel, by_torch)

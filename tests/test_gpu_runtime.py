@@ -1,0 +1,184 @@
+"""engine/gpu_runtime.py and engine/gpu_network.py: on a CPU in FP32, where they must be the checkpoint itself, and on a
+GPU, where one is. Which of all runtimes the Python backend takes."""
+
+import importlib.util
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from anatomynet.engine.checkpoint import load_checkpoint
+from anatomynet.engine.config import shipped_weights
+from anatomynet.engine.errors import GeometryError, ModelError
+from anatomynet.engine.gpu_network import TensorCoreNetwork
+from anatomynet.engine.gpu_operations import TorchOperations
+from anatomynet.engine.gpu_runtime import GpuRuntime, has_gpu
+from anatomynet.engine.network import AnatomyNet
+from anatomynet.engine.runtime import OnnxRuntime, TorchRuntime, load_runtime
+from anatomynet.export.gpu import Gpu
+from anatomynet.export.parity import check_parity, draw_reference
+from anatomynet.export.triton_models import shipped_model_source
+from tests.random_network import CALIBRATION_SHAPE, STRIDES, random_config, random_network, smooth_hu
+
+ROUNDING = 1e-4  # of logits of about 10, in FP32
+HALF_ROUNDING = 0.05
+CONFIDENCE = 1e-5
+DEVICE = "cuda" if has_gpu() else "cpu"
+SHAPE = (11, 35, 43)  # odd sides: padding and cropping both happen
+
+
+def logits_of(network: AnatomyNet, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    form = TensorCoreNetwork(network, TorchOperations(), dtype)
+    with torch.inference_mode():
+        blocks = form.blocks_of(x)
+        return form.logits(form.features(blocks), blocks)[:, : form.classes].float()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, ROUNDING), (torch.float16, HALF_ROUNDING)])
+def test_logits_are_the_networks(dtype: torch.dtype, tolerance: float) -> None:
+    x = torch.rand(1, 1, 10, 24, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.inference_mode():
+        expected = random_network()(x)
+    torch.testing.assert_close(logits_of(random_network(), x, dtype), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_any_number_of_classes() -> None:
+    torch.manual_seed(0)
+    network = AnatomyNet(17).eval()
+    x = torch.rand(1, 1, 8, 10, 12) * 2 - 1
+    with torch.inference_mode():
+        expected = network(x)
+    torch.testing.assert_close(logits_of(network, x, torch.float32), expected, atol=ROUNDING, rtol=ROUNDING)
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize("slices", [None, 1, 3], ids=["whole", "slabs of 1", "slabs of 3"])
+def test_draws_what_the_checkpoint_draws(stride: int, slices: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = random_config(stride)
+    runtime = GpuRuntime(random_network(), config, device="cpu")
+    if slices is not None:
+        monkeypatch.setattr(runtime, "_slab_thickness", lambda features: slices)
+    hu = smooth_hu(SHAPE)
+    labels, confidence = runtime.infer(hu)
+    expected_labels, expected_confidence = TorchRuntime(random_network(), config).infer(hu)
+    assert len(np.unique(expected_labels)) > 2
+    np.testing.assert_array_equal(labels, expected_labels)
+    np.testing.assert_allclose(confidence, expected_confidence, atol=CONFIDENCE)
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+def test_nothing_there_is_all_background(stride: int) -> None:
+    config = random_config(stride)
+    labels, confidence = GpuRuntime(background_network(), config, device="cpu").infer(smooth_hu((9, 64, 64)))
+    assert not labels.any()
+    assert not confidence.any()
+
+
+def background_network() -> AnatomyNet:
+    torch.manual_seed(0)
+    network = AnatomyNet(random_config().classes).eval()
+    assert network.classify.bias is not None
+    network.classify.bias.data[0] += 1000
+    return network
+
+
+def test_views_are_read_as_they_look_and_answers_are_ones_own() -> None:
+    runtime = GpuRuntime(random_network(), random_config(), device=DEVICE)
+    view = smooth_hu(SHAPE)[::-1, :, ::-1]
+    labels, _ = runtime.infer(view)
+    kept = labels.copy()
+    contiguous = view.copy()
+    contiguous.flags.writeable = False  # as Triton hands it over
+    np.testing.assert_array_equal(runtime.infer(contiguous)[0], kept)
+    runtime.infer(smooth_hu(SHAPE, seed=1))
+    np.testing.assert_array_equal(labels, kept)
+    labels[0, 0, 0] = 1
+
+
+def test_several_threads_get_their_own_answers() -> None:
+    runtime = GpuRuntime(random_network(), random_config(), device=DEVICE)
+    volumes = [smooth_hu((8, 32, 32 + 8 * seed), seed=seed) for seed in range(3)]
+    expected = [runtime.infer(hu)[0] for hu in volumes]
+    with ThreadPoolExecutor(3) as pool:
+        for (labels, _), own in zip(pool.map(runtime.infer, volumes), expected, strict=True):
+            np.testing.assert_array_equal(labels, own)
+
+
+def test_wrong_input_is_told() -> None:
+    with pytest.raises(GeometryError, match=r"expected int16 of at least \(8, 32, 32\) voxels"):
+        GpuRuntime(random_network(), random_config(), device=DEVICE).infer(np.zeros((8, 31, 32), np.int16))
+
+
+def test_what_cannot_be_computed_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(hu: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB.")
+
+    runtime = GpuRuntime(random_network(), random_config(), device=DEVICE)
+    monkeypatch.setattr(runtime, "_computed", exhausted)
+    with pytest.raises(ModelError, match=r"PyTorch .* could not compute a volume of \(8, 32, 32\)") as caught:
+        runtime.infer(np.zeros((8, 32, 32), np.int16))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "PyTorch alone"])
+@pytest.mark.parametrize("stride", STRIDES)
+def test_on_a_gpu_it_passes_the_exports_gate(stride: int, kernels: bool) -> None:
+    if not has_gpu():
+        pytest.skip("needs an NVIDIA GPU and a PyTorch with CUDA")
+    config = random_config(stride)
+    hu = smooth_hu(CALIBRATION_SHAPE)
+    runtime = GpuRuntime(random_network(), config, kernels=kernels)
+    assert runtime.description.endswith("without kernels of its own") != kernels
+    check_parity(draw_reference(random_network(), config, hu), runtime, fp16=True)
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The Python backend's model.py, as on a machine with a GPU."""
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", ModuleType("triton_python_backend_utils"))
+    spec = importlib.util.spec_from_file_location("served_model", shipped_model_source())
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "visible_gpus", lambda: (Gpu("an H100", "9.0"),))
+    monkeypatch.setattr("anatomynet.engine.gpu_runtime.has_gpu", lambda: True)
+    on_cpu = lambda path: GpuRuntime(*load_checkpoint(path), device="cpu")  # noqa: E731
+    monkeypatch.setattr("anatomynet.engine.gpu_runtime.load_gpu_runtime", on_cpu)
+    return module
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A version's folder, as `anatomynet-export --fp16` fills it."""
+    for suffix in (".onnx", ".safetensors"):
+        shutil.copyfile(shipped_weights(suffix), tmp_path / f"openkbp7{suffix}")
+    return tmp_path
+
+
+def test_served_through_pytorch_where_onnx_runtime_has_no_cuda(backend: ModuleType, folder: Path) -> None:
+    runtime = backend.fastest_runtime(folder)
+    if isinstance(runtime, OnnxRuntime):
+        pytest.skip("ONNX Runtime has CUDA here")
+    assert isinstance(runtime, GpuRuntime)
+    assert runtime.model == load_runtime(folder / "openkbp7.onnx").model  # the checkpoint's hash too
+
+
+@pytest.mark.parametrize("lacking", ["checkpoint", "GPU", "PyTorch with CUDA", "PyTorch"])
+def test_served_on_the_cpu_else(
+    lacking: str, backend: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lacking == "checkpoint":
+        (folder / "openkbp7.safetensors").unlink()
+    elif lacking == "GPU":
+        monkeypatch.setattr(backend, "visible_gpus", lambda: ())
+    elif lacking == "PyTorch with CUDA":
+        monkeypatch.setattr("anatomynet.engine.gpu_runtime.has_gpu", lambda: False)
+    else:
+        monkeypatch.setitem(sys.modules, "anatomynet.engine.gpu_runtime", None)
+    assert not isinstance(backend.fastest_runtime(folder), GpuRuntime)
