@@ -10,14 +10,21 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
+from torch import Tensor
 
 from anatomynet.engine.errors import ParityError
-from anatomynet.engine.network import ServedNetwork
+from anatomynet.engine.network import ServedNetwork, border_confidence
 from anatomynet.engine.runtime import OnnxRuntime, Runtime, TorchRuntime
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
 from anatomynet.export import parity
 from anatomynet.export.onnx import served_model, write_onnx
-from anatomynet.export.parity import Reference, check_parity, draw_reference, half_rounded_logits
+from anatomynet.export.parity import (
+    Reference,
+    check_parity,
+    confidence_of_ties,
+    draw_reference,
+    half_rounded_logits,
+)
 from tests.random_network import (
     CALIBRATION_SHAPE,
     changed_network,
@@ -84,6 +91,39 @@ def test_one_voxel_that_is_no_tie_is_caught(reference: Reference) -> None:
     assert check_parity(reference, right, fp16=False)[0].changed == 0
     with pytest.raises(ParityError, match=r"1 of [0-9,]+ labels changed"):
         check_parity(reference, wrong, fp16=False)
+
+
+def logits_with_a_tie(*, second_wins_by: float) -> Tensor:
+    """Blocks of two classes side by side in a background; one voxel at their face is the first's by nearly nothing."""
+    logits = torch.zeros(1, 3, 8, 8, 8)
+    logits[:, 0] = 1.0
+    logits[:, 1, :, :, 2:4] = 4.0
+    logits[:, 2, :, :, 4:6] = 4.0
+    logits[0, :, 4, 4, 3] = torch.tensor([0.0, 1.0, 1.0 + second_wins_by])
+    return logits
+
+
+def test_a_near_tie_may_take_its_neighbours_into_the_border() -> None:
+    """And nothing else may move a confidence."""
+    one, other = (logits_with_a_tie(second_wins_by=gap) for gap in (-1e-4, 1e-4))
+    difference = np.abs(border_confidence(one).numpy() - border_confidence(other).numpy())
+    assert difference.max() > 2 * parity.FP32_CONFIDENCE
+    np.testing.assert_allclose(confidence_of_ties(one), difference, atol=1e-5)
+    np.testing.assert_allclose(confidence_of_ties(other), difference, atol=1e-5)
+    assert not confidence_of_ties(logits_with_a_tie(second_wins_by=-2 * parity.FP32_MARGIN)).any()
+
+
+@pytest.mark.parametrize("factor", [0.99, 1.01])
+def test_a_confidence_that_no_tie_explains_is_caught(reference: Reference, factor: float) -> None:
+    class Surer(TorchRuntime):
+        def infer(self, hu: HounsfieldArray) -> tuple[LabelArray, NDArray[np.float32]]:
+            labels, confidence = super().infer(hu)
+            return labels, confidence * np.float32(factor)
+
+    ties = confidence_of_ties(reference.coarse).max()
+    assert ties < 0.01 * border_confidence(reference.coarse).max() - 2 * parity.FP32_CONFIDENCE
+    with pytest.raises(ParityError, match="confidence within"):
+        check_parity(reference, Surer(random_network(), random_config()), fp16=False)
 
 
 @pytest.mark.parametrize(("factor", "largest"), [(3e4, "[0-9]{5,}"), (1e7, "inf")])
