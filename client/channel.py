@@ -19,6 +19,8 @@ LARGEST_MESSAGE = 2**31 - 1
 # gRPC waits up to two minutes before it looks again whether a server is back.
 FIRST_RECONNECT_MS = 250
 LONGEST_RECONNECT_MS = 2000
+# To connect, TLS included, once: less than a question's own time-out, which would not say what took so long.
+HANDSHAKE_MS = 4000
 LOOPBACK_TIMEOUT_S = 0.2
 
 
@@ -41,7 +43,7 @@ def open_client(address: ServerAddress, access: Access = NO_ACCESS) -> "Inferenc
         # Where a name stands for several servers, each volume goes to the next.
         ("grpc.lb_policy_name", "round_robin"),
         ("grpc.initial_reconnect_backoff_ms", FIRST_RECONNECT_MS),
-        ("grpc.min_reconnect_backoff_ms", FIRST_RECONNECT_MS),
+        ("grpc.min_reconnect_backoff_ms", HANDSHAKE_MS),  # so it is called, and that is what gRPC takes it for
         ("grpc.max_reconnect_backoff_ms", LONGEST_RECONNECT_MS),
         # Another client of this process may see the server gone before this one does.
         ("grpc.use_local_subchannel_pool", 1),

@@ -6,6 +6,7 @@ a random one go on the wire.
 
 import queue
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -117,7 +118,20 @@ class TritonServer:
             raise AttemptError(message, reason="not READY", outlook=Outlook.LATER)
         if self.shares:
             free_abandoned_regions(self._client, self._answer_timeout_s)
+        self._begin_to_connect_for_volumes()
         return model
+
+    def _begin_to_connect_for_volumes(self) -> None:
+        """To each server of the name, while the study is read.
+
+        The first request of a connection goes to the server that is reached first, only later ones to any: were that
+        request the volume, all clients of one volume would go to the server that is nearest to them.
+        """
+        from tritonclient.utils import InferenceServerException
+
+        if self._volume_client is not self._client:
+            with suppress(InferenceServerException):  # told by the volume, should it still be so
+                self._volume_client.is_server_live(client_timeout=self._answer_timeout_s)
 
     def ask_model(self) -> ModelConfig:
         """What the served model draws; it may have been loaded anew since the last time.

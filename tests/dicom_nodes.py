@@ -7,10 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_network
@@ -28,11 +27,11 @@ from anatomynet.engine.phantom import make_phantom
 from anatomynet.engine.volume import CTVolume
 from tests.dicom_studies import PATIENT, edit
 from tests.triton_servers import free_ports
+from tests.waiting import wait_until
 
 CLIENT = Path(sys.executable).with_name("anatomynet-client")
 NODE_TITLE, CALLER = "ANATOMYNET", "CT_SIM"
 START_TIMEOUT_S = 60
-WAIT_TIMEOUT_S = 60
 SMALL = VolumeGeometry((48, 128, 128), (2.0, 2.0, 4.0))
 
 
@@ -71,13 +70,6 @@ def node_config(spool: Path, **changes: Any) -> NodeConfig:
         "smallest_free_gb": 0.0,
     }
     return NodeConfig(**{**values, **changes})
-
-
-def wait_until(happened: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + WAIT_TIMEOUT_S
-    while not happened():
-        assert time.monotonic() < deadline, f"in vain: {what}"
-        time.sleep(0.02)
 
 
 class NodeProcess:

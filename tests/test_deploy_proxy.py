@@ -284,7 +284,7 @@ def test_what_has_begun_is_finished_when_the_pod_is_stopped(
             assert process.poll() is None
             finish.set()
             assert asked.result() == b"voxels"
-            assert process.wait(10) == 0
+            assert process.wait(30) == 0
         finally:
             finish.set()
             process.terminate()

@@ -34,7 +34,8 @@ from anatomynet.export.triton_models import LARGEST_QUEUE
 from tests.breakable_server import BreakableServer, two_servers
 from tests.garbage import damaged_messages, grpc_garbage, http_garbage, say
 from tests.random_network import smooth_hu
-from tests.triton_servers import has_server
+from tests.triton_servers import answered_since, has_server, volumes_answered
+from tests.waiting import wait_until
 
 grpc = pytest.importorskip("tritonclient.grpc")
 utils = pytest.importorskip("tritonclient.utils")
@@ -119,13 +120,6 @@ def in_background(work: Callable[[], Any]) -> "Future[Any]":
 
     threading.Thread(target=run, daemon=True).start()
     return future
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def our_regions() -> set[str]:
@@ -305,17 +299,12 @@ def test_of_two_servers_one_dies_and_no_study_is_lost(
 
 
 def test_volumes_go_to_the_servers_in_turn(server: BreakableServer, second_server: BreakableServer) -> None:
-    before = [computed(each) for each in (server, second_server)]
+    urls = (server.url, second_server.url)
+    before = volumes_answered(*urls)
     with TritonRuntime(server.url, second_server.url) as runtime:
         for _ in range(4):
             runtime.infer(smooth_hu(SHAPE))
-    assert [computed(each) for each in (server, second_server)] == [count + 2 for count in before]
-
-
-def computed(server: BreakableServer) -> int:
-    """Volumes that were answered."""
-    with grpc.InferenceServerClient(server.url) as client:
-        return int(client.get_inference_statistics("anatomynet").model_stats[0].inference_stats.success.count)
+    assert answered_since(before, *urls, volumes=4) == [2, 2]
 
 
 def test_of_two_servers_one_is_not_there(second_server: BreakableServer, embedded: Runtime) -> None:
@@ -398,7 +387,7 @@ def is_computing(server: BreakableServer) -> bool:
 
 
 def test_who_stops_waiting_frees_the_queue(server: BreakableServer, embedded: Runtime, slow_labels: LabelArray) -> None:
-    before = computed(server)
+    before = volumes_answered(server.url)
     with TritonRuntime(server.url) as patient, TritonRuntime(server.url, timeout_s=0.2) as hasty:
         slow = in_background(lambda: patient.infer(SLOW_HU))
         wait_until(lambda: is_computing(server))
@@ -408,7 +397,8 @@ def test_who_stops_waiting_frees_the_queue(server: BreakableServer, embedded: Ru
         assert not slow.done()
         np.testing.assert_array_equal(slow.result(WAIT_S)[0], slow_labels)
     assert_answers(server, embedded)
-    assert computed(server) == before + 2  # nobody's volume was computed but those that were waited for
+    # Nobody's volume was computed but those that were waited for.
+    assert answered_since(before, server.url, volumes=2) == [2]
 
 
 # --- shared memory

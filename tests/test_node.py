@@ -34,11 +34,11 @@ from tests.dicom_nodes import (
     node_config,
     running_orthanc,
     send,
-    wait_until,
     write_series,
 )
 from tests.dicom_studies import words_of_patient
 from tests.triton_servers import RunningServer, free_ports
+from tests.waiting import wait_until
 
 ENDPOINT = "127.0.0.1"
 # pynetdicom leaves a socket to the garbage collector where nobody listens.

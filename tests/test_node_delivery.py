@@ -13,8 +13,9 @@ from pynetdicom.events import Event
 
 from anatomynet.client.node_config import Destination
 from anatomynet.client.node_delivery import DeliveryError, deliver
-from tests.dicom_nodes import NODE_TITLE, dcmtk, small_phantom, wait_until
+from tests.dicom_nodes import NODE_TITLE, dcmtk, small_phantom
 from tests.triton_servers import free_ports
+from tests.waiting import wait_until
 
 TITLE = "TPS"
 # pynetdicom leaves a socket to the garbage collector where nobody listens.

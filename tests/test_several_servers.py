@@ -1,8 +1,10 @@
 """Two real servers as one: behind the nginx that ships, and by gRPC's own round robin. They share, and one may die."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,8 @@ from anatomynet.export.triton_models import python_model, region_model
 from tests.breakable_server import BreakableServer, two_servers
 from tests.random_network import smooth_hu
 from tests.tls_proxy import Certificates, make_certificates, running_proxy
-from tests.triton_servers import RunningServer, ServerStarter, has_server
+from tests.triton_servers import RunningServer, ServerStarter, answered_since, has_server, volumes_answered
+from tests.wire import Recording, recorded
 
 grpc = pytest.importorskip("tritonclient.grpc")
 pytestmark = pytest.mark.skipif(not has_server(), reason="no tritonserver here: pip install 'anatomynet[serve]'")
@@ -27,6 +30,13 @@ SHAPE = (24, 96, 128)
 SLOWER_SHAPE = (32, 192, 192)
 VOLUMES = 8
 CLIENTS = 4
+# Odd: were all volumes of a client to go to one server, the clients would not make up for one another.
+CLIENTS_AT_ONCE = 3
+# How much later one server is told each thing than the other, and how many clients send a volume each: that one server
+# gets none, where each takes either, happens once in 30,000 runs.
+FAR_S = 0.02
+CLIENTS_OF_ONE_VOLUME = 16
+READING_S = 10.0
 # gRPC begins with the first server that it has reached.
 UNEVEN = 1
 
@@ -67,11 +77,15 @@ def opener(
         yield opener
 
 
+def urls_of(servers: Sequence[BreakableServer | RunningServer]) -> list[str]:
+    return [server.url for server in servers]
+
+
 @contextmanager
 def addressed(
     way: str, servers: Sequence[BreakableServer | RunningServer], certificates: Certificates, folder: Path
 ) -> Iterator[Opener]:
-    urls = [server.url for server in servers]
+    urls = urls_of(servers)
     if way == "round robin":
         yield lambda **options: TritonRuntime(f"ipv4:{','.join(urls)}", **options)
         return
@@ -79,36 +93,53 @@ def addressed(
         yield lambda **options: TritonRuntime(proxy.url, access=certificates.access(), **options)
 
 
-def computed(server: BreakableServer | RunningServer) -> int:
-    """Volumes that were answered."""
-    with grpc.InferenceServerClient(server.url) as client:
-        return int(client.get_inference_statistics("anatomynet").model_stats[0].inference_stats.success.count)
-
-
 def test_one_connection_brings_work_to_both(opener: Opener, servers: list[BreakableServer]) -> None:
     """Each request goes to the next server, although the client has one connection, and asks more than it draws."""
-    before = [computed(server) for server in servers]
+    before = volumes_answered(*urls_of(servers))
     with opener() as runtime:
         for _ in range(VOLUMES):
             runtime.infer(smooth_hu(SHAPE))
-    shares = [computed(server) - count for server, count in zip(servers, before, strict=True)]
+    shares = answered_since(before, *urls_of(servers), volumes=VOLUMES)
     assert sum(shares) == VOLUMES
     assert max(shares) - min(shares) <= 2 * UNEVEN
 
 
 def test_clients_at_once_bring_work_to_both(opener: Opener, servers: list[BreakableServer]) -> None:
-    before = [computed(server) for server in servers]
+    """Each of them evenly; at which server one begins is chance."""
+    before = volumes_answered(*urls_of(servers))
 
     def draw(_: int) -> None:
         with opener() as runtime:
-            for _ in range(2):
+            for _ in range(VOLUMES):
                 runtime.infer(smooth_hu(SHAPE))
 
-    with ThreadPoolExecutor(CLIENTS) as threads:
-        list(threads.map(draw, range(CLIENTS)))
-    shares = [computed(server) - count for server, count in zip(servers, before, strict=True)]
-    assert sum(shares) == 2 * CLIENTS
-    assert min(shares) >= 2
+    with ThreadPoolExecutor(CLIENTS_AT_ONCE) as threads:
+        list(threads.map(draw, range(CLIENTS_AT_ONCE)))
+    shares = answered_since(before, *urls_of(servers), volumes=CLIENTS_AT_ONCE * VOLUMES)
+    assert sum(shares) == CLIENTS_AT_ONCE * VOLUMES
+    assert max(shares) - min(shares) <= CLIENTS_AT_ONCE * 2 * UNEVEN < VOLUMES
+
+
+def test_clients_of_one_volume_do_not_all_bring_it_to_the_nearest_server(servers: list[BreakableServer]) -> None:
+    """As `segment` is one: between the server's first answer and its volume it reads the study."""
+    near, far = servers
+    before = volumes_answered(*urls_of(servers))
+    with recorded(far.grpc_port, watch=partial(time.sleep, FAR_S)) as (port, wire), ExitStack() as open_clients:
+        urls = f"ipv4:{near.url},127.0.0.1:{port}"
+        runtimes = [open_clients.enter_context(TritonRuntime(urls)) for _ in range(CLIENTS_OF_ONE_VOLUME)]
+        studies_are_read(wire)
+        for runtime in runtimes:
+            runtime.infer(smooth_hu(SHAPE))
+    shares = answered_since(before, *urls_of(servers), volumes=CLIENTS_OF_ONE_VOLUME)
+    assert sum(shares) == CLIENTS_OF_ONE_VOLUME
+    assert min(shares) >= 1
+
+
+def studies_are_read(wire: Recording) -> None:
+    """While that goes on, the far server too answers on a client's two connections; or it is not asked."""
+    deadline = time.monotonic() + READING_S
+    while time.monotonic() < deadline and sum(map(bool, wire.answered)) < 2 * CLIENTS_OF_ONE_VOLUME:
+        time.sleep(0.05)
 
 
 def test_one_is_killed_and_nothing_is_lost(opener: Opener, servers: list[BreakableServer], embedded: Runtime) -> None:
@@ -152,10 +183,10 @@ def test_a_region_finder_before_each_volume_does_not_bring_all_to_one(
         opener() as runtime,
     ):
         assert runtime.region_finder is not None
-        before = computed(first), computed(second)
+        before = volumes_answered(first.url, second.url)
         for _ in range(VOLUMES):
             runtime.region_finder.find(hu)
             runtime.infer(hu)
-        shares = [computed(first) - before[0], computed(second) - before[1]]
+        shares = answered_since(before, first.url, second.url, volumes=VOLUMES)
     assert sum(shares) == VOLUMES
     assert max(shares) - min(shares) <= 2 * UNEVEN

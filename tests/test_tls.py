@@ -45,6 +45,7 @@ from tests.tls_proxy import (
     started_nginx,
 )
 from tests.triton_servers import RunningServer, free_ports
+from tests.waiting import wait_until
 
 plain_grpc = pytest.importorskip("grpc")
 GenericRpcHandler: Any = plain_grpc.GenericRpcHandler
@@ -55,7 +56,7 @@ SHAPE = (24, 96, 128)
 SMALL = (8, 32, 32)
 # More than the proxy's burst, each a few milliseconds of computing.
 FLOOD = 30
-SHORT_S = 3.0
+SHORT_S = 20.0
 FUZZ_SEED = 1808
 FUZZED = 500
 # What a client has no need of: each would be answered by the server itself.
@@ -183,7 +184,7 @@ def test_a_node_draws_through_the_proxy(proxy: Proxy, certificates: Certificates
     assert config.api_key_file == tmp_path / "key"
     before = proxy.log.read_text().count("ModelConfig 200")
     check_settings(config)
-    assert proxy.log.read_text().count("ModelConfig 200") > before
+    wait_until(lambda: proxy.log.read_text().count("ModelConfig 200") > before, "a question in the proxy's log")
     (tmp_path / "key").write_text("")
     with pytest.raises(ServerError, match="key holds no API key"):  # not a server that is away, and may come back
         check_settings(config)
@@ -360,7 +361,7 @@ def test_other_proxies_that_are_busy_are_asked_again_for_a_while(
     told: list[str] = []
     start = time.monotonic()
     with bare_proxy(tmp_path, status) as url, pytest.raises(error, match=f"status: {status}"):
-        TritonRuntime(url, wait_s=1.0, tell=told.append)
+        TritonRuntime(url, wait_s=3.0, tell=told.append)
     assert 2 <= len(told) <= 6
     assert time.monotonic() - start < SHORT_S
 
@@ -401,15 +402,16 @@ def test_garbage_at_the_proxy(proxy: Proxy, certificates: Certificates, embedded
 
 
 def test_the_log_names_nobody(proxy: Proxy, certificates: Certificates) -> None:
+    before = proxy.log.read_text().count("grpc=16")
     with TritonRuntime(proxy.url, access=certificates.access()) as runtime:
         runtime.infer(smooth_hu(SMALL))
     info("--url", proxy.url, *certificates.options(), key="f00d" * 16)
+    wait_until(lambda: proxy.log.read_text().count("grpc=16") > before, "who was refused, in the proxy's log")
     log = proxy.log.read_text()
     infers = [line for line in log.splitlines() if "ModelInfer 200" in line]
     assert infers
     assert f'client="{CLIENT_NAME}"' in infers[-1]
     assert re.search(r"in=\d+ out=\d+ seconds=[\d.]+ server=127\.0\.0\.1:\d+ tls=TLSv1\.[23]$", infers[-1])
-    assert "grpc=16" in log  # who was refused is in it too
     for secret in (API_KEY, "f00d" * 16, "CN="):
         assert secret not in log
 

@@ -19,7 +19,7 @@ CONFIGURATION = Path(__file__).resolve().parent.parent / "deploy" / "nginx" / "n
 # What the proxy of a test knows of its clients.
 API_KEY, CLIENT_NAME = "5eed" * 16, "planning"
 HOST = "localhost"
-START_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 60.0
 EXPIRED, VALID = "20200101000000Z", "20991231235959Z"
 
 

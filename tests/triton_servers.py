@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.waiting import wait_until
+
 LAUNCHER = Path(sys.executable).with_name("tritonserver")
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 60
@@ -110,6 +112,28 @@ def _wait_until_ready(server: RunningServer) -> None:
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.1)
     raise AssertionError(f"tritonserver did not become ready:\n{server.log.read_text()}")
+
+
+def volumes_answered(*urls: str) -> list[int]:
+    """By each server, since it started."""
+    from tritonclient.grpc import InferenceServerClient
+
+    counts = []
+    for url in urls:
+        with InferenceServerClient(url) as client:
+            (statistics,) = client.get_inference_statistics("anatomynet").model_stats
+            counts.append(int(statistics.inference_stats.success.count))
+    return counts
+
+
+def answered_since(before: Sequence[int], *urls: str, volumes: int) -> list[int]:
+    """By each server. One counts a volume a moment after its answer has left, so all `volumes` are waited for."""
+
+    def since() -> list[int]:
+        return [now - then for now, then in zip(volumes_answered(*urls), before, strict=True)]
+
+    wait_until(lambda: sum(since()) >= volumes, f"{volumes} volumes in the servers' statistics")
+    return since()
 
 
 def free_ports(count: int) -> list[int]:

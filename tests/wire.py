@@ -41,7 +41,7 @@ class Recording:
 
 @contextmanager
 def recorded(server_port: int, watch: Callable[[], None] = lambda: None) -> Iterator[tuple[int, Recording]]:
-    """A proxy's port and what it has recorded; `watch` is called before anything of the client's goes on."""
+    """A proxy's port and what it has recorded; `watch` comes before each connection and whatever the client says."""
     recording, selector, stopped = Recording(), selectors.DefaultSelector(), threading.Event()
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -50,6 +50,7 @@ def recorded(server_port: int, watch: Callable[[], None] = lambda: None) -> Iter
         while not stopped.is_set():
             for key, _ in selector.select(timeout=0.05):
                 if key.fileobj is listener:
+                    watch()
                     _accept(listener, server_port, selector, recording)
                 else:
                     _pass_on(key, selector, watch)
@@ -86,7 +87,7 @@ def _pass_on(key: selectors.SelectorKey, selector: selectors.BaseSelector, watch
         target.sendall(data)
     except OSError:
         data = b""
-    if not data and source in selector.get_map():
+    if not data and source.fileno() >= 0:  # else the other end was closed in the same round, and both with it
         for end in (source, target):
             selector.unregister(end)
             end.close()
