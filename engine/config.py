@@ -16,7 +16,7 @@ from anatomynet.engine.errors import ModelError
 from anatomynet.engine.structures import structures_by_name
 
 SHIPPED_NAME = "openkbp7"  # whose weights ship too
-SHIPPED_CONFIGS = (SHIPPED_NAME, f"{SHIPPED_NAME}-tuning", "oar9")
+SHIPPED_CONFIGS = (SHIPPED_NAME, f"{SHIPPED_NAME}-tuning", f"{SHIPPED_NAME}-volumetric", "oar9")
 # What a TrainConfig may hold, both ends allowed.
 TRAIN_RANGES: dict[str, tuple[float, float]] = {
     "steps": (1, math.inf),

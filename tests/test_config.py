@@ -29,11 +29,12 @@ def toml(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "classes", "stride"), [("oar9", 10, 1), ("openkbp7", 8, 4), ("openkbp7-tuning", 8, 4)]
+    ("name", "classes", "stride"),
+    [("oar9", 10, 1), ("openkbp7", 8, 4), ("openkbp7-tuning", 8, 4), ("openkbp7-volumetric", 8, 4)],
 )
 def test_shipped_configurations_load(name: str, classes: int, stride: int) -> None:
     model, train = load_config(name)
-    assert (model.name, model.classes, model.in_plane_stride) == (name.removesuffix("-tuning"), classes, stride)
+    assert (model.name, model.classes, model.in_plane_stride) == (name.split("-")[0], classes, stride)
     assert isinstance(train, TrainConfig)
 
 
@@ -185,7 +186,9 @@ def test_bytes_that_are_not_text(toml: Path) -> None:
 
 
 def test_an_absent_file_names_the_shipped_ones(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"expected a TOML file or one of openkbp7, openkbp7-tuning, oar9$"):
+    with pytest.raises(
+        ModelError, match=r"expected a TOML file or one of openkbp7, openkbp7-tuning, openkbp7-volumetric, oar9$"
+    ):
         load_config(tmp_path / "absent.toml")
     with pytest.raises(ModelError, match="oar9"):
         load_config(tmp_path)
