@@ -106,3 +106,10 @@ def write_result(name: str, result: dict[str, Any]) -> None:
     """
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_whole(RESULTS / f"{name}.json", (json.dumps(result, indent=2) + "\n").encode(), overwrite=True)
+
+
+def read_result(name: str) -> dict[str, Any]:
+    """benchmarks/results/NAME.json; nothing where there is none."""
+    file = RESULTS / f"{name}.json"
+    result: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return result

@@ -12,6 +12,9 @@
 A form is timed from INT16 Hounsfield units to labels and confidence, both on the GPU. A part that fails is told in one
 line, and the others go on. Prints a table, writes benchmarks/results/gpu.json, after every part.
 
+`--part study`, once or several times, measures these parts alone, with FP32 again where forms are held against it. What
+the file has of the other parts stays, if machine, versions and volume are the same; with its date, under "earlier".
+
 `--device cpu` runs the same lines on a small volume without a GPU, for who changes this script: its times mean nothing.
 """
 
@@ -22,7 +25,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,10 +53,16 @@ from anatomynet.engine.runtime import CPU_PROVIDER, CUDA_PROVIDER, OnnxRuntime, 
 from anatomynet.engine.volume import HounsfieldArray
 from anatomynet.export.repository import write_repository
 from anatomynet.export.triton_models import python_model, region_model
-from benchmarks.common import BIN, machine, run_and_measure, table_lines, write_result
+from benchmarks.common import BIN, machine, read_result, run_and_measure, table_lines, write_result
 from benchmarks.served import percentiles, phantom_hu
 from tests.triton_servers import RunningServer, running_server
 
+# In the order in which they are wanted: what may be left out comes last.
+PARTS = ("forms", "runtime", "labels", "served", "study", "profile", "graphs", "ONNX Runtime", "compiled")
+# Parts that add rows to the table of forms, and what tells these rows.
+FORMS_ELSEWHERE = {"graphs": "CUDA graph", "ONNX Runtime": "ONNX Runtime", "compiled": "torch.compile"}
+HEADER = ("machine", "shape", "model", "stride", "repeats")  # of the result: what all parts have in common
+BY_NAME = ("forms", "part_seconds", "not_measured", "servers")  # and what has something of several parts
 CHANNELS_MULTIPLE = 8  # what tensor cores want of FP16
 WARM_UPS = 2
 STUDY_REPEATS = 5
@@ -102,9 +111,14 @@ class Trial:
         """Whether anything that is timed counts."""
         return self.device == "cuda"
 
+    @property
+    def file(self) -> str:
+        """Its name among the results."""
+        return "gpu" if self.on_gpu else "gpu_trial"
+
     def write(self) -> None:
         """What there is so far."""
-        write_result("gpu" if self.on_gpu else "gpu_trial", self.result)
+        write_result(self.file, self.result)
 
 
 class InPrecision(nn.Module):
@@ -129,6 +143,7 @@ class InPrecision(nn.Module):
 @click.option("--repeats", default=10, show_default=True, help="Timed runs each, at most.")
 @click.option("--clients", multiple=True, type=int, default=(1, 2, 4), show_default=True)
 @click.option("--seconds", default=100.0, show_default=True, help="After which nothing begins that may be left out.")
+@click.option("--part", "asked", multiple=True, type=click.Choice(PARTS), help="This part alone; may be given again.")
 def main(
     checkpoint: Path | None,
     device: str,
@@ -137,6 +152,7 @@ def main(
     repeats: int,
     clients: tuple[int, ...],
     seconds: float,
+    asked: tuple[str, ...],
 ) -> None:
     """Compare forms of the network on a GPU, serve one, and draw a study with it."""
     stop = time.monotonic() + seconds
@@ -147,32 +163,76 @@ def main(
         folder = Path(temporary)
         given = checkpoint or random_checkpoint(folder / "random.safetensors")
         trial = Trial(given, device, phantom_hu((slices, side, side)), repeats, clients, folder, stop)
-        gpu = torch.cuda.get_device_name() if trial.on_gpu else "none: a trial on a CPU"
-        config = load_checkpoint(given)[1]
-        trial.result.update(machine=machine() | {"gpu": gpu}, shape=trial.hu.shape)
-        trial.result.update(model=config.name, stride=config.in_plane_stride, repeats=repeats)
-        for number, (name, measure) in enumerate(parts(study).items()):
-            if number < WANTED or time.monotonic() < stop:
-                guarded(trial, name, partial(measure, trial))
-            else:
-                trial.result.setdefault("not_measured", {})[name] = "no time was left"
+        begin(trial, asked or PARTS)
+        measure_parts(trial, study, asked)
         trial.write()
     tell(trial.result)
 
 
+def begin(trial: Trial, measured: Collection[str]) -> None:
+    """Where and of what the result is, and what stays of an earlier one."""
+    gpu = torch.cuda.get_device_name() if trial.on_gpu else "none: a trial on a CPU"
+    config = load_checkpoint(trial.checkpoint)[1]
+    trial.result.update(machine=machine() | {"gpu": gpu}, shape=[*trial.hu.shape])
+    trial.result.update(model=config.name, stride=config.in_plane_stride, repeats=trial.repeats)
+    before = read_result(trial.file)
+    if before and not is_comparable(before, trial.result):
+        click.echo(f"{trial.file}.json is of another machine, version or volume, and is replaced", err=True)
+        return
+    trial.result.update(kept_of(before, measured))
+
+
+def is_comparable(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether two results have the same header, but for the date."""
+    headers: list[dict[str, Any]] = [{key: result.get(key) for key in HEADER} for result in (before, now)]
+    for header in headers:
+        header["machine"] = {key: value for key, value in (header["machine"] or {}).items() if key != "date"}
+    return headers[0] == headers[1]
+
+
+def kept_of(before: dict[str, Any], measured: Collection[str]) -> dict[str, Any]:
+    """What an earlier result has of the parts that are not measured now; under "earlier" the date of each."""
+    kept: dict[str, Any] = {}
+    for key, value in before.items():
+        if key in BY_NAME:
+            kept[key] = {name: each for name, each in value.items() if part_of(name) not in measured}
+        elif key not in (*HEADER, "earlier") and part_of(key) not in measured:
+            kept[key] = value
+    dates = before.get("earlier", {})
+    done = [part for part in kept.get("part_seconds", {}) if part in PARTS]
+    kept["earlier"] = {part: dates.get(part, before["machine"]["date"]) for part in done}
+    return {key: value for key, value in kept.items() if value}
+
+
+def part_of(name: str) -> str:
+    """Which part a key of the result comes from: a form's name, "form NAME", a part's own, or "served_on"."""
+    if name in PARTS:
+        return name
+    if name == "served_on":
+        return "served"
+    return next((part for part, words in FORMS_ELSEWHERE.items() if words in name), "forms")
+
+
+def measure_parts(trial: Trial, study: "subprocess.Popen[bytes]", asked: Collection[str]) -> None:
+    """Those that are asked for, whatever time is left; all, as long as there is time, where none is."""
+    if "forms" not in asked and FORMS_ELSEWHERE.keys() & asked:
+        measure_baseline(trial)
+    for number, (name, measure) in enumerate(parts(study).items()):
+        if asked and name not in asked:
+            continue
+        if asked or number < WANTED or time.monotonic() < trial.stop:
+            guarded(trial, name, partial(measure, trial))
+        else:
+            trial.result.setdefault("not_measured", {})[name] = "no time was left"
+
+
 def parts(study: "subprocess.Popen[bytes]") -> dict[str, Callable[[Trial], object]]:
-    """In the order in which they are wanted: what may be left out comes last."""
-    return {
-        "forms": measure_forms,
-        "runtime": measure_runtime,
-        "labels": measure_labels,
-        "served": measure_served,
-        "study": partial(measure_study, study=study),
-        "profile": measure_profile,
-        "graphs": measure_graphs,
-        "ONNX Runtime": measure_onnx_runtime,
-        "compiled": measure_compiled,
-    }
+    """What measures each of PARTS."""
+    measures: tuple[Callable[[Trial], object], ...] = (
+        *(measure_forms, measure_runtime, measure_labels, measure_served, partial(measure_study, study=study)),
+        *(measure_profile, measure_graphs, measure_onnx_runtime, measure_compiled),
+    )
+    return dict(zip(PARTS, measures, strict=True))
 
 
 def guarded(trial: Trial, name: str, measure: Callable[[], object], *, limit_s: float = PART_LIMIT_S) -> None:
@@ -222,6 +282,12 @@ def measure_forms(trial: Trial) -> None:
     network, config = load_checkpoint(trial.checkpoint)
     for name, build in forms_of(network, config, trial.device):
         guarded(trial, f"form {name}", partial(measure_form, trial, name, build))
+
+
+def measure_baseline(trial: Trial) -> None:
+    """The first of the forms, without which no other has its share of changed labels."""
+    name, build = next(forms_of(*load_checkpoint(trial.checkpoint), trial.device))
+    guarded(trial, f"form {name}", partial(measure_form, trial, name, build))
 
 
 def measure_graphs(trial: Trial) -> None:
@@ -391,7 +457,8 @@ def measure_onnx_runtime(trial: Trial) -> None:
     if trial.on_gpu and CUDA_PROVIDER not in runtime.providers:
         raise click.ClickException("ONNX Runtime's CUDA does not start here")
     seconds = median_seconds(lambda: runtime.infer(trial.hu), trial)
-    trial.result["forms"]["ONNX Runtime, FP16 file"] = {"seconds": seconds, "on": runtime.description}
+    rows = trial.result.setdefault("forms", {})
+    rows["ONNX Runtime, FP16 file"] = {"seconds": seconds, "on": runtime.description}
 
 
 def measure_served(trial: Trial) -> None:
@@ -404,7 +471,7 @@ def measure_served(trial: Trial) -> None:
     repository = trial.folder / "repository"
     write_repository(repository, [python_model(config, [file], checkpoint=trial.checkpoint)])
     rows: dict[str, Row] = {}
-    with served_on_gpu(trial, repository) as server, connections(server.url, max(trial.clients)) as all_:
+    with served_on_gpu(trial, "served", repository) as server, connections(server.url, max(trial.clients)) as all_:
         trial.result["served_on"] = runtime_line(server)
         for runtime in all_[:1] * WARM_UPS:  # the size is new to it
             runtime.infer(trial.hu)
@@ -428,7 +495,7 @@ def measure_study(trial: Trial, *, study: "subprocess.Popen[bytes]") -> None:
     model = python_model(load_checkpoint()[1], [onnx_file], checkpoint=checkpoint)
     repository = trial.folder / "shipped"
     write_repository(repository, [model, region])
-    with served_on_gpu(trial, repository) as server:
+    with served_on_gpu(trial, "study", repository) as server:
         rows: Row = {"on": runtime_line(server)}
         trial.result["study"] = rows
         scopes = {"head and neck": False, "whole volume": True} if trial.on_gpu else {"head and neck": False}
@@ -513,14 +580,14 @@ def _labels_of(module: Callable[[Tensor], Any], hu: Tensor) -> Tensor:
 
 
 @contextmanager
-def served_on_gpu(trial: Trial, repository: Path) -> Iterator[RunningServer]:
+def served_on_gpu(trial: Trial, part: str, repository: Path) -> Iterator[RunningServer]:
     """A server, with this process' own memory of the GPU given back before it starts."""
     if trial.on_gpu:
         torch.cuda.empty_cache()
     start, before = time.perf_counter(), gpu_memory_mib()
     with running_server(repository, folder=trial.folder) as server:
         ready = time.perf_counter() - start
-        trial.result.setdefault("servers", []).append({"ready_seconds": ready, "gpu_mib_before": before})
+        trial.result.setdefault("servers", {})[part] = {"ready_seconds": ready, "gpu_mib_before": before}
         yield server
 
 
@@ -569,7 +636,7 @@ def tell(result: dict[str, Any]) -> None:
     ]
     for line in table_lines(("form", "ms", "labels changed", "peak GB"), rows):
         click.echo(line)
-    for name in ("runtime", "labels", "served_on", "served", "study", "not_measured", "part_seconds"):
+    for name in ("runtime", "labels", "served_on", "served", "study", "not_measured", "part_seconds", "earlier"):
         click.echo(f"{name}: {json.dumps(_rounded(result.get(name)))}")
 
 

@@ -1,14 +1,18 @@
 """benchmarks/gpu.py where no GPU is; and the padded network that it times, which must be the same network."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from anatomynet.engine.folding import folded
 from anatomynet.engine.padding import padded_network
+from benchmarks import common, gpu
 from tests.random_network import random_network
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,3 +36,78 @@ def test_without_a_gpu_it_says_so_in_one_line() -> None:
     run = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (1, "", 1)
     assert "no NVIDIA GPU here" in run.stderr
+
+
+def measure(part: str) -> str:
+    """One part of a trial on a small volume; what was said on stderr."""
+    arguments = f"--device cpu --slices 8 --side 32 --repeats 1 --part {part}".split()
+    run = CliRunner().invoke(gpu.main, arguments, catch_exceptions=False)
+    assert run.exit_code == 0, run.output
+    return run.stderr
+
+
+def test_a_part_alone_is_added_to_what_this_machine_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "measure_runtime", lambda trial: trial.result.update(runtime="measured"))
+    monkeypatch.setattr(gpu, "measure_profile", lambda trial: trial.result.update(profile="measured"))
+    file = tmp_path / "gpu_trial.json"
+    measure("runtime")
+    first = json.loads(file.read_text())
+    assert [*first["part_seconds"]] == ["runtime"]
+    assert "earlier" not in first
+    first["machine"]["date"] = "2026-01-01"
+    file.write_text(json.dumps(first))
+
+    assert "replaced" not in measure("profile")
+    second = json.loads(file.read_text())
+    assert (second["runtime"], second["profile"]) == ("measured", "measured")
+    assert second["earlier"] == {"runtime": "2026-01-01"}
+
+    second["machine"]["gpu"] = "another"
+    file.write_text(json.dumps(second))
+    assert "gpu_trial.json is of another machine" in measure("profile")
+    third = json.loads(file.read_text())
+    assert third["profile"] == "measured"
+    assert not {"runtime", "earlier"} & third.keys()
+
+
+def test_what_goes_and_what_stays_when_parts_are_measured_again() -> None:
+    before = {
+        "machine": {"date": "2026-02-02"},
+        "forms": {"FP32": 1, "FP16": 2, "FP16, tensor-core form, CUDA graph": 3, "ONNX Runtime, FP16 file": 4},
+        "part_seconds": {"forms": 1, "form FP32": 1, "served": 2, "graphs": 3, "form CUDA graph": 3},
+        "not_measured": {"compiled": "no time was left", "form FP16, plain, channels last, torch.compile": "late"},
+        "served_on": "a GPU",
+        "served": {"1 clients": 5},
+        "servers": {"served": 6, "study": 7},
+        "earlier": {"forms": "2026-01-01"},
+    }
+    assert gpu.kept_of(before, ("graphs", "served", "compiled")) == {
+        "forms": {"FP32": 1, "FP16": 2, "ONNX Runtime, FP16 file": 4},
+        "part_seconds": {"forms": 1, "form FP32": 1},
+        "servers": {"study": 7},
+        "earlier": {"forms": "2026-01-01"},
+    }
+    assert gpu.kept_of(before, ("forms",))["earlier"] == {"served": "2026-02-02", "graphs": "2026-02-02"}
+    assert gpu.kept_of(before, gpu.PARTS) == {}
+
+
+@pytest.mark.parametrize(("key", "value"), [("stride", 4), ("machine", {"date": "b", "gpu": "H100"}), ("repeats", 2)])
+def test_results_of_something_else_are_not_comparable(key: str, value: object) -> None:
+    before: dict[str, Any] = {"machine": {"date": "a", "gpu": "H200"}, "shape": [1, 2, 3], "stride": 1, "repeats": 5}
+    now = before | {"machine": {"date": "b", "gpu": "H200"}, "served": {}}
+    assert gpu.is_comparable(before, now)
+    assert not gpu.is_comparable(before, now | {key: value})
+
+
+@pytest.mark.parametrize(("parts", "baselines"), [(["graphs"], 1), (["study"], 0), (["forms", "graphs"], 0), ([], 0)])
+def test_forms_measured_alone_are_held_against_fp32(
+    parts: list[str], baselines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    trial: Any = type("T", (), {"stop": float("inf"), "result": {}})()
+    study: Any = None
+    monkeypatch.setattr(gpu, "measure_baseline", lambda trial: called.append("baseline"))
+    monkeypatch.setattr(gpu, "guarded", lambda trial, name, measure: called.append(name))
+    gpu.measure_parts(trial, study, parts)
+    assert called == ["baseline"] * baselines + (parts or [*gpu.PARTS])
