@@ -10,7 +10,7 @@ from anatomynet.engine.gpu_operations import Operations, TorchOperations
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when it is imported
-pytest.importorskip("triton", reason="Triton's compiler comes with a PyTorch for CUDA")
+pytest.importorskip("triton", reason="needs Triton's compiler: a PyTorch for CUDA, or pip install triton==3.6.0")
 
 from anatomynet.engine.gpu_kernels import KernelOperations
 

@@ -25,8 +25,8 @@ UNSAFE_BUILTINS = {"eval", "exec", "compile", "__import__"}
 UNSAFE_CALLS = {"os.system", "os.popen", "tempfile.mktemp", "yaml.load", "yaml.unsafe_load", "torch.hub.load"}
 # A plan for a GPU, whose package is not on every index.
 NOT_LOCKED = {"tensorrt"}
-# What an environment has by itself, and this project.
-NOT_ASKED_FOR = {"anatomynet", "pip", "wheel"}
+# What an environment has by itself, this project, and Triton's compiler, of .ci/run or of a PyTorch for CUDA.
+NOT_ASKED_FOR = {"anatomynet", "pip", "wheel", "triton"}
 
 
 def unsafe(source: str) -> list[str]:
