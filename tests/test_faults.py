@@ -23,7 +23,6 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from anatomynet.client.shared_memory import REGION_PREFIX, SHARED_MEMORY_FOLDER
 from anatomynet.client.triton import TritonRuntime
 from anatomynet.client.triton_server import Answer, TritonServer
 from anatomynet.engine.config import ModelConfig
@@ -34,6 +33,7 @@ from anatomynet.export.triton_models import LARGEST_QUEUE
 from tests.breakable_server import BreakableServer, two_servers
 from tests.garbage import damaged_messages, grpc_garbage, http_garbage, say
 from tests.random_network import smooth_hu
+from tests.regions import our_regions
 from tests.triton_servers import answered_since, has_server, volumes_answered
 from tests.waiting import wait_until
 
@@ -120,10 +120,6 @@ def in_background(work: Callable[[], Any]) -> "Future[Any]":
 
     threading.Thread(target=run, daemon=True).start()
     return future
-
-
-def our_regions() -> set[str]:
-    return {path.name for path in SHARED_MEMORY_FOLDER.glob(f"{REGION_PREFIX}*")}
 
 
 def assert_answers(server: BreakableServer, embedded: Runtime) -> None:

@@ -1,6 +1,4 @@
-"""engine/gpu_kernels.py against PyTorch: on a GPU, or else in Triton's interpreter, where Triton's compiler is."""
-
-import os
+"""engine/gpu_kernels.py against PyTorch: on a GPU, or else in the interpreter of Triton's compiler (conftest.py)."""
 
 import pytest
 import torch
@@ -8,8 +6,6 @@ from torch import Tensor
 
 from anatomynet.engine.gpu_operations import Operations, TorchOperations
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when it is imported
 pytest.importorskip("triton", reason="needs Triton's compiler: a PyTorch for CUDA, or pip install triton==3.6.0")
 
 from anatomynet.engine.gpu_kernels import KernelOperations

@@ -35,6 +35,7 @@ from anatomynet.engine.runtime import Runtime, load_runtime
 from anatomynet.engine.volume import CTVolume
 from anatomynet.export.triton_models import LARGEST_QUEUE
 from tests.random_network import smooth_hu
+from tests.regions import our_regions
 from tests.triton_servers import RunningServer, ServerStarter, free_ports
 from tests.wire import recorded
 
@@ -59,10 +60,6 @@ def called(url: str, hu: NDArray[Any], datatype: str = "INT16") -> Any:
     ct.set_data_from_numpy(hu)
     with grpc.InferenceServerClient(url) as client:
         return client.infer("anatomynet", [ct])
-
-
-def our_regions() -> set[str]:
-    return {path.name for path in SHARED_MEMORY_FOLDER.glob(f"{REGION_PREFIX}*")}
 
 
 def registered_regions(url: str) -> set[str]:
