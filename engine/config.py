@@ -27,6 +27,7 @@ TRAIN_RANGES: dict[str, tuple[float, float]] = {
     "focal_weight": (0, 100),
     "focal_gamma": (0, 10),
     "whole_share": (0, 1),
+    "region_share": (0, 1),
     "phantom_share": (0, 1),
     "balanced_share": (0, 1),
     "frozen_norm_share": (0, 1),
@@ -133,6 +134,10 @@ class TrainConfig:
             also stretches and tilts along the slices, and changes sharpness and grey values.
         crop: voxels (z, y, x) of a training crop at the network's resolution, in plane with air around a smaller case.
         whole_share: share of steps that see the whole body box instead of a crop.
+        region_share: share of steps that see a crop as large as the region finder's boxes, and where such a box would
+            lie: squeeze-and-excitation averages over what it sees, and serving shows it such boxes.
+        region_crop: voxels (z, y, x) of such a crop, as `crop`; the default is about the median of the finder's
+            boxes at openkbp7's stride 4.
         phantom_share: share of steps on synthetic phantoms.
         balanced_share: share of the other steps that choose a structure first, as likely as its class weight, then a
             case that has it.
@@ -157,6 +162,8 @@ class TrainConfig:
     augmentation: str = "in-plane"
     crop: tuple[int, int, int] = (56, 80, 96)
     whole_share: float = 0.1
+    region_share: float = 0.0
+    region_crop: tuple[int, int, int] = (96, 48, 48)
     phantom_share: float = 0.05
     balanced_share: float = 0.0
     frozen_norm_share: float = 0.5
@@ -176,8 +183,14 @@ class TrainConfig:
                 f"expected learning_rate and second_rate above 0 and ema_decay below 1, found {rates[0]}, {rates[1]} "
                 f"and {self.ema_decay}"
             )
-        if min(self.crop) < 8:
-            raise ModelError(f"crop: expected at least 8 voxels a side, found {self.crop}")
+        if self.whole_share + self.region_share > 1:
+            raise ModelError(
+                f"expected whole_share and region_share of 1 at most together, found {self.whole_share} and "
+                f"{self.region_share}"
+            )
+        for name in ("crop", "region_crop"):
+            if min(getattr(self, name)) < 8:
+                raise ModelError(f"{name}: expected at least 8 voxels a side, found {getattr(self, name)}")
         if any(not 0 <= weight < math.inf for weight in self.class_weights):
             raise ModelError(f"class_weights: expected 0 or more each, found {self.class_weights}")
 

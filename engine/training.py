@@ -59,7 +59,7 @@ class Training:
         self.average.load_state_dict(self.network.state_dict())
         self._floats, self._counts = _followed(self.average, self.network)
         self._set_frozen: bool | None = None  # as the network's modules are
-        self._recorded: dict[bool, nn.Module] = {}  # by whether the statistics are frozen
+        self._recorded: dict[tuple[bool, tuple[int, ...]], nn.Module] = {}  # by whether statistics are frozen, and size
         self.step = 0
         self.losses: list[Tensor] = []  # of the epoch's steps so far, on the device
         self.optimiser = self._new_optimiser()
@@ -115,20 +115,21 @@ class Training:
         return loss.detach()
 
     def _forward(self, image: Tensor) -> nn.Module:
-        """What makes logits of this image: on a GPU a recording of it for full crops, the most frequent size.
+        """What makes logits of this image: on a GPU a recording of it for the sizes that come again and again.
 
         The network's thousand small kernels take a GPU less time than Python takes to name them.
         """
         plain = _InPrecision(self.network, self.device, self.train.precision)
-        if self.device.type != "cuda" or tuple(image.shape[2:]) != self.train.crop:
+        size = tuple(image.shape[2:])
+        if self.device.type != "cuda" or size not in _recorded_sizes(self.train):
             return plain
-        frozen = self._statistics_are_frozen
-        if frozen not in self._recorded:
+        key = (self._statistics_are_frozen, size)
+        if key not in self._recorded:
             before = {name: value.clone() for name, value in self.network.state_dict().items()}
             # The trials before a recording move the statistics.
-            self._recorded[frozen] = cast(nn.Module, torch.cuda.make_graphed_callables(plain, (image.clone(),)))
+            self._recorded[key] = cast(nn.Module, torch.cuda.make_graphed_callables(plain, (image.clone(),)))
             self.network.load_state_dict(before)
-        return self._recorded[frozen]
+        return self._recorded[key]
 
     @property
     def _statistics_are_frozen(self) -> bool:
@@ -237,6 +238,11 @@ class _InPrecision(nn.Module):
         return logits
 
 
+def _recorded_sizes(train: TrainConfig) -> tuple[tuple[int, ...], ...]:
+    """Of crops (z, y, x): each is the same in every case, where the whole body is another size in each."""
+    return (train.crop, train.region_crop) if train.region_share else (train.crop,)
+
+
 def _followed(
     average: nn.Module, network: nn.Module
 ) -> tuple[tuple[list[Tensor], list[Tensor]], list[tuple[Tensor, Tensor]]]:
@@ -253,7 +259,8 @@ def _same_but_patients(one: ModelConfig, other: ModelConfig) -> bool:
 
 def _check_recipe(saved: str | None, train: TrainConfig, path: Path) -> None:
     """Refuses a recipe with which no run from the start could have come here; older states do not tell theirs."""
-    before = json.loads(saved) if saved else {}
+    # A state that lacks a share is older than it: it saw no such crop.
+    before = {"region_share": 0.0} | json.loads(saved) if saved else {}
     now = json.loads(json.dumps(dataclasses.asdict(train)))
     changed = [name for name in before if name not in MAY_CHANGE and now.get(name) != before[name]]
     if changed:

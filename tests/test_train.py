@@ -22,11 +22,12 @@ from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
 from anatomynet.engine.data import Case, read_case
+from anatomynet.engine.errors import ModelError
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.runtime import TorchRuntime
 from anatomynet.engine.train import chosen_by_structure, main, patient_counts, phantom_case, samples
@@ -255,7 +256,12 @@ def test_resuming_with_another_configuration_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("line", "other"), [("crop = [8, 16, 16]", "crop = [8, 16, 24]"), ("ema_decay", "seed = 3\nema_decay")]
+    ("line", "other"),
+    [
+        ("crop = [8, 16, 16]", "crop = [8, 16, 24]"),
+        ("ema_decay", "seed = 3\nema_decay"),
+        ("ema_decay", "region_share = 0.5\nema_decay"),
+    ],
 )
 def test_resuming_by_another_recipe_is_refused(
     data: Path, trained: Path, tmp_path: Path, line: str, other: str
@@ -330,6 +336,19 @@ def test_a_state_without_a_count_of_patients_can_be_resumed(data: Path, trained:
     result = train(data, tmp_path / "tiny.safetensors", "--resume", "--steps", str(STEPS + 1))
     assert result.exit_code == 0, result.output
     assert load_checkpoint(tmp_path / "tiny.safetensors")[1].patients == (2, 2, 1)
+
+
+def test_a_state_older_than_the_region_finders_crops_saw_none(data: Path, trained: Path, tmp_path: Path) -> None:
+    with safe_open(trained.with_suffix(".state.safetensors"), "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    recipe = json.loads(metadata["train"])
+    assert (recipe.pop("region_share"), recipe.pop("region_crop")) == (0.0, [96, 48, 48])
+    save_file(tensors, tmp_path / "tiny.state.safetensors", metadata | {"train": json.dumps(recipe)})
+    model, train_config = load_config(data / "tiny.toml")
+    Training(model, train_config, torch.device("cpu")).restore(tmp_path / "tiny.state.safetensors")
+    otherwise = Training(model, replace(train_config, region_share=0.5), torch.device("cpu"))
+    with pytest.raises(ModelError, match=r"\(region_share 0.0 then, 0.5 now\)"):
+        otherwise.restore(tmp_path / "tiny.state.safetensors")
 
 
 def test_a_run_may_begin_with_a_checkpoint(data: Path, trained: Path, tmp_path: Path) -> None:
@@ -460,6 +479,9 @@ MODEL = ModelConfig("tiny", ("Chiasm", "OpticNerve_L"), 1, (1.0, 1.0, 2.0), (2.0
 PLAN = TrainConfig(steps=9, crop=(8, 16, 16), whole_share=0.5, phantom_share=0.0)
 
 
+REGIONS = replace(PLAN, whole_share=0.2, region_share=0.4, region_crop=(8, 16, 24))
+
+
 def uniform_cases() -> list[Case]:
     """Three cases that their Hounsfield units tell apart: normalised, they are -0.5, 0 and 0.5."""
     geometry = VolumeGeometry((10, 64, 64), (1.5, 1.5, 2.5))
@@ -501,6 +523,40 @@ def test_either_stage_goes_on_where_it_was_left(tmp_path: Path, stop: int) -> No
     assert [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])] == []
 
 
+def test_a_gpu_records_every_size_of_crop_before_and_after_the_statistics_freeze(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a GPU: what it would be asked to record, once each, and that its trials leave no trace."""
+    asked = []
+
+    def record(network: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
+        asked.append((network, tuple(inputs[0].shape[2:])))
+        for tensor in network.state_dict().values():
+            tensor.zero_()
+        return network
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    training = Training(MODEL, replace(REGIONS, steps=4, frozen_norm_share=0.5), torch.device("cpu"))
+    training.device = torch.device("cuda")
+    before = {name: tensor.clone() for name, tensor in training.network.state_dict().items()}
+    sizes = (REGIONS.crop, REGIONS.region_crop, (10, 64, 64), REGIONS.region_crop, REGIONS.crop)
+    for step, known in ((1, 0), (2, 2)):
+        training.step = step
+        crop, region, whole, region_again, crop_again = (training._forward(torch.zeros(1, 1, *size)) for size in sizes)
+        assert (crop, region) == (crop_again, region_again)
+        assert asked[known:] == [(crop, REGIONS.crop), (region, REGIONS.region_crop)]
+        assert whole not in [network for network, _ in asked]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in training.network.state_dict().items())
+
+
+def test_a_gpu_records_no_size_that_no_share_of_the_steps_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole body box may happen to be of it."""
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda *_: pytest.fail("recorded"))
+    training = Training(MODEL, replace(REGIONS, region_share=0.0), torch.device("cpu"))
+    training.device = torch.device("cuda")
+    training._forward(torch.zeros(1, 1, *REGIONS.region_crop))
+
+
 def test_every_pass_sees_every_case_once() -> None:
     middles = [float(s.image[0, 0, :, 6:10, 6:10].median()) for s in samples(uniform_cases(), MODEL, PLAN, first=0)]
     seen = [int(np.argmin(np.abs(np.array([-0.5, 0, 0.5]) - middle))) for middle in middles]
@@ -508,9 +564,10 @@ def test_every_pass_sees_every_case_once() -> None:
     assert len({tuple(seen[i : i + 3]) for i in (0, 3, 6)}) > 1  # shuffled anew
 
 
-def test_a_steps_sample_hangs_on_the_step_alone() -> None:
-    from_the_start = list(samples(uniform_cases(), MODEL, PLAN, first=0))
-    from_the_middle = list(samples(uniform_cases(), MODEL, PLAN, first=5))
+@pytest.mark.parametrize("plan", [PLAN, REGIONS], ids=["crops", "regions"])
+def test_a_steps_sample_hangs_on_the_step_alone(plan: TrainConfig) -> None:
+    from_the_start = list(samples(uniform_cases(), MODEL, plan, first=0))
+    from_the_middle = list(samples(uniform_cases(), MODEL, plan, first=5))
     assert (len(from_the_start), len(from_the_middle)) == (9, 4)
     for one, other in zip(from_the_start[5:], from_the_middle, strict=True):
         assert torch.equal(one.image, other.image)

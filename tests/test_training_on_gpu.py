@@ -12,23 +12,27 @@ from tests.synthetic_head import MODEL
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
-SHAPE = (16, 24, 24)
+SHAPE, REGION_SHAPE = (16, 24, 24), (24, 16, 16)
 STEPS = 8
 
 
-def sample(seed: int) -> Sample:
+def sample(seed: int, shape: tuple[int, int, int]) -> Sample:
     random = torch.Generator().manual_seed(seed)
-    image = torch.randn((1, 1, *SHAPE), generator=random).clamp(-1, 1).cuda()
-    return Sample(image, torch.randint(0, 4, SHAPE, generator=random).cuda(), (True, seed % 2 == 0, True))
+    image = torch.randn((1, 1, *shape), generator=random).clamp(-1, 1).cuda()
+    return Sample(image, torch.randint(0, 4, shape, generator=random).cuda(), (True, seed % 2 == 0, True))
 
 
-def losses(train: TrainConfig) -> list[float]:
+def learnt(train: TrainConfig) -> tuple[list[float], int]:
+    """The losses of steps that see both sizes by turns, and how many recordings were made."""
     training = Training(MODEL, train, torch.device("cuda"))
-    return [float(training.learn(sample(step % 3))) for step in range(train.steps)]
+    losses = [float(training.learn(sample(i % 3, (SHAPE, REGION_SHAPE)[i % 2]))) for i in range(train.steps)]
+    return losses, len(training._recorded)
 
 
 def test_a_recorded_step_is_the_same_step() -> None:
-    """Before and after the statistics freeze."""
-    recorded = TrainConfig(steps=STEPS, crop=SHAPE, frozen_norm_share=0.5)
-    plain = replace(recorded, crop=(8, 8, 8))  # no sample is of that size
-    assert losses(recorded) == pytest.approx(losses(plain), rel=1e-3)
+    """Of either size, before and after the statistics freeze."""
+    recorded = TrainConfig(steps=STEPS, crop=SHAPE, region_crop=REGION_SHAPE, region_share=0.5, frozen_norm_share=0.5)
+    plain = replace(recorded, crop=(8, 8, 8), region_crop=(8, 8, 8))  # no sample is of that size
+    (losses, recordings), (expected, none) = learnt(recorded), learnt(plain)
+    assert (recordings, none) == (4, 0)
+    assert losses == pytest.approx(expected, rel=1e-3)
