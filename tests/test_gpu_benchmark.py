@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from anatomynet.engine.folding import folded
 from anatomynet.engine.padding import padded_network
 from benchmarks import common, gpu
+from benchmarks.gpu_earlier import PARTS, is_comparable, kept_of
 from tests.random_network import random_network
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,22 +83,22 @@ def test_what_goes_and_what_stays_when_parts_are_measured_again() -> None:
         "servers": {"served": 6, "study": 7},
         "earlier": {"forms": "2026-01-01"},
     }
-    assert gpu.kept_of(before, ("graphs", "served", "compiled")) == {
+    assert kept_of(before, ("graphs", "served", "compiled")) == {
         "forms": {"FP32": 1, "FP16": 2, "ONNX Runtime, FP16 file": 4},
         "part_seconds": {"forms": 1, "form FP32": 1},
         "servers": {"study": 7},
         "earlier": {"forms": "2026-01-01"},
     }
-    assert gpu.kept_of(before, ("forms",))["earlier"] == {"served": "2026-02-02", "graphs": "2026-02-02"}
-    assert gpu.kept_of(before, gpu.PARTS) == {}
+    assert kept_of(before, ("forms",))["earlier"] == {"served": "2026-02-02", "graphs": "2026-02-02"}
+    assert kept_of(before, PARTS) == {}
 
 
 @pytest.mark.parametrize(("key", "value"), [("stride", 4), ("machine", {"date": "b", "gpu": "H100"}), ("repeats", 2)])
 def test_results_of_something_else_are_not_comparable(key: str, value: object) -> None:
     before: dict[str, Any] = {"machine": {"date": "a", "gpu": "H200"}, "shape": [1, 2, 3], "stride": 1, "repeats": 5}
     now = before | {"machine": {"date": "b", "gpu": "H200"}, "served": {}}
-    assert gpu.is_comparable(before, now)
-    assert not gpu.is_comparable(before, now | {key: value})
+    assert is_comparable(before, now)
+    assert not is_comparable(before, now | {key: value})
 
 
 @pytest.mark.parametrize(("parts", "baselines"), [(["graphs"], 1), (["study"], 0), (["forms", "graphs"], 0), ([], 0)])
@@ -110,4 +111,4 @@ def test_forms_measured_alone_are_held_against_fp32(
     monkeypatch.setattr(gpu, "measure_baseline", lambda trial: called.append("baseline"))
     monkeypatch.setattr(gpu, "guarded", lambda trial, name, measure: called.append(name))
     gpu.measure_parts(trial, study, parts)
-    assert called == ["baseline"] * baselines + (parts or [*gpu.PARTS])
+    assert called == ["baseline"] * baselines + (parts or [*PARTS])
