@@ -12,8 +12,10 @@
 A form is timed from INT16 Hounsfield units to labels and confidence, both on the GPU. A part that fails is told in one
 line, and the others go on. Prints a table, writes benchmarks/results/gpu.json, after every part.
 
-`--part study`, once or several times, measures these parts alone, with FP32 again where forms are held against it. What
-the file has of the other parts stays, if machine, versions and volume are the same; with its date, under "earlier".
+What the file has of an earlier run stays until it is measured anew, if machine, versions and volume are the same; its
+date is under "earlier". `--part study`, once or several times, measures these parts alone, with FP32 again where forms
+are held against it. Without it what the file has not comes first, and what it has is measured anew as long as
+`--seconds` lasts. Each part is a module of its own, gpu_*.py.
 
 `--device cpu` runs the same lines on a small volume without a GPU, for who changes this script: its times mean nothing.
 """
@@ -35,7 +37,7 @@ from anatomynet.engine.config import load_config
 from anatomynet.engine.network import AnatomyNet
 from benchmarks.common import machine, read_result, table_lines
 from benchmarks.gpu_compiled import measure_compiled
-from benchmarks.gpu_earlier import FORMS_ELSEWHERE, PARTS, is_comparable, kept_of
+from benchmarks.gpu_earlier import FORMS_ELSEWHERE, PARTS, in_order, is_comparable, is_measured, kept_of, without
 from benchmarks.gpu_forms import measure_baseline, measure_forms
 from benchmarks.gpu_graphs import measure_graphs
 from benchmarks.gpu_labels import measure_labels
@@ -46,7 +48,11 @@ from benchmarks.gpu_study import coming_study, measure_study
 from benchmarks.gpu_trial import Trial, guarded
 from benchmarks.served import phantom_hu
 
-WANTED = 5  # of the parts: measured whatever time is left
+SECONDS_HELP = (
+    "After which nothing begins that may be left out. What the result's file has not yet comes first; what it has is "
+    "measured anew as long as time is left."
+)
+WANTED = PARTS[:5]  # measured whatever time is left, where the file has them not
 
 
 @click.command()
@@ -56,7 +62,7 @@ WANTED = 5  # of the parts: measured whatever time is left
 @click.option("--side", default=512, show_default=True)
 @click.option("--repeats", default=10, show_default=True, help="Timed runs each, at most.")
 @click.option("--clients", multiple=True, type=int, default=(1, 2, 4), show_default=True)
-@click.option("--seconds", default=100.0, show_default=True, help="After which nothing begins that may be left out.")
+@click.option("--seconds", default=100.0, show_default=True, help=SECONDS_HELP)
 @click.option("--part", "asked", multiple=True, type=click.Choice(PARTS), help="This part alone; may be given again.")
 def main(
     checkpoint: Path | None,
@@ -77,14 +83,14 @@ def main(
         folder = Path(temporary)
         given = checkpoint or random_checkpoint(folder / "random.safetensors")
         trial = Trial(given, device, phantom_hu((slices, side, side)), repeats, clients, folder, stop)
-        begin(trial, asked or PARTS)
+        begin(trial, asked)
         measure_parts(trial, study, asked)
         trial.write()
     tell(trial.result)
 
 
-def begin(trial: Trial, measured: Collection[str]) -> None:
-    """Where and of what the result is, and what stays of an earlier one."""
+def begin(trial: Trial, asked: Collection[str]) -> None:
+    """Where and of what the result is, and what stays of an earlier one: without `asked` all, until it is replaced."""
     gpu = torch.cuda.get_device_name() if trial.on_gpu else "none: a trial on a CPU"
     config = load_checkpoint(trial.checkpoint)[1]
     trial.result.update(machine=machine() | {"gpu": gpu}, shape=[*trial.hu.shape])
@@ -93,20 +99,36 @@ def begin(trial: Trial, measured: Collection[str]) -> None:
     if before and not is_comparable(before, trial.result):
         click.echo(f"{trial.file}.json is of another machine, version or volume, and is replaced", err=True)
         return
-    trial.result.update(kept_of(before, measured))
+    trial.result.update(kept_of(before, asked))
 
 
 def measure_parts(trial: Trial, study: "subprocess.Popen[bytes]", asked: Collection[str]) -> None:
     """Those that are asked for, whatever time is left; all, as long as there is time, where none is."""
-    if "forms" not in asked and FORMS_ELSEWHERE.keys() & asked:
+    measures, order = parts(study), in_order(trial.result, asked)
+    if next((part for part in order if part == "forms" or part in FORMS_ELSEWHERE), "forms") != "forms":
         measure_baseline(trial)
-    for number, (name, measure) in enumerate(parts(study).items()):
-        if asked and name not in asked:
-            continue
-        if asked or number < WANTED or time.monotonic() < trial.stop:
-            guarded(trial, name, partial(measure, trial))
-        else:
+    for name in order:
+        measured = is_measured(trial.result, name)
+        if asked or (name in WANTED and not measured) or time.monotonic() < trial.stop:
+            measure_anew(trial, name, measures[name])
+        elif not measured:
             trial.result.setdefault("not_measured", {})[name] = "no time was left"
+
+
+def measure_anew(trial: Trial, name: str, measure: Callable[[Trial], object]) -> None:
+    """One part in the place of what the result has of it; that stays if it fails, as after a CUDA graph that did."""
+    before = dict(trial.result)
+    replace(trial.result, without(before, [name]))
+    guarded(trial, name, partial(measure, trial))
+    if is_measured(before, name) and not is_measured(trial.result, name):
+        replace(trial.result, before)
+        click.echo(f"{name}: the earlier result stays", err=True)
+
+
+def replace(result: dict[str, Any], by: dict[str, Any]) -> None:
+    """In place, since others hold it."""
+    result.clear()
+    result.update(by)
 
 
 def parts(study: "subprocess.Popen[bytes]") -> dict[str, Callable[[Trial], object]]:
