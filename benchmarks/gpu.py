@@ -6,7 +6,8 @@
               engine.gpu_runtime's, with and without kernels of its own, with cuDNN's tuning, as a CUDA graph; last of
               all torch.compile, as long as the time lasts; then ONNX Runtime, where it has CUDA
     labels    what the trained checkpoint draws in FP16 that it does not draw in FP32
-    served    the real tritonserver with its Python backend, 1, 2 and 4 clients at once over shared memory
+    served    the real tritonserver with its Python backend, 1, 2 and 4 clients at once over shared memory; where a
+              volume's milliseconds go in the server, by its own metrics, and in the client
     study     DICOM to RTSTRUCT through such a server, with the trained checkpoint: random weights would draw noise
 
 A form is timed from INT16 Hounsfield units to labels and confidence, both on the GPU. A part that fails is told in one

@@ -1,7 +1,7 @@
 """The part `served` of benchmarks.gpu: whole volumes to a real server and back, from several clients at once."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -14,6 +14,8 @@ from anatomynet.export.triton_models import python_model
 from benchmarks.gpu_server import gpu_memory_mib, runtime_line, served_on_gpu
 from benchmarks.gpu_trial import WARM_UPS, Row, Trial
 from benchmarks.served import percentiles
+from benchmarks.volume_steps import client_steps, server_steps
+from tests.triton_servers import RunningServer
 
 
 def measure_served(trial: Trial) -> None:
@@ -31,14 +33,21 @@ def measure_served(trial: Trial) -> None:
         for runtime in all_[:1] * WARM_UPS:  # the size is new to it
             runtime.infer(trial.hu)
         for count in trial.clients:
-            start = time.perf_counter()
-            with ThreadPoolExecutor(count) as pool:
-                runs = pool.map(lambda r: _timed(r, trial.hu, trial.repeats), all_[:count])
-                seconds = [s for each in runs for s in each]
-            volumes_a_second = len(seconds) / (time.perf_counter() - start)
-            memory = {"gpu_mib": gpu_memory_mib()}
-            rows[f"{count} clients"] = {**percentiles(seconds), "volumes_a_second": volumes_a_second, **memory}
+            row = ask_at_once(server, all_[:count], trial.hu, trial.repeats)
+            rows[f"{count} clients"] = row | {"gpu_mib": gpu_memory_mib()}
             trial.result["served"] = rows
+
+
+def ask_at_once(server: RunningServer, clients: Sequence[Runtime], hu: HounsfieldArray, repeats: int) -> Row:
+    """So many volumes of each client: seconds of one, volumes a second, and milliseconds of each step on both sides."""
+    with server_steps(server) as server_ms, client_steps() as client_ms:
+        start = time.perf_counter()
+        with ThreadPoolExecutor(len(clients)) as pool:
+            runs = pool.map(lambda client: _timed(client, hu, repeats), clients)
+            seconds = [s for each in runs for s in each]
+        volumes_a_second = len(seconds) / (time.perf_counter() - start)
+        steps = {"server_ms": server_ms(len(seconds)), "client_ms": client_ms()}
+    return {**percentiles(seconds), "volumes_a_second": volumes_a_second, **steps}
 
 
 @contextmanager

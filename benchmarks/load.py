@@ -17,7 +17,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from anatomynet.client.triton import TritonRuntime
 from anatomynet.engine.volume import HounsfieldArray
 from anatomynet.export.triton_models import MODEL_NAME
 from benchmarks.common import RESULTS, machine, write_result
-from benchmarks.served import SMALL, WHOLE, percentiles, phantom_hu, resident_gb, write_shipped_repository
+from benchmarks.served import SMALL, WHOLE, metric, percentiles, phantom_hu, resident_gb, write_shipped_repository
 from tests.triton_servers import RunningServer, running_server
 
 BIN = Path(sys.executable).parent
@@ -274,14 +273,7 @@ def draw(curves: list[dict[str, Any]]) -> None:
 
 def pending(server: RunningServer) -> float:
     """How many volumes wait at a server."""
-    with urllib.request.urlopen(server.metrics_url, timeout=10) as answer:
-        return waiting_volumes(answer.read().decode())
-
-
-def waiting_volumes(metrics: str) -> float:
-    """That number in a server's metrics; the region finder has a queue of its own, which does not count."""
-    ours = f'{PENDING}{{model="{MODEL_NAME}"'
-    return next(float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines() if line.startswith(ours))
+    return metric(server, PENDING)
 
 
 def wait_until(condition: Any) -> None:

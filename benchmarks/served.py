@@ -1,10 +1,13 @@
-"""What the benchmarks of a server share: a repository of the shipped checkpoint, memory, a volume, percentiles."""
+"""What the benchmarks of a server share: the shipped checkpoint to serve, a volume, memory, metrics, percentiles."""
 
 import os
 import statistics
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+import click
 
 from anatomynet.engine.config import shipped_weights
 from anatomynet.engine.geometry import VolumeGeometry
@@ -13,8 +16,9 @@ from anatomynet.engine.region_runtime import EmbeddedRegionFinder, shipped_regio
 from anatomynet.engine.runtime import load_runtime
 from anatomynet.engine.volume import HounsfieldArray
 from anatomynet.export.repository import write_repository
-from anatomynet.export.triton_models import python_model, region_model
+from anatomynet.export.triton_models import MODEL_NAME, python_model, region_model
 from benchmarks.common import KIB_PER_GB
+from tests.triton_servers import RunningServer
 
 FIELD_MM = (500.0, 500.0, 356.0)  # x, y, z: what a phantom's scan shows, whatever its voxels
 SMALL, WHOLE = (64, 256, 256), (178, 512, 512)
@@ -46,6 +50,25 @@ def resident_gb(pid: int) -> float:
 def child_pids(pid: int) -> list[int]:
     """The processes that a process has started and that still run."""
     return [int(child) for path in Path(f"/proc/{pid}").glob("task/*/children") for child in path.read_text().split()]
+
+
+def metric(server: RunningServer, name: str) -> float:
+    """One of a server's metrics of the model `anatomynet`; see metric_of."""
+    with urllib.request.urlopen(server.metrics_url, timeout=10) as answer:
+        return metric_of(answer.read().decode(), name)
+
+
+def metric_of(metrics: str, name: str) -> float:
+    """The same in the text of all metrics; the region finder has its own, which do not count.
+
+    Raises:
+        click.ClickException: it is not among them.
+    """
+    ours = f'{name}{{model="{MODEL_NAME}",'
+    for line in metrics.splitlines():
+        if line.startswith(ours):
+            return float(line.rsplit(" ", 1)[1])
+    raise click.ClickException(f"no {name} of {MODEL_NAME} among the server's metrics: expected those of Triton")
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
