@@ -13,14 +13,11 @@ import click
 from anatomynet.client.connection import ServerOptions
 from anatomynet.client.pipeline import SegmentOptions, segment_study
 from anatomynet.client.triton import TritonRuntime
-from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.config import shipped_weights
-from anatomynet.engine.region_runtime import EmbeddedRegionFinder, shipped_region
-from anatomynet.export.repository import write_repository
-from anatomynet.export.triton_models import python_model, region_model
 from benchmarks.common import BIN, run_and_measure
 from benchmarks.gpu_server import runtime_line, served_on_gpu
 from benchmarks.gpu_trial import PART_LIMIT_S, Row, Trial
+from benchmarks.served import write_shipped_repository
 
 STUDY_REPEATS = 5
 
@@ -40,11 +37,7 @@ def measure_study(trial: Trial, *, study: "subprocess.Popen[bytes]") -> None:
     """DICOM to RTSTRUCT through a server of the trained checkpoint: in this process, and in one of its own."""
     if study.wait(timeout=PART_LIMIT_S):
         raise click.ClickException("the phantom's study could not be written")
-    region = region_model(EmbeddedRegionFinder().config, shipped_region(".onnx"), backend="python")
-    onnx_file, checkpoint = shipped_weights(".onnx"), shipped_weights(".safetensors")
-    model = python_model(load_checkpoint()[1], [onnx_file], checkpoint=checkpoint)
-    repository = trial.folder / "shipped"
-    write_repository(repository, [model, region])
+    repository = write_shipped_repository(trial.folder / "shipped", checkpoint=shipped_weights(".safetensors"))
     with served_on_gpu(trial, "study", repository) as server:
         rows: Row = {"on": runtime_line(server)}
         trial.result["study"] = rows
@@ -70,7 +63,7 @@ def study_stages(trial: Trial, url: str, *, whole_volume: bool) -> dict[str, flo
             start = time.perf_counter()
             drawn = segment_study(trial.folder / "study", options, runtime=runtime)
             runs.append({"all": time.perf_counter() - start, **drawn.clock.seconds})
-    return {stage: statistics.median(run[stage] for run in runs[1:]) for stage in runs[-1]}
+    return medians(runs[1:])
 
 
 def study_process(trial: Trial, url: str, *, whole_volume: bool) -> dict[str, float]:
@@ -82,4 +75,9 @@ def study_process(trial: Trial, url: str, *, whole_volume: bool) -> dict[str, fl
     for _ in range(1 + min(trial.repeats, STUDY_REPEATS)):
         measured = run_and_measure([*command, *(["--whole-volume"] if whole_volume else [])])
         runs.append({"all": measured["wall"], **json.loads(report.read_text())["seconds"]})
-    return {stage: statistics.median(run[stage] for run in runs[1:]) for stage in runs[-1]}
+    return medians(runs[1:])
+
+
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Of each stage."""
+    return {stage: statistics.median(run[stage] for run in runs) for stage in runs[-1]}

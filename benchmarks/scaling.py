@@ -27,7 +27,16 @@ from anatomynet.client.triton import TritonRuntime
 from anatomynet.engine.errors import ServerError
 from anatomynet.engine.volume import HounsfieldArray
 from benchmarks.common import machine, write_result
-from benchmarks.served import SMALL, child_pids, metric, only_cores, percentiles, phantom_hu, write_shipped_repository
+from benchmarks.served import (
+    SMALL,
+    child_pids,
+    metric,
+    only_cores,
+    percentiles,
+    phantom_hu,
+    together,
+    write_shipped_repository,
+)
 from tests.tls_proxy import make_certificates, running_proxy
 from tests.triton_servers import RunningServer, running_server
 
@@ -76,16 +85,11 @@ def measure(hu: HounsfieldArray, *, count: int, way: str, volumes: int, clients:
         before = [answered(server) for server in running]
         tally = Tally()
         killer = threading.Thread(target=kill_halfway, args=(running[0], tally, volumes)) if kills else None
-        start = time.perf_counter()
         threads = [
             threading.Thread(target=ask, args=(urls, access, hu, expected, tally, len(range(k, volumes, clients))))
             for k in range(clients)
         ]
-        for thread in [*threads, *filter(None, [killer])]:
-            thread.start()
-        for thread in [*threads, *filter(None, [killer])]:
-            thread.join()
-        wall = time.perf_counter() - start
+        wall = together([*threads, *filter(None, [killer])])
         survivors = zip(running[kills:], before[kills:], strict=True)
         shares = [answered(server) - earlier for server, earlier in survivors]
     return {

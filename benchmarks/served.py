@@ -2,6 +2,8 @@
 
 import os
 import statistics
+import threading
+import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,11 +26,15 @@ FIELD_MM = (500.0, 500.0, 356.0)  # x, y, z: what a phantom's scan shows, whatev
 SMALL, WHOLE = (64, 256, 256), (178, 512, 512)
 
 
-def write_shipped_repository(folder: Path) -> Path:
-    """A model repository with the shipped checkpoint and its region finder, for the Python backend."""
+def write_shipped_repository(folder: Path, *, checkpoint: Path | None = None) -> Path:
+    """A model repository with the shipped weights as ONNX and their region finder, for the Python backend.
+
+    Args:
+        checkpoint: the same weights, with which PyTorch computes on a GPU.
+    """
     onnx_file, region_file = shipped_weights(".onnx"), shipped_region(".onnx")
     region = region_model(EmbeddedRegionFinder(region_file).config, region_file, backend="python")
-    write_repository(folder, [python_model(load_runtime(onnx_file).model, [onnx_file]), region])
+    write_repository(folder, [python_model(load_runtime(onnx_file).model, [onnx_file], checkpoint=checkpoint), region])
     return folder
 
 
@@ -77,6 +83,16 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
         return {}
     cuts = statistics.quantiles(seconds, n=100, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 99
     return {f"p{k}": cuts[k - 1] for k in (50, 90, 95, 99)} | {"max": max(seconds)}
+
+
+def together(threads: Sequence[threading.Thread]) -> float:
+    """Starts them all; seconds until all have ended."""
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - start
 
 
 @contextmanager
