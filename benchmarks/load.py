@@ -13,11 +13,9 @@ import importlib.util
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +25,19 @@ from tqdm import tqdm
 from anatomynet.client.triton import TritonRuntime
 from anatomynet.engine.volume import HounsfieldArray
 from anatomynet.export.triton_models import MODEL_NAME
-from benchmarks.common import RESULTS, machine, write_result
-from benchmarks.served import SMALL, WHOLE, percentiles, phantom_hu, resident_gb, write_shipped_repository
+from benchmarks.common import BIN, RESULTS, machine, study_or_phantom, write_result
+from benchmarks.served import (
+    SMALL,
+    WHOLE,
+    metric,
+    percentiles,
+    phantom_hu,
+    resident_gb,
+    together,
+    write_shipped_repository,
+)
 from tests.triton_servers import RunningServer, running_server
 
-BIN = Path(sys.executable).parent
 # Of queue and computing together: more than a server takes in.
 FLOOD = 20
 PENDING = "nv_inference_pending_request_count"
@@ -52,10 +58,8 @@ def main(clients: str, each: int, small: int, whole: int, perf_analyzer: Path | 
     counts = {"studies_of_each_client": each, "small_volumes": small, "whole_volumes": whole}
     result: dict[str, Any] = {"machine": machine(), "small": SMALL, "whole": WHOLE, "run": counts}
     at_once = [int(count) for count in clients.split(",")]
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, study_or_phantom(None) as study:
         folder = Path(temporary)
-        study = folder / "study"
-        subprocess.run([BIN / "anatomynet-client", "phantom", study], check=True, stdout=subprocess.DEVNULL)
         with running_server(write_shipped_repository(folder / "repository"), folder=folder) as server:
             result["memory"] = memory_over(server, {SMALL: small, WHOLE: whole})
             result["clients"] = [clients_at_once(server, study, count, each) for count in at_once]
@@ -274,14 +278,7 @@ def draw(curves: list[dict[str, Any]]) -> None:
 
 def pending(server: RunningServer) -> float:
     """How many volumes wait at a server."""
-    with urllib.request.urlopen(server.metrics_url, timeout=10) as answer:
-        return waiting_volumes(answer.read().decode())
-
-
-def waiting_volumes(metrics: str) -> float:
-    """That number in a server's metrics; the region finder has a queue of its own, which does not count."""
-    ours = f'{PENDING}{{model="{MODEL_NAME}"'
-    return next(float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines() if line.startswith(ours))
+    return metric(server, PENDING)
 
 
 def wait_until(condition: Any) -> None:
@@ -291,16 +288,6 @@ def wait_until(condition: Any) -> None:
         if time.monotonic() > deadline:
             raise click.ClickException(f"waited {PATIENCE_S:g} s for the server's queue in vain")
         time.sleep(POLL_S)
-
-
-def together(threads: list[threading.Thread]) -> float:
-    """Seconds until all have ended."""
-    start = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import signal
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +27,16 @@ from anatomynet.client.triton import TritonRuntime
 from anatomynet.engine.errors import ServerError
 from anatomynet.engine.volume import HounsfieldArray
 from benchmarks.common import machine, write_result
-from benchmarks.served import SMALL, child_pids, only_cores, percentiles, phantom_hu, write_shipped_repository
+from benchmarks.served import (
+    SMALL,
+    child_pids,
+    metric,
+    only_cores,
+    percentiles,
+    phantom_hu,
+    together,
+    write_shipped_repository,
+)
 from tests.tls_proxy import make_certificates, running_proxy
 from tests.triton_servers import RunningServer, running_server
 
@@ -77,16 +85,11 @@ def measure(hu: HounsfieldArray, *, count: int, way: str, volumes: int, clients:
         before = [answered(server) for server in running]
         tally = Tally()
         killer = threading.Thread(target=kill_halfway, args=(running[0], tally, volumes)) if kills else None
-        start = time.perf_counter()
         threads = [
             threading.Thread(target=ask, args=(urls, access, hu, expected, tally, len(range(k, volumes, clients))))
             for k in range(clients)
         ]
-        for thread in [*threads, *filter(None, [killer])]:
-            thread.start()
-        for thread in [*threads, *filter(None, [killer])]:
-            thread.join()
-        wall = time.perf_counter() - start
+        wall = together([*threads, *filter(None, [killer])])
         survivors = zip(running[kills:], before[kills:], strict=True)
         shares = [answered(server) - earlier for server, earlier in survivors]
     return {
@@ -169,9 +172,7 @@ def answered(server: RunningServer) -> int:
     """How many volumes a server has answered since its start; 0 where it is gone."""
     if server.process.poll() is not None:
         return 0
-    with urllib.request.urlopen(server.metrics_url, timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
-    return sum(int(float(line.rsplit(" ", 1)[1])) for line in lines if line.startswith("nv_inference_request_success{"))
+    return int(metric(server, "nv_inference_request_success"))
 
 
 if __name__ == "__main__":

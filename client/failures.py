@@ -16,12 +16,15 @@ MEMORY_FULL = "shared memory pool"
 DEAD_MODEL = "Stub process"
 # What a proxy answers who asks too often: deploy/nginx, and any other.
 RATE_LIMITS = ("rate limit", "status: 429")
+# gRPC's words where a connection was asked for and nothing came back, not even a refusal: which, is chance.
+SWALLOWED = ("connect() timed out", "tcp handshaker shutdown")
 # What Triton, gRPC or a proxy says, and what to do.
 REMEDIES = {
     QUEUE_FULL: "it is busy: try again later",
     DEAD_MODEL: "its model died, as for want of memory, though it says READY: restart tritonserver",
     MEMORY_FULL: "its /dev/shm is full: give the server's container more, as docker --shm-size=1g does",
     **dict.fromkeys(RATE_LIMITS, "it was asked too often: try again later"),
+    **dict.fromkeys(SWALLOWED, "nobody answers there: check the address, its machine, and any firewall before it"),
     "Hostname Verification": "its certificate is for another name: give --url the name that stands in it",
     "certificate has expired": "a certificate is past its date: whoever issued it has to renew it",
     "CERTIFICATE_VERIFY_FAILED": "its certificate is not from a CA of --tls-ca; without --tls-ca only public CAs count",

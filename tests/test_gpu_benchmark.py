@@ -1,8 +1,10 @@
 """benchmarks/gpu.py where no GPU is; and the padded network that it times, which must be the same network."""
 
+import copy
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from click.testing import CliRunner
 from anatomynet.engine.folding import folded
 from anatomynet.engine.padding import padded_network
 from benchmarks import common, gpu
+from benchmarks.gpu_earlier import PARTS, in_order, is_comparable, kept_of
 from tests.random_network import random_network
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,22 +85,22 @@ def test_what_goes_and_what_stays_when_parts_are_measured_again() -> None:
         "servers": {"served": 6, "study": 7},
         "earlier": {"forms": "2026-01-01"},
     }
-    assert gpu.kept_of(before, ("graphs", "served", "compiled")) == {
+    assert kept_of(before, ("graphs", "served", "compiled")) == {
         "forms": {"FP32": 1, "FP16": 2, "ONNX Runtime, FP16 file": 4},
         "part_seconds": {"forms": 1, "form FP32": 1},
         "servers": {"study": 7},
         "earlier": {"forms": "2026-01-01"},
     }
-    assert gpu.kept_of(before, ("forms",))["earlier"] == {"served": "2026-02-02", "graphs": "2026-02-02"}
-    assert gpu.kept_of(before, gpu.PARTS) == {}
+    assert kept_of(before, ("forms",))["earlier"] == {"served": "2026-02-02", "graphs": "2026-02-02"}
+    assert kept_of(before, PARTS) == {}
 
 
 @pytest.mark.parametrize(("key", "value"), [("stride", 4), ("machine", {"date": "b", "gpu": "H100"}), ("repeats", 2)])
 def test_results_of_something_else_are_not_comparable(key: str, value: object) -> None:
     before: dict[str, Any] = {"machine": {"date": "a", "gpu": "H200"}, "shape": [1, 2, 3], "stride": 1, "repeats": 5}
     now = before | {"machine": {"date": "b", "gpu": "H200"}, "served": {}}
-    assert gpu.is_comparable(before, now)
-    assert not gpu.is_comparable(before, now | {key: value})
+    assert is_comparable(before, now)
+    assert not is_comparable(before, now | {key: value})
 
 
 @pytest.mark.parametrize(("parts", "baselines"), [(["graphs"], 1), (["study"], 0), (["forms", "graphs"], 0), ([], 0)])
@@ -110,4 +113,64 @@ def test_forms_measured_alone_are_held_against_fp32(
     monkeypatch.setattr(gpu, "measure_baseline", lambda trial: called.append("baseline"))
     monkeypatch.setattr(gpu, "guarded", lambda trial, name, measure: called.append(name))
     gpu.measure_parts(trial, study, parts)
-    assert called == ["baseline"] * baselines + (parts or [*gpu.PARTS])
+    assert called == ["baseline"] * baselines + (parts or [*PARTS])
+
+
+# As of a run that was cut short: what is not among the first came to nothing.
+CUT_SHORT: dict[str, Any] = {
+    "forms": {"FP32": 1},
+    "runtime": "before",
+    "profile": "before",
+    "part_seconds": dict.fromkeys(("forms", "runtime", "labels", "served", "profile", "ONNX Runtime"), 1.0),
+    "not_measured": {"ONNX Runtime": "no CUDA", "compiled": "no time was left"},
+    "earlier": {"runtime": "2026-01-01", "profile": "2026-01-01"},
+}
+
+
+def parts_of(trial: Any, monkeypatch: pytest.MonkeyPatch, **measures: Any) -> list[str]:
+    """What all parts were measured in which order, each by nothing but what is given here."""
+    called: list[str] = []
+
+    def measure(name: str, trial: Any) -> None:
+        called.append(name)
+        if name in measures:
+            measures[name](trial.result)
+
+    study: Any = None
+    monkeypatch.setattr(gpu, "measure_baseline", lambda trial: called.append("baseline"))
+    monkeypatch.setattr(gpu, "parts", lambda study: {name: partial(measure, name) for name in PARTS})
+    gpu.measure_parts(trial, study, ())
+    return called
+
+
+def trial_until(stop: float, result: dict[str, Any]) -> Any:
+    return type("T", (), {"stop": stop, "result": copy.deepcopy(result), "write": lambda self: None})()
+
+
+def test_what_the_file_has_not_comes_first() -> None:
+    new = ["study", "graphs", "ONNX Runtime", "compiled"]
+    assert in_order(CUT_SHORT, ()) == [*new, "forms", "runtime", "labels", "served", "profile"]
+    assert in_order(CUT_SHORT, ("served", "forms")) == ["forms", "served"]
+    assert in_order({}, ()) == [*PARTS]
+
+
+def test_what_the_file_has_stays_where_no_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = trial_until(-1.0, CUT_SHORT)
+    assert parts_of(trial, monkeypatch) == ["baseline", "study"]
+    late = dict.fromkeys(("graphs", "ONNX Runtime", "compiled"), "no time was left")
+    assert trial.result["not_measured"] == late
+    assert (trial.result["runtime"], trial.result["earlier"]) == ("before", CUT_SHORT["earlier"])
+    assert [*trial.result["part_seconds"]] == [*CUT_SHORT["part_seconds"], "study"]
+
+
+def test_what_is_measured_anew_replaces_what_was_there_unless_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(result: dict[str, Any]) -> None:
+        result["profile"] = "half"
+        raise RuntimeError("the graph left the GPU unfit")
+
+    trial = trial_until(float("inf"), CUT_SHORT)
+    called = parts_of(trial, monkeypatch, runtime=lambda result: result.update(runtime="now"), profile=fail)
+    assert called == ["baseline", *in_order(CUT_SHORT, ())]
+    assert (trial.result["runtime"], trial.result["profile"]) == ("now", "before")
+    assert trial.result["earlier"] == {"profile": "2026-01-01"}
+    assert "not_measured" not in trial.result

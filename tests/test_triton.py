@@ -11,7 +11,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +20,10 @@ import pytest
 from google.protobuf import json_format, text_format
 from numpy.typing import NDArray
 
-from anatomynet.client import pipeline
+from anatomynet.client import channel, pipeline
 from anatomynet.client.connection import ServerOptions
 from anatomynet.client.ct_writer import write_ct_series
-from anatomynet.client.failures import Outlook, outlook_of
+from anatomynet.client.failures import Outlook, outlook_of, reason_of
 from anatomynet.client.shared_memory import REGION_PREFIX, SHARED_MEMORY_FOLDER
 from anatomynet.client.triton import TritonRuntime, probe_local
 from anatomynet.client.triton_server import TritonServer
@@ -309,6 +309,52 @@ def test_no_server() -> None:
     (port,) = free_ports(1)
     with pytest.raises(ServerError, match=rf"no Triton server at localhost:{port} .*refused.*tritonserver --model"):
         TritonRuntime(f"localhost:{port}")
+
+
+@contextmanager
+def swallowing() -> Iterator[str]:
+    """An address at which whoever connects hears nothing: the queue of a socket that accepts nobody is full."""
+    with ExitStack() as stack:
+        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(2):  # more than it takes
+            one = stack.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(listening.getsockname())
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+def test_an_address_that_swallows_packets_is_told_after_four_seconds() -> None:
+    start = time.monotonic()
+    with swallowing() as url, pytest.raises(ServerError, match=rf"no Triton server at {url} .*nobody answers there"):
+        TritonRuntime(url)
+    assert round(time.monotonic() - start, 1) >= channel.HANDSHAKE_MS / 1000 == 4
+
+
+def test_an_address_that_swallows_packets_is_asked_again_until_the_wait_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(channel, "HANDSHAKE_MS", 500)
+    told: list[str] = []
+    with swallowing() as url, pytest.raises(ServerError, match="nobody answers there"):
+        TritonRuntime(url, wait_s=3.0, tell=told.append)
+    assert len(told) > 1
+    assert all("nobody answers there" in line and "trying again" in line for line in told)
+
+
+def test_of_two_addresses_one_swallows_packets(triton_server: RunningServer, embedded: Runtime) -> None:
+    told: list[str] = []
+    hu = smooth_hu(SHAPES[1])
+    with swallowing() as url, TritonRuntime(url, triton_server.url, tell=told.append) as runtime:
+        np.testing.assert_array_equal(runtime.infer(hu)[0], embedded.infer(hu)[0])
+    assert [line for line in told if line.startswith(url) and "going on without it" in line]
+
+
+@pytest.mark.parametrize("said", ["connect() timed out", "UNKNOWN: ipv4:192.0.2.1:8001: tcp handshaker shutdown"])
+def test_both_of_grpcs_words_for_it_say_what_to_do(said: str) -> None:
+    words = f"failed to connect to all addresses; last error: {said}"
+    error = utils.InferenceServerException(msg=words, status="StatusCode.UNAVAILABLE")
+    assert "nobody answers there" in reason_of(error)
+    assert outlook_of(error) is Outlook.LATER
 
 
 def test_a_port_that_does_not_speak_grpc(triton_server: RunningServer) -> None:
