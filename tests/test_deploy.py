@@ -1,6 +1,7 @@
 """deploy/: manifests against their schemas, the container's start on the real server, alarms on its real metrics."""
 
 import base64
+import itertools
 import json
 import os
 import re
@@ -36,6 +37,7 @@ from tests.manifests import (
 )
 from tests.random_network import smooth_hu
 from tests.triton_servers import RunningServer, has_server, running_server
+from tests.waiting import wait_until
 
 yaml = pytest.importorskip("yaml")
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
@@ -53,6 +55,7 @@ SECRET = "known-to-this-test"
 LOCAL = tuple(f"--{name}-address=127.0.0.1" for name in ("http", "grpc", "metrics"))
 SLOW_SHAPE = (32, 192, 192)
 CLIENTS = LARGEST_QUEUE + 8
+SUCCESSES = 'nv_inference_request_success{model="anatomynet",version="1"}'
 needs_server = pytest.mark.skipif(not has_server(), reason="no tritonserver here: pip install 'anatomynet[serve]'")
 # In CI the tests fail without it, since apt has it.
 needs_promtool = pytest.mark.skipif(
@@ -410,13 +413,14 @@ def scrape_when_full(server: RunningServer) -> dict[str, float]:
     """Metrics after a queue was full and is empty again, but for what they said of its length."""
     ct = grpc.InferInput("CT", SLOW_SHAPE, "INT16")
     ct.set_data_from_numpy(smooth_hu(SLOW_SHAPE))
-    stop = threading.Event()
+    stop, before, answered = threading.Event(), scraped(server)[SUCCESSES], itertools.count()
 
     def ask_and_ask() -> None:
         with grpc.InferenceServerClient(server.url) as client:
             while not stop.is_set():
                 try:
                     client.infer("anatomynet", [ct])
+                    next(answered)
                 except InferenceServerException:
                     stop.wait(0.05)
 
@@ -431,6 +435,8 @@ def scrape_when_full(server: RunningServer) -> dict[str, float]:
         stop.set()
         for client in clients:
             client.join()
+    total = before + next(answered)
+    wait_until(lambda: scraped(server)[SUCCESSES] >= total)  # Triton counts a moment after its answer has left
     return scraped(server) | {'nv_inference_pending_request_count{model="anatomynet",version="1"}': pending}
 
 

@@ -430,7 +430,8 @@ def test_a_client_that_is_killed_while_its_region_has_a_name_leaves_nothing(
         assert client.stdin is not None
         client.stdin.write(b"\n")
         client.stdin.flush()
-        wait_until(lambda: len(our_regions()) == 1)
+        wait_until(lambda: our_regions() or client.poll() is not None, "a region with a name")
+        assert client.poll() is None, client.communicate()
         client.kill()
         wait_until(lambda: our_regions() == set())
     assert_answers(server, embedded)
