@@ -142,7 +142,7 @@ def bill(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     options = recipe.partition("cyclonedx-py environment")[2].replace("\\\n", " ").split()
     options[options.index("-o") + 1] = str(output)
     assert options[-1] == "$(BIN)/python"
-    command = [program, "environment", "--no-validate", *options[:-1], sys.executable]
+    command: list[str | Path] = [program, "environment", "--no-validate", *options[:-1], sys.executable]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     found: dict[str, Any] = json.loads(output.read_text())
     return found
