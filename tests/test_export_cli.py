@@ -17,6 +17,7 @@ from tests.random_network import (
     CALIBRATION_SHAPE,
     changed_network,
     random_config,
+    random_graph,
     random_network,
     shift_class,
     smooth_hu,
@@ -44,6 +45,12 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def _graph_of_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own export takes long: it is proved once, by the command in a process of its own."""
+    monkeypatch.setattr("anatomynet.export.forms.network_model", lambda network: random_graph())
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -66,6 +73,7 @@ def test_fills_a_repository_and_says_so(checkpoint: Path, case: Path, tmp_path: 
     assert (output / "anatomynet" / "config.pbtxt").is_file()
 
 
+@pytest.mark.usefixtures("_graph_of_the_session")
 def test_writes_one_onnx_file(checkpoint: Path, case: Path, tmp_path: Path) -> None:
     """How engine/weights/openkbp7.onnx is made."""
     path = tmp_path / "model.onnx"
@@ -122,6 +130,7 @@ def test_wrong_usage_is_status_2(arguments: list[str]) -> None:
     assert CliRunner().invoke(main, arguments).exit_code == 2
 
 
+@pytest.mark.usefixtures("_graph_of_the_session")
 def test_onnxruntime_repository(checkpoint: Path, case: Path, tmp_path: Path) -> None:
     output = tmp_path / "repo"
     run = CliRunner().invoke(
@@ -132,6 +141,7 @@ def test_onnxruntime_repository(checkpoint: Path, case: Path, tmp_path: Path) ->
     assert {path.name for path in (output / "anatomynet" / "1").iterdir()} == {"model.onnx"}
 
 
+@pytest.mark.usefixtures("_graph_of_the_session")
 def test_rtx_plan_without_a_gpu(checkpoint: Path, case: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx_bindings", reason="needs pip install 'anatomynet[tensorrt-rtx]'")
     output = tmp_path / "repo"

@@ -1,5 +1,7 @@
 """engine/gpu_kernels.py against PyTorch: on a GPU, or else in the interpreter of Triton's compiler (conftest.py)."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from anatomynet.engine.gpu_operations import Operations, TorchOperations
 
 pytest.importorskip("triton", reason="needs Triton's compiler: a PyTorch for CUDA, or pip install triton==3.6.0")
 
+from anatomynet.engine import gpu_kernels
 from anatomynet.engine.gpu_kernels import KernelOperations
 
 # The interpreter's: of lanes beyond the last voxel, and of a loop's bounds.
@@ -17,8 +20,16 @@ pytestmark = [
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOXELS = 3001
+PROGRAMS = 4  # of a reduction, which so goes round more than once
+BORDER_SHAPE = (3, 19, 37)  # more rows than a program has
 # FP16 keeps eleven binary digits; values are up to about ten.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 0.02}
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs one after another."""
+    monkeypatch.setattr(gpu_kernels, "PROGRAMS", PROGRAMS)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -51,17 +62,21 @@ def test_rows(name: str, channels: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("classes", "width"), [(10, 16), (8, 8), (3, 8), (17, 24)])
-def test_winners_and_confidence(classes: int, width: int) -> None:
-    shape = (5, 21, 37)
-    logits = (random(5 * 21 * 37, width) * 3).half()
+def test_winners(classes: int, width: int) -> None:
+    logits = (random(VOXELS, width) * 3).half()
     (labels, top), (expected_labels, expected_top) = (
         by.winners(logits, classes) for by in (KernelOperations(), TorchOperations())
     )
     assert bool((labels == expected_labels).all())
     torch.testing.assert_close(top, expected_top)
-    blobs = torch.arange(shape[0] * shape[1] * shape[2], device=DEVICE).view(shape) // 61 % classes
+
+
+@pytest.mark.parametrize("classes", [8, 10])  # as many as the kernel counts at once, and fewer
+def test_border_confidence(classes: int) -> None:
+    voxels = math.prod(BORDER_SHAPE)
+    top = random(voxels).sigmoid().view(BORDER_SHAPE)
+    blobs = torch.arange(voxels, device=DEVICE).view(BORDER_SHAPE) // 61 % classes
     by_kernel, by_torch = (
-        by.border_confidence(blobs.to(torch.uint8), top.view(shape), classes)
-        for by in (KernelOperations(), TorchOperations())
+        by.border_confidence(blobs.to(torch.uint8), top, classes) for by in (KernelOperations(), TorchOperations())
     )
     torch.testing.assert_close(by_kernel, by_torch)

@@ -1,6 +1,6 @@
 """The network really learns structures of which no case has all, and only because what is missing is masked.
 
-The small version of benchmarks/oar9_phantoms.py: three structures at 6 mm, one annotated a case.
+The small version of benchmarks/oar9_phantoms.py: three structures at 9 mm, one annotated a case.
 """
 
 from dataclasses import replace
@@ -21,16 +21,16 @@ from anatomynet.engine.volume import CTVolume
 from benchmarks import oar9_phantoms
 from benchmarks.oar9_phantoms import FIRST_UNSEEN_SEED, planned_steps, trained, with_structures_withheld
 
-SPACING = (6.0, 6.0, 6.0)
+SPACING = (9.0, 9.0, 9.0)
 MODEL = ModelConfig("small", ("Mandible", "Parotid_L", "Parotid_R"), 1, SPACING, SPACING, (-250.0, 550.0))
-JAW = np.s_[1:19, 0:20, 3:33]  # where these structures lie in 36 x 36 x 36 voxels
-JAW_SHAPE = (18, 20, 30)
+JAW = np.s_[1:13, 0:14, 2:22]  # where these structures lie in 24 x 24 x 24 voxels
+JAW_SHAPE = (12, 14, 20)
 CASES, UNSEEN = 16, 4
-LEARNT = 0.6  # DSC of each structure: 0.74 to 0.84 in five runs of other seeds
-NOT_LEARNT = 0.3  # 0.00 in both runs in which nothing was masked
-# The paper's loss: lambda 0.5. In single precision where the processor knows no other, four times slower.
+LEARNT = 0.3  # DSC of each structure: 0.38 to 0.72 in eight runs, of four seeds
+NOT_LEARNT = 0.1  # 0.00 in the four runs in which nothing was masked
+# The paper's loss: lambda 0.5. In single precision where the processor knows no other, which is slower.
 TRAIN = TrainConfig(
-    steps=300,
+    steps=100,
     learning_rate=5e-3,
     warmup_steps=10,
     precision="bfloat16",
@@ -44,7 +44,7 @@ TRAIN = TrainConfig(
 
 
 def jaw(seed: int) -> Case:
-    volume, truth = make_phantom(VolumeGeometry((36, 36, 36), SPACING), seed=seed, structures=MODEL.structures)
+    volume, truth = make_phantom(VolumeGeometry((24, 24, 24), SPACING), seed=seed, structures=MODEL.structures)
     hu, labels = (np.ascontiguousarray(array[JAW]) for array in (volume.hu, truth.labels))
     return Case(str(seed), CTVolume(hu, VolumeGeometry(JAW_SHAPE, SPACING)), labels, (True,) * 3, synthetic=True)
 

@@ -167,21 +167,27 @@ def test_one_whose_model_has_died_is_gone_round(
         np.testing.assert_array_equal(label_map, embedded.infer(hu)[0])
 
 
-@pytest.mark.parametrize("way", ["nginx", "round robin"])
-def test_a_region_finder_before_each_volume_does_not_bring_all_to_one(
-    way: str, start_server: ServerStarter, certificates: Certificates, tmp_path: Path
-) -> None:
-    """Box, volume, box, volume: in one round of two servers, all boxes would go to one and all volumes to the other."""
+@pytest.fixture(scope="module")
+def finding_servers(
+    start_server: ServerStarter, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[RunningServer, RunningServer]]:
+    """Two with the shipped network and its region finder."""
+    repository = tmp_path_factory.mktemp("finding") / "repo"
     onnx_file, region_file = shipped_weights(".onnx"), shipped_region(".onnx")
     region = region_model(EmbeddedRegionFinder(region_file).config, region_file, backend="python")
-    write_repository(tmp_path / "repo", [python_model(load_runtime(onnx_file).model, [onnx_file]), region])
+    write_repository(repository, [python_model(load_runtime(onnx_file).model, [onnx_file]), region])
+    with start_server(repository) as first, start_server(repository) as second:
+        yield first, second
+
+
+@pytest.mark.parametrize("way", ["nginx", "round robin"])
+def test_a_region_finder_before_each_volume_does_not_bring_all_to_one(
+    way: str, finding_servers: tuple[RunningServer, RunningServer], certificates: Certificates, tmp_path: Path
+) -> None:
+    """Box, volume, box, volume: in one round of two servers, all boxes would go to one and all volumes to the other."""
+    first, second = finding_servers
     hu = smooth_hu(SHAPE)
-    with (
-        start_server(tmp_path / "repo") as first,
-        start_server(tmp_path / "repo") as second,
-        addressed(way, [first, second], certificates, tmp_path) as opener,
-        opener() as runtime,
-    ):
+    with addressed(way, finding_servers, certificates, tmp_path) as opener, opener() as runtime:
         assert runtime.region_finder is not None
         before = volumes_answered(first.url, second.url)
         for _ in range(VOLUMES):
