@@ -26,14 +26,14 @@ MODEL = ModelConfig("small", ("Mandible", "Parotid_L", "Parotid_R"), 1, SPACING,
 JAW = np.s_[1:13, 0:14, 2:22]  # where these structures lie in 24 x 24 x 24 voxels
 JAW_SHAPE = (12, 14, 20)
 CASES, UNSEEN = 16, 4
-LEARNT = 0.3  # DSC of each structure: 0.38 to 0.72 in eight runs, of four seeds
-NOT_LEARNT = 0.1  # 0.00 in the four runs in which nothing was masked
-# The paper's loss: lambda 0.5. In single precision where the processor knows no other, which is slower.
+LEARNT = 0.55  # DSC of each structure: 0.66 to 0.83 in eight runs, of four seeds
+NOT_LEARNT = 0.3  # 0.00 in both runs in which nothing was masked
+# The paper's loss: lambda 0.5. In float32, so that every processor learns alike.
 TRAIN = TrainConfig(
-    steps=100,
+    steps=200,
     learning_rate=5e-3,
     warmup_steps=10,
-    precision="bfloat16",
+    precision="float32",
     crop=JAW_SHAPE,
     whole_share=1.0,
     phantom_share=0.0,
@@ -102,7 +102,7 @@ def test_where_time_is_short_the_plan_shrinks_and_ends(monkeypatch: pytest.Monke
     """The clock is one that shows a second more at every look: a step takes a second."""
     monkeypatch.setattr(oar9_phantoms, "PLANNED_EVERY", 2)
     monkeypatch.setattr(oar9_phantoms, "time", SimpleNamespace(perf_counter=count().__next__))
-    train = replace(TRAIN, steps=10_000, crop=(8, 8, 8), whole_share=0.0, precision="float32")
+    train = replace(TRAIN, steps=10_000, crop=(8, 8, 8), whole_share=0.0)
     training = trained([jaw(0)], MODEL, train, torch.device("cpu"), seconds=8)
     assert (training.step, training.train.steps) == (8, 8)
     training = trained([jaw(0)], MODEL, replace(train, steps=3), torch.device("cpu"), seconds=1000)
