@@ -61,7 +61,7 @@ WANTED = PARTS[:5]  # measured whatever time is left, where the file has them no
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 @click.option("--slices", default=178, show_default=True)
 @click.option("--side", default=512, show_default=True)
-@click.option("--repeats", default=10, show_default=True, help="Timed runs each, at most.")
+@click.option("--repeats", default=5, show_default=True, help="Timed runs each, at most.")
 @click.option("--clients", multiple=True, type=int, default=(1, 2, 4), show_default=True)
 @click.option("--seconds", default=100.0, show_default=True, help=SECONDS_HELP)
 @click.option("--part", "asked", multiple=True, type=click.Choice(PARTS), help="This part alone; may be given again.")
@@ -98,7 +98,9 @@ def begin(trial: Trial, asked: Collection[str]) -> None:
     trial.result.update(model=config.name, stride=config.in_plane_stride, repeats=trial.repeats)
     before = read_result(trial.file)
     if before and not is_comparable(before, trial.result):
-        click.echo(f"{trial.file}.json is of another machine, version or volume, and is replaced", err=True)
+        click.echo(
+            f"{trial.file}.json is of another machine, version, volume or number of runs, and is replaced", err=True
+        )
         return
     trial.result.update(kept_of(before, asked))
 
