@@ -148,10 +148,9 @@ def test_tensorrt_too_old(version: str) -> None:
 
 def test_plan_draws_what_its_graph_draws() -> None:
     torch = pytest.importorskip("torch")
-    pytest.importorskip("tensorrt", reason="needs pip install 'anatomynet[tensorrt]'")
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU and PyTorch with CUDA")
-    import tensorrt
+    tensorrt = pytest.importorskip("tensorrt", reason="needs pip install 'anatomynet[tensorrt]'")
 
     from anatomynet.export.composition import ComposedRuntime, plan_parts
     from anatomynet.export.parity import check_parity, draw_reference
