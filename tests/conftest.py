@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ from anatomynet.engine.config import ModelConfig
 from tests.triton_servers import RunningServer, ServerStarter, has_server, running_server
 
 # Without a GPU Triton's compiler interprets, if it is told so before anything imports it, and torch._dynamo does.
-if not Path("/dev/nvidiactl").exists():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+if find_spec("triton") and find_spec("torch"):
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
