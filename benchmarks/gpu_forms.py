@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.folding import folded
+from anatomynet.engine.gpu_operations import Operations, TorchOperations
 from anatomynet.engine.gpu_runtime import GpuRuntime
 from anatomynet.engine.network import AnatomyNet, ServedNetwork
 from anatomynet.engine.padding import padded_network
@@ -88,14 +89,20 @@ def forms_of(network: AnatomyNet, config: ModelConfig, device: str) -> Iterator[
         served = ServedNetwork(InPrecision(source(), precision, layout), config).to(device).eval()
         return lambda hu: served(hu)[0]
 
-    def own(**options: bool) -> Form:
-        runtime = GpuRuntime(network, config, device=device, **options)
-        return runtime.labels_on_device
+    def own(operations: Callable[[], Operations] | None = None, *, tune: bool = False) -> Form:
+        chosen = operations() if operations else None
+        return GpuRuntime(network, config, device=device, tune=tune, operations=chosen).labels_on_device
+
+    def kernels() -> Operations:
+        from anatomynet.engine.gpu_kernels import KernelOperations  # where Triton's compiler is
+
+        return KernelOperations()
 
     yield "FP32", lambda: usual_form(plain, torch.float32, usual)
     yield OWN, own
-    yield f"{OWN}, no kernels", lambda: own(kernels=False)
-    yield f"{OWN}, tuned", lambda: own(tune=True)
+    yield f"{OWN}, cuDNN's convolutions", lambda: own(kernels)
+    yield f"{OWN}, cuDNN's convolutions, tuned", lambda: own(kernels, tune=True)
+    yield f"{OWN}, no kernels", lambda: own(TorchOperations)
     yield "FP16, padded, channels last", lambda: usual_form(padded, half, LAST)
     yield "FP16, channels last", lambda: usual_form(plain, half, LAST)
     yield "FP16, padded channels", lambda: usual_form(padded, half, usual)

@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.errors import TritonError
 
+from anatomynet.engine.gpu_operations import TorchConvolutions
+
 # What the first use of a kernel raises where it cannot be compiled: no C compiler, or nowhere to keep what it made.
 FAILURES = (TritonError, RuntimeError, OSError, subprocess.SubprocessError)
 SLOPE = 0.01  # of LeakyReLU, as in engine.network
@@ -119,19 +121,34 @@ def _border_sums(
     tl.store(voxels + place, tl.sum(count, axis=0))
 
 
-class KernelOperations:
+class KernelOperations(TorchConvolutions):
     """See engine.gpu_operations."""
+
+    without = "without convolutions of its own"
+
+    def are_right(self, device: torch.device) -> bool:
+        """See Operations."""
+        rows = torch.zeros(512, 16, dtype=torch.float16, device=device)
+        channels = torch.zeros(16, device=device)
+        try:
+            self.scale_add_leaky(rows, channels, rows.clone(), channels)
+            self.channel_means(rows)
+            labels, top = self.winners(rows, 2)
+            self.border_confidence(labels.view(8, 8, 8), top.view(8, 8, 8), 2)
+        except FAILURES:
+            return False
+        return True
 
     def shift_leaky(self, rows: Tensor, shift: Tensor) -> Tensor:
         """See Operations."""
         return _combined(rows, rows, shift=shift)
 
     def leaky(self, rows: Tensor) -> Tensor:
-        """See Operations."""
+        """See TorchConvolutions."""
         return _combined(rows, torch.empty(rows.shape, dtype=rows.dtype, device=rows.device))
 
     def add_leaky(self, rows: Tensor, others: Tensor) -> Tensor:
-        """See Operations."""
+        """See TorchConvolutions."""
         return _combined(rows, rows, others=others)
 
     def scale_add_leaky(self, rows: Tensor, scale: Tensor, others: Tensor, shift: Tensor) -> Tensor:
@@ -139,7 +156,7 @@ class KernelOperations:
         return _combined(rows, rows, scale=scale, others=others, shift=shift)
 
     def channel_means(self, rows: Tensor) -> Tensor:
-        """See Operations."""
+        """See TorchConvolutions."""
         count, channels = rows.shape
         width = triton.next_power_of_2(channels)
         sums = rows.new_empty(PROGRAMS, width, dtype=torch.float32)

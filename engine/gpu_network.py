@@ -6,24 +6,26 @@
     head       its first convolution and its shortcut read the same, so they are one; 16 channels, of which the last is
                1 everywhere and carries the biases
 
-What stands between convolutions is in engine.gpu_operations, since there a GPU waits for its memory. The means of
+The 3 x 3 x 3 convolutions and what stands between them are in engine.gpu_operations. The means of
 squeeze and excitation, and what they decide, are in FP32 whatever the network is in. The head sees no further than
 three voxels, so it may be computed in slabs of slices: see `HEAD_HALO`.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anatomynet.engine.gpu_operations import Operations
+from anatomynet.engine.gpu_operations import Operations, Shape, rows_of, volume_of
 from anatomynet.engine.network import HEAD_CHANNELS, AnatomyNet, ResidualBlock, SqueezeExcitation
 from anatomynet.engine.padding import padded_network
 
 MULTIPLE = 8  # of channels, for FP16
 HEAD_WIDTH = 16  # HEAD_CHANNELS, the CT, and ones
 CT_CHANNEL, ONES_CHANNEL = HEAD_CHANNELS, HEAD_WIDTH - 1
-HEAD_HALO = 2  # slices of features, each of which is two of the CT
 LAST = torch.channels_last_3d
+HEAD_HALO = 2  # slices of features, each of which is two of the CT
 
 
 class TensorCoreNetwork(nn.Module):
@@ -42,18 +44,26 @@ class TensorCoreNetwork(nn.Module):
         assert isinstance(stem, nn.Conv3d)
         self.classes = source.classify.out_channels
         self.operations = operations
-        self.stem = _Weights(_over_blocks(stem.weight), stem.bias, dtype)
-        self.encoder, self.decoder = (
-            nn.ModuleList(
-                nn.Sequential(*(_Block(block, operations, dtype) for block in stage.children())) for stage in stages
-            )
-            for stages in (source.encoder, source.decoder)
-        )
+        self.stem = _Weights(_over_blocks(stem.weight).contiguous(memory_format=LAST), stem.bias, dtype)
+        widths = [stem.out_channels]
+        self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
+        for stage in source.encoder:
+            self.encoder.append(_Stage(stage, operations, dtype, widths[-1:]))
+            widths.append(_width(stage))
+        deep = widths.pop()
+        for stage in source.decoder:
+            self.decoder.append(_Stage(stage, operations, dtype, (deep, widths.pop())))
+            deep = _width(stage)
         self.upsample = _Weights(*_upsample_matrix(source.upsample), dtype)
-        self.first = _Weights(_first_of_head(source.head), None, dtype)
-        self.second = _Weights(_with_ones(source.head.conv2, HEAD_WIDTH, keep_ones=False), None, dtype)
         width = -(-self.classes // MULTIPLE) * MULTIPLE
-        self.classify = _Weights(_with_ones(source.classify, width, keep_ones=False), None, dtype)
+        self.first, self.second, self.classify = (
+            _Weights(operations.prepared(kernel.detach().to(dtype), [HEAD_WIDTH]), None, dtype)
+            for kernel in (
+                _first_of_head(source.head),
+                _with_ones(source.head.conv2, HEAD_WIDTH, keep_ones=False),
+                _with_ones(source.classify, width, keep_ones=False),
+            )
+        )
         self.dtype = dtype
 
     def blocks_of(self, x: Tensor) -> Tensor:
@@ -61,42 +71,41 @@ class TensorCoreNetwork(nn.Module):
         the other in channels."""
         depth, height, width = x.shape[2:]
         halves = x.to(self.dtype).view(depth // 2, 2, height // 2, 2, width // 2, 2)
-        return _volume(halves.permute(0, 2, 4, 1, 3, 5).reshape(-1, 8), (depth // 2, height // 2, width // 2))
+        return volume_of(halves.permute(0, 2, 4, 1, 3, 5).reshape(-1, 8), (depth // 2, height // 2, width // 2))
 
     def features(self, blocks: Tensor) -> Tensor:
         """Blocks -> (1, 32, z / 2, y / 2, x / 2): all that looks further than a few voxels."""
-        y = _conv(F.pad(blocks, (1, 0, 1, 0, 1, 0)), self.stem)
-        y = _volume(self.operations.shift_leaky(_rows(y), self.stem.shift), y.shape[2:])
+        shape = _shape(blocks)
+        stem = F.conv3d(F.pad(blocks, (1, 0, 1, 0, 1, 0)), self.stem.weight)
+        rows = self.operations.shift_leaky(rows_of(stem).contiguous(), self.stem.shift)
         skips = []
         for stage in self.encoder:
-            skips.append(y)
-            y = stage(y)
+            skips.append(rows)
+            rows = stage((rows,), shape)
         for stage in self.decoder:
-            y = stage(torch.cat((y, skips.pop()), dim=1))
-        return y
+            rows = stage((rows, skips.pop()), shape)
+        return volume_of(rows, shape)
 
     def logits(self, features: Tensor, blocks: Tensor) -> Tensor:
         """Features and blocks, of all slices or of some -> (1, classes and up to seven more, z, y, x), channels last.
 
         Of some: right but for the outermost `HEAD_HALO` slices of features, where the volume goes on.
         """
-        full = self._upsampled(features, blocks)
-        shape = full.shape[2:]
-        both = _rows(_conv(full, self.first, padding=1))
-        y = _volume(self.operations.leaky(both[:, :HEAD_WIDTH]), shape)
-        rows = _rows(_conv(y, self.second, padding=1))
-        y = _volume(self.operations.add_leaky(rows, both[:, HEAD_WIDTH:]), shape)
-        return _conv(y, self.classify, padding=1)
+        rows = self._upsampled(features, blocks)
+        depth, height, width = _shape(features)
+        shape = (2 * depth, 2 * height, 2 * width)
+        rows, shortcut = self.operations.convolved_in_two((rows,), shape, self.first.weight)
+        rows = self.operations.convolved_leaky((rows,), shape, self.second.weight, None, others=shortcut)
+        return volume_of(self.operations.convolved((rows,), shape, self.classify.weight), shape)
 
     def _upsampled(self, features: Tensor, blocks: Tensor) -> Tensor:
-        """-> (1, 16, z, y, x): the transposed convolution, the CT, and ones."""
-        depth, height, width = features.shape[2:]
-        rows = torch.cat((_rows(features), _rows(blocks)), dim=1)
+        """-> (voxels, 16), at the CT's resolution: the transposed convolution, the CT, and ones."""
+        depth, height, width = _shape(features)
+        rows = torch.cat((rows_of(features), rows_of(blocks)), dim=1)
         fine = torch.addmm(self.upsample.shift.to(self.dtype), rows, self.upsample.weight)
         # Moved eight bytes at a time: by halves it would take four times as long.
         wide = fine.view(torch.float64).view(depth, height, width, 2, 2, -1)
-        full = wide.permute(0, 3, 1, 4, 2, 5).contiguous().view(self.dtype)
-        return _volume(full.view(-1, HEAD_WIDTH), (2 * depth, 2 * height, 2 * width))
+        return wide.permute(0, 3, 1, 4, 2, 5).contiguous().view(self.dtype).view(-1, HEAD_WIDTH)
 
 
 class _Weights(nn.Module):
@@ -108,53 +117,76 @@ class _Weights(nn.Module):
     def __init__(self, weight: Tensor, shift: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         weight = weight.detach().to(dtype)
-        self.register_buffer("weight", weight.contiguous(memory_format=LAST) if weight.ndim == 5 else weight)
-        self.register_buffer("shift", (weight.new_zeros(weight.shape[0]) if shift is None else shift.detach()).float())
+        self.register_buffer("weight", weight)
+        self.register_buffer("shift", (weight.new_zeros(0) if shift is None else shift.detach()).float())
+
+
+class _Stage(nn.Module):
+    """Two blocks, the first of which reads volumes of `inward` channels."""
+
+    def __init__(self, stage: nn.Module, operations: Operations, dtype: torch.dtype, inward: Sequence[int]) -> None:
+        super().__init__()
+        first, second = stage.children()
+        self.first = _Block(first, operations, dtype, inward)
+        self.second = _Block(second, operations, dtype, [_width(stage)])
+
+    def forward(self, inputs: Sequence[Tensor], shape: Shape) -> Tensor:
+        """See _Block."""
+        rows: Tensor = self.second([self.first(inputs, shape)], shape)
+        return rows
 
 
 class _Block(nn.Module):
     """ResidualBlock, its convolutions' biases taken along in the passes between them."""
 
-    def __init__(self, block: nn.Module, operations: Operations, dtype: torch.dtype) -> None:
+    def __init__(self, block: nn.Module, operations: Operations, dtype: torch.dtype, inward: Sequence[int]) -> None:
         super().__init__()
         assert isinstance(block, ResidualBlock)
         assert isinstance(block.recalibrate, SqueezeExcitation)
         self.operations = operations
-        self.conv1 = _Weights(block.conv1.weight, block.conv1.bias, dtype)
-        self.conv2 = _Weights(block.conv2.weight, block.conv2.bias, dtype)
+        self.inward = list(inward)
+        self.conv1, self.conv2 = (
+            _Weights(operations.prepared(conv.weight.detach().to(dtype), channels), conv.bias, dtype)
+            for conv, channels in ((block.conv1, inward), (block.conv2, [block.conv2.in_channels]))
+        )
         self.squeeze, self.excite = block.recalibrate.squeeze, block.recalibrate.excite
         self.shortcut: _Weights | None = None
         if isinstance(block.shortcut, nn.Sequential):
             conv = block.shortcut[0]
             assert isinstance(conv, nn.Conv3d)
-            self.shortcut = _Weights(conv.weight, conv.bias, dtype)
+            self.shortcut = _Weights(conv.weight.flatten(1).T.contiguous(), conv.bias, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(1, channels_in, z, y, x) -> (1, channels_out, z, y, x), channels last."""
-        shape = x.shape[2:]
-        y = _volume(self.operations.shift_leaky(_rows(_conv(x, self.conv1, padding=1)), self.conv1.shift), shape)
-        rows = _rows(_conv(y, self.conv2, padding=1))
-        means = self.operations.channel_means(rows) + self.conv2.shift
-        scale = torch.sigmoid(self.excite(F.leaky_relu(self.squeeze(means))))
+    def forward(self, inputs: Sequence[Tensor], shape: Shape) -> Tensor:
+        """Rows (voxels, channels), of one volume or two whose channels follow one another -> rows (voxels, channels
+        out)."""
+        y = self.operations.convolved_leaky(inputs, shape, self.conv1.weight, self.conv1.shift)
+        y, means = self.operations.convolved_with_means((y,), shape, self.conv2.weight)
+        scale = torch.sigmoid(self.excite(F.leaky_relu(self.squeeze(means + self.conv2.shift))))
         shift = scale * self.conv2.shift
         if self.shortcut is None:
-            return _volume(self.operations.scale_add_leaky(rows, scale, _rows(x), shift), shape)
-        beside = _rows(_conv(x, self.shortcut))
-        return _volume(self.operations.scale_add_leaky(rows, scale, beside, shift + self.shortcut.shift), shape)
+            return self.operations.scale_add_leaky(y, scale, inputs[0], shift)
+        return self.operations.scale_add_leaky(y, scale, self._beside(inputs), shift + self.shortcut.shift)
+
+    def _beside(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The shortcut's convolution of 1 x 1 x 1, without its shift: no concatenation."""
+        assert self.shortcut is not None
+        first, *rest = torch.split(self.shortcut.weight, self.inward)
+        total = inputs[0] @ first
+        for rows, weight in zip(inputs[1:], rest, strict=True):
+            total = torch.addmm(total, rows, weight)
+        return total
 
 
-def _conv(x: Tensor, weights: _Weights, *, padding: int = 0) -> Tensor:
-    return F.conv3d(x, weights.weight, padding=padding)
+def _width(stage: nn.Module) -> int:
+    """Channels out of a stage of the network."""
+    *_, last = stage.children()
+    assert isinstance(last, ResidualBlock)
+    return last.conv2.out_channels
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(1, channels, z, y, x) -> (voxels, channels); a view where channels come last."""
-    return x.permute(0, 2, 3, 4, 1).reshape(-1, x.shape[1])
-
-
-def _volume(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(voxels, channels) -> (1, channels, z, y, x), channels last."""
-    return rows.view(1, *shape, rows.shape[1]).permute(0, 4, 1, 2, 3)
+def _shape(volume: Tensor) -> Shape:
+    depth, height, width = volume.shape[2:]
+    return depth, height, width
 
 
 def _over_blocks(kernel: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ It draws what ServedNetwork draws; the parity gate of anatomynet-export holds it
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.gpu_network import HEAD_HALO, HEAD_WIDTH, TensorCoreNetwork
-from anatomynet.engine.gpu_operations import Operations, TorchOperations
+from anatomynet.engine.gpu_operations import Operations, TorchOperations, rows_of
 from anatomynet.engine.limits import LARGEST_TENSOR
 from anatomynet.engine.network import AnatomyNet, ServedNetwork
 from anatomynet.engine.runtime import available_cores, check_input, failed
@@ -47,7 +47,7 @@ class GpuRuntime:
         config: its own.
         device: "cpu" computes the same in FP32, slowly: for tests.
         tune: let cuDNN time its algorithms at each new size: seconds, once a size.
-        kernels: the operations that engine.gpu_kernels has, where they can be compiled; False does without.
+        operations: what computes; without, the fastest that this GPU and what is installed can do.
     """
 
     def __init__(
@@ -57,21 +57,20 @@ class GpuRuntime:
         *,
         device: str = "cuda",
         tune: bool = False,
-        kernels: bool = True,
+        operations: Operations | None = None,
     ) -> None:
         self.model = config
         self._device = torch.device(device)
         on_gpu = self._device.type == "cuda"
-        self._operations = operations_for(self._device) if kernels and on_gpu else TorchOperations()
-        dtype = torch.float16 if on_gpu else torch.float32
-        self._network = TensorCoreNetwork(network, self._operations, dtype).to(self._device).eval()
+        fastest = (operations,) if operations else operations_for(self._device)
+        self._operations, self._network = _working(network, fastest, self._device)
         self._grid = ServedNetwork(nn.Identity(), config)
         self._tune = tune
         self._lock = threading.Lock()
         self._copiers = ThreadPoolExecutor(min(COPIERS, available_cores()))
         where = f"{torch.cuda.get_device_name(self._device)}, FP16" if on_gpu else "CPU, FP32"
-        alone = ", without kernels of its own" if on_gpu and isinstance(self._operations, TorchOperations) else ""
-        self.description = f"PyTorch {torch.__version__} on {where}{alone}"
+        without = f", {self._operations.without}" if on_gpu and self._operations.without else ""
+        self.description = f"PyTorch {torch.__version__} on {where}{without}"
 
     def infer(self, hu: HounsfieldArray) -> tuple[LabelArray, NDArray[np.float32]]:
         """See Runtime."""
@@ -107,7 +106,7 @@ class GpuRuntime:
         labels = torch.empty(shape, dtype=torch.uint8, device=features.device)
         top = torch.empty(shape, dtype=torch.float32, device=features.device)
         for slab, logits in self._slabs_of_logits(features, blocks):
-            part = _rows(logits)
+            part = rows_of(logits)
             winners = self._operations.winners(part, self.model.classes)
             for whole, found in zip((labels, top), winners, strict=True):
                 whole[slab] = found.view(-1, *shape[1:])
@@ -139,7 +138,7 @@ class GpuRuntime:
         classes, stride = self.model.classes, self.model.in_plane_stride
         logits = torch.cat([part for _, part in self._slabs_of_logits(features, blocks)], dim=2)
         depth, height, width = logits.shape[2:]
-        coarse, top = (t.view(depth, height, width) for t in self._operations.winners(_rows(logits), classes))
+        coarse, top = (t.view(depth, height, width) for t in self._operations.winners(rows_of(logits), classes))
         confidence = self._operations.border_confidence(coarse, top, classes)
         labels = coarse.new_zeros(depth, height * stride, width * stride)
         box = _box_of(coarse)
@@ -190,23 +189,30 @@ class GpuRuntime:
             torch.backends.cudnn.benchmark = before
 
 
-def operations_for(device: torch.device) -> Operations:
-    """The kernels, where they can be compiled for this GPU; else PyTorch alone."""
-    try:
-        from anatomynet.engine import gpu_kernels
-    except ImportError:  # a PyTorch without Triton's compiler
-        return TorchOperations()
-    kernels = gpu_kernels.KernelOperations()
-    rows = torch.zeros(512, 16, dtype=torch.float16, device=device)
-    channels = torch.zeros(16, device=device)
-    try:
-        kernels.scale_add_leaky(rows, channels, rows.clone(), channels)
-        kernels.channel_means(rows)
-        labels, top = kernels.winners(rows, 2)
-        kernels.border_confidence(labels.view(8, 8, 8), top.view(8, 8, 8), 2)
-    except gpu_kernels.FAILURES:
-        return TorchOperations()
-    return kernels
+def operations_for(device: torch.device) -> Iterator[Operations]:
+    """What may compute here, the fastest first, down to PyTorch alone."""
+    if device.type == "cuda":
+        try:
+            from anatomynet.engine.gpu_convolution import ConvolutionOperations
+            from anatomynet.engine.gpu_kernels import KernelOperations
+        except ImportError:  # a PyTorch without Triton's compiler
+            pass
+        else:
+            yield ConvolutionOperations(device)
+            yield KernelOperations()
+    yield TorchOperations()
+
+
+def _working(
+    network: AnatomyNet, candidates: Iterable[Operations], device: torch.device
+) -> tuple[Operations, TensorCoreNetwork]:
+    """The first that this GPU can compile, and the network with it; the last, if none says so."""
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    for operations in candidates:
+        form = TensorCoreNetwork(network, operations, dtype).to(device).eval()
+        if operations.are_right(device):
+            break
+    return operations, form
 
 
 def load_gpu_runtime(checkpoint: Path) -> GpuRuntime:
@@ -216,10 +222,6 @@ def load_gpu_runtime(checkpoint: Path) -> GpuRuntime:
         ModelError: no such file, or none that anatomynet-train wrote.
     """
     return GpuRuntime(*load_checkpoint(checkpoint), tune=TUNE)
-
-
-def _rows(logits: Tensor) -> Tensor:
-    return logits.permute(0, 2, 3, 4, 1).reshape(-1, logits.shape[1])
 
 
 def _box_of(labels: Tensor) -> tuple[slice, slice, slice] | None:

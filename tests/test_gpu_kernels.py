@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from anatomynet.engine.gpu_operations import Operations, TorchOperations
+from anatomynet.engine.gpu_operations import TorchOperations
 
 pytest.importorskip("triton", reason="needs Triton's compiler: a PyTorch for CUDA, or pip install triton==3.6.0")
 
@@ -44,7 +44,7 @@ def test_rows(name: str, channels: int, dtype: torch.dtype) -> None:
     others = random(VOXELS, 2 * channels, seed=1).to(dtype)[:, channels:]
     scale, shift = random(channels, seed=2), random(channels, seed=3)
 
-    def computed(by: Operations) -> Tensor:
+    def computed(by: TorchOperations | KernelOperations) -> Tensor:
         whole = rows.contiguous()
         results = {
             "shift_leaky": lambda: by.shift_leaky(whole, shift),

@@ -125,15 +125,20 @@ def test_what_cannot_be_computed_is_told_in_one_line(monkeypatch: pytest.MonkeyP
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "PyTorch alone"])
+@pytest.mark.parametrize("without", ["", "without convolutions of its own", "without kernels of its own"])
 @pytest.mark.parametrize("stride", STRIDES)
-def test_on_a_gpu_it_passes_the_exports_gate(stride: int, kernels: bool) -> None:
+def test_on_a_gpu_it_passes_the_exports_gate(stride: int, without: str) -> None:
     if not has_gpu():
         pytest.skip("needs an NVIDIA GPU and a PyTorch with CUDA")
+    from anatomynet.engine.gpu_convolution import ConvolutionOperations
+    from anatomynet.engine.gpu_kernels import KernelOperations
+
     config = random_config(stride)
     hu = smooth_hu(CALIBRATION_SHAPE)
-    runtime = GpuRuntime(random_network(), config, kernels=kernels)
-    assert runtime.description.endswith("without kernels of its own") != kernels
+    kinds = (ConvolutionOperations(torch.device("cuda")), KernelOperations(), TorchOperations())
+    operations = next(kind for kind in kinds if kind.without == without)
+    runtime = GpuRuntime(random_network(), config, operations=operations)
+    assert runtime.description.endswith(without or "FP16")
     check_parity(draw_reference(random_network(), config, hu), runtime, fp16=True)
 
 
