@@ -3,8 +3,8 @@
     python -m benchmarks.gpu [--checkpoint FILE] [--slices 178] [--side 512] [--clients 1 --clients 2] [--seconds 100]
 
     forms     the same network in PyTorch: FP32, FP16, channels last, channels padded to multiples of 8, and
-              engine.gpu_runtime's, with and without kernels of its own, with cuDNN's tuning, as a CUDA graph; last of
-              all torch.compile, as long as the time lasts; then ONNX Runtime, where it has CUDA
+              engine.gpu_runtime's, with and without convolutions and other kernels of its own, with cuDNN's tuning, as
+              a CUDA graph; last of all torch.compile, as long as the time lasts; then ONNX Runtime, where it has CUDA
     labels    what the trained checkpoint draws in FP16 that it does not draw in FP32
     served    the real tritonserver with its Python backend, 1, 2 and 4 clients at once over shared memory; where a
               volume's milliseconds go in the server, by its own metrics, and in the client
@@ -21,6 +21,7 @@ are held against it. Without it what the file has not comes first, and what it h
 `--device cpu` runs the same lines on a small volume without a GPU, for who changes this script: its times mean nothing.
 """
 
+import contextlib
 import json
 import subprocess
 import tempfile
@@ -80,8 +81,10 @@ def main(
     if device == "cuda" and not torch.cuda.is_available():
         raise click.ClickException("no NVIDIA GPU here, or a PyTorch without CUDA; --device cpu tries the script alone")
     torch.backends.cudnn.allow_tf32 = False  # FP32 is what the others are held against
-    with tempfile.TemporaryDirectory() as temporary, coming_study(Path(temporary) / "study") as study:
-        folder = Path(temporary)
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+        folder, study = Path(temporary), None
+        if not asked or "study" in asked:
+            study = stack.enter_context(coming_study(folder / "study"))
         given = checkpoint or random_checkpoint(folder / "random.safetensors")
         trial = Trial(given, device, phantom_hu((slices, side, side)), repeats, clients, folder, stop)
         begin(trial, asked)
@@ -105,7 +108,7 @@ def begin(trial: Trial, asked: Collection[str]) -> None:
     trial.result.update(kept_of(before, asked))
 
 
-def measure_parts(trial: Trial, study: "subprocess.Popen[bytes]", asked: Collection[str]) -> None:
+def measure_parts(trial: Trial, study: "subprocess.Popen[bytes] | None", asked: Collection[str]) -> None:
     """Those that are asked for, whatever time is left; all, as long as there is time, where none is."""
     measures, order = parts(study), in_order(trial.result, asked)
     if next((part for part in order if part == "forms" or part in FORMS_ELSEWHERE), "forms") != "forms":
@@ -134,7 +137,7 @@ def replace(result: dict[str, Any], by: dict[str, Any]) -> None:
     result.update(by)
 
 
-def parts(study: "subprocess.Popen[bytes]") -> dict[str, Callable[[Trial], object]]:
+def parts(study: "subprocess.Popen[bytes] | None") -> dict[str, Callable[[Trial], object]]:
     """What measures each of PARTS."""
     measures: tuple[Callable[[Trial], object], ...] = (
         *(measure_forms, measure_runtime, measure_labels, measure_served, partial(measure_study, study=study)),

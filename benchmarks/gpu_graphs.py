@@ -23,14 +23,13 @@ def measure_graphs(trial: Trial) -> None:
     if not trial.on_gpu:
         raise click.ClickException("a CUDA graph takes a GPU")
     network, config = load_checkpoint(trial.checkpoint)
-    for name, tune in (("CUDA graph", False), ("tuned, CUDA graph", True)):
-        build = partial(graph_form, network, config, tune=tune)
-        guarded(trial, f"form {name}", partial(measure_form, trial, f"{OWN}, {name}", build))
+    build = partial(graph_form, network, config)
+    guarded(trial, "form CUDA graph", partial(measure_form, trial, f"{OWN}, CUDA graph", build))
 
 
-def graph_form(network: AnatomyNet, config: ModelConfig, *, tune: bool) -> Form:
+def graph_form(network: AnatomyNet, config: ModelConfig) -> Form:
     """engine.gpu_runtime's, recorded."""
-    return cuda_graph(GpuRuntime(network, config, tune=tune).labels_on_device)
+    return cuda_graph(GpuRuntime(network, config).labels_on_device)
 
 
 def cuda_graph(form: Form) -> Form:

@@ -33,9 +33,9 @@ def coming_study(folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
         process.wait()
 
 
-def measure_study(trial: Trial, *, study: "subprocess.Popen[bytes]") -> None:
+def measure_study(trial: Trial, *, study: "subprocess.Popen[bytes] | None") -> None:
     """DICOM to RTSTRUCT through a server of the trained checkpoint: in this process, and in one of its own."""
-    if study.wait(timeout=PART_LIMIT_S):
+    if study is None or study.wait(timeout=PART_LIMIT_S):
         raise click.ClickException("the phantom's study could not be written")
     repository = write_shipped_repository(trial.folder / "shipped", checkpoint=shipped_weights(".safetensors"))
     with served_on_gpu(trial, "study", repository) as server:
