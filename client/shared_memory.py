@@ -6,6 +6,9 @@ that takes half of what a mapping does, whose every page is first zeroed and the
 
 Nothing stays in /dev/shm however this process ends: a region's file has no name any more before a voxel is in it, and
 while it has one a small shell waits beside to remove it.
+
+Whoever waits for a label map does not wait for its region to go too: the server lets go of it while the labels are
+read, and a thread frees its pages; where there is no room for the next one meanwhile, that waits for it.
 """
 
 import errno
@@ -13,10 +16,13 @@ import mmap
 import os
 import secrets
 import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,15 +36,16 @@ if TYPE_CHECKING:
 
 SHARED_MEMORY_FOLDER = Path("/dev/shm")
 REGION_PREFIX = "anatomynet-"
+CLOSING = "anatomynet-region-closing"  # what the threads are called that free regions
 # So long after its time-out a cancelled request may still write to its region.
 REGION_GRACE_S = 600
 LARGEST_READ = 2**30  # one call reads 2 GiB at most
 RELEASE_PAUSES_S = (0.0, 0.01, 0.04)
 # What Triton says of a region that it would have mapped, were it there; a server that refuses says something else.
 ALLOWED_BUT_NOT_THERE = "Unable to open shared memory region"
-# Its standard input ends when this process does, killed or not. A service that is stopped has all its processes
-# told to end: the janitor is the last.
-JANITOR = 'trap "" HUP INT TERM; read -r _; rm -f -- "$0"'
+# A line tells it that the file has no name any more. Its standard input ends without one when this process does, killed
+# or not. A service that is stopped has all its processes told to end: the janitor is the last.
+JANITOR = 'trap "" HUP INT TERM; read -r _ || rm -f -- "$0"'
 
 
 class NotSharedError(Exception):
@@ -81,15 +88,18 @@ class SharedRegion:
         plane = np.empty(self.shape[1:], np.int16)  # stays in the processor's cache
         try:
             for k, ct_slice in enumerate(hu):
-                np.copyto(plane, ct_slice)
-                if os.pwrite(self.descriptor, plane.data, k * plane.nbytes) < plane.nbytes:
+                source = ct_slice
+                if not ct_slice.flags.c_contiguous:
+                    np.copyto(plane, ct_slice)
+                    source = plane
+                if os.pwrite(self.descriptor, source.data, k * plane.nbytes) < plane.nbytes:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise _too_small(error, self.hu_bytes) from error
 
     def read_labels(self) -> LabelArray:
         """Copies the label map out, uint8 (z, y, x)."""
-        labels = np.empty(self.shape, np.uint8)
+        labels = _empty_labels(self.shape, self.hu_bytes)
         bytes_ = labels.data.cast("B")
         for start in range(0, self.label_bytes, LARGEST_READ):
             os.preadv(self.descriptor, [bytes_[start : start + LARGEST_READ]], self.hu_bytes + start)
@@ -99,8 +109,11 @@ class SharedRegion:
 @contextmanager
 def shared_region(
     client: "InferenceServerClient", shape: tuple[int, ...], *, timeout_s: float, answer_timeout_s: float
-) -> Iterator[SharedRegion]:
+) -> Iterator[tuple[SharedRegion, Callable[[], None]]]:
     """A region that this process and the server share for as long as the block lasts.
+
+    With it comes what lets the server go of it at once, to be called when it has answered, before the labels are read:
+    reading does not need it any more, and both take their time.
 
     Args:
         shape: of the volume, (z, y, x).
@@ -113,14 +126,18 @@ def shared_region(
     """
     name = f"{REGION_PREFIX}{int(time.time() + timeout_s) + REGION_GRACE_S}-{secrets.token_hex(8)}"
     region = _registered(client, name, shape, answer_timeout_s)
-    try:
-        yield region
-    finally:
-        if not _unregister(client, name, answer_timeout_s):
-            # A cancelled request that still computes holds on to the region; its pages can go.
-            with mmap.mmap(region.descriptor, region.hu_bytes + region.label_bytes) as memory:
-                memory.madvise(mmap.MADV_REMOVE)
-        os.close(region.descriptor)
+    unregister = partial(_unregister, client, name, answer_timeout_s)
+    letting_go: list[Future[bool]] = []
+    with ThreadPoolExecutor(1) as beside:
+        try:
+            yield region, lambda: letting_go.append(beside.submit(unregister))
+        finally:
+            if not (letting_go[0].result() if letting_go else unregister()):
+                # A cancelled request that still computes holds on to the region; its pages can go.
+                with mmap.mmap(region.descriptor, region.hu_bytes + region.label_bytes) as memory:
+                    memory.madvise(mmap.MADV_REMOVE)
+            # A volume without an answer may go by gRPC next, which may want the room.
+            (_close_beside if letting_go else os.close)(region.descriptor)
 
 
 def free_abandoned_regions(client: "InferenceServerClient", answer_timeout_s: float) -> None:
@@ -155,10 +172,11 @@ def _registered(
 ) -> SharedRegion:
     from tritonclient.utils import InferenceServerException
 
+    size = 3 * int(np.prod(shape))
     try:
+        _wait_for_room(size)
         with _named_file(SHARED_MEMORY_FOLDER / name) as descriptor:
             region = SharedRegion(name, descriptor, shape)
-            size = region.hu_bytes + region.label_bytes
             os.truncate(descriptor, size)
             client.register_system_shared_memory(name, f"/{name}", size, client_timeout=answer_timeout_s)
             # Else a full /dev/shm (Docker's has 64 MB) would end the server at the first voxel that is too many.
@@ -170,7 +188,37 @@ def _registered(
         raise NotSharedError(reason_of(error)) from error
     except OSError as error:
         _unregister(client, name, answer_timeout_s)
-        raise _too_small(error, 3 * int(np.prod(shape))) from error
+        raise _too_small(error, size) from error
+
+
+def _wait_for_room(size: int) -> None:
+    """Where there is too little, until the regions before are freed.
+
+    Raises:
+        OSError: no such folder.
+    """
+    folder = os.statvfs(SHARED_MEMORY_FOLDER)
+    if folder.f_bavail * folder.f_frsize < size:
+        for closing in threading.enumerate():
+            if closing.name == CLOSING:
+                closing.join()
+
+
+def _close_beside(descriptor: int) -> None:
+    """Closes a region's file, which frees its pages; this process ends no sooner."""
+    try:
+        threading.Thread(target=os.close, args=(descriptor,), name=CLOSING, daemon=False).start()
+    except RuntimeError:  # no more threads
+        os.close(descriptor)
+
+
+def _empty_labels(shape: tuple[int, ...], offset: int) -> LabelArray:
+    """uint8, as far into a page as the region's own, which begin at `offset`: where it is 16 bytes further, as NumPy's
+    arrays would have it, some processors copy at a quarter of their speed."""
+    count = int(np.prod(shape))
+    memory = np.empty(count + mmap.PAGESIZE, np.uint8)
+    start = (offset - memory.ctypes.data) % mmap.PAGESIZE
+    return memory[start : start + count].reshape(shape)
 
 
 def _too_small(error: OSError, size: int) -> NotSharedError:
@@ -194,6 +242,7 @@ def _named_file(path: Path) -> Iterator[int]:
         finally:
             path.unlink()
             os.close(descriptor)
+            janitor.communicate(b"\n")
 
 
 def _unregister(client: "InferenceServerClient", name: str, answer_timeout_s: float) -> bool:

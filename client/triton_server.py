@@ -206,7 +206,7 @@ class TritonServer:
         ct, label_map = InferInput("CT", hu.shape, "INT16"), InferRequestedOutput("LABEL_MAP")
         with shared_region(
             self._client, hu.shape, timeout_s=timeout_s, answer_timeout_s=min(timeout_s, self._answer_timeout_s)
-        ) as region:
+        ) as (region, let_go):
             region.write(hu)
             ct.set_shared_memory(region.name, region.hu_bytes)
             label_map.set_shared_memory(region.name, region.label_bytes, region.hu_bytes)
@@ -219,6 +219,7 @@ class TritonServer:
             described = result.get_output("LABEL_MAP")
             if described is None or described.datatype != "UINT8" or tuple(described.shape) != hu.shape:
                 raise self._unfit("LABEL_MAP", hu, structures)
+            let_go()
             labels = region.read_labels()
         return labels, self._confidence(result, hu, structures)
 

@@ -1,12 +1,22 @@
-"""A region holds a volume and its label map one after the other, as the server is told."""
+"""A region holds a volume and its label map one after the other, as the server is told, and goes once it is read."""
 
+import mmap
 import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from anatomynet.client.shared_memory import NotSharedError, SharedRegion
+from anatomynet.client import shared_memory
+from anatomynet.client.shared_memory import JANITOR, NotSharedError, SharedRegion, shared_region
+from tests.regions import our_regions
+from tests.waiting import wait_until
 
 SHAPE = (3, 4, 5)
 
@@ -37,3 +47,115 @@ def test_too_little_memory_is_told() -> None:
             SharedRegion("", descriptor, SHAPE).write(volume()[::2, :, ::2])
     finally:
         os.close(descriptor)
+
+
+def test_labels_lie_in_their_pages_as_in_the_regions(tmp_path: Path) -> None:
+    """Else some processors copy them at a quarter of their speed."""
+    path = tmp_path / "region"
+    path.write_bytes(bytes(180))
+    with path.open("r+b") as file:
+        assert SharedRegion("", file.fileno(), SHAPE).read_labels().ctypes.data % mmap.PAGESIZE == 120
+
+
+class Server:
+    """Maps every region that it is asked to; to let go of one takes it until `allowed` is set."""
+
+    def __init__(self) -> None:
+        self.mapped: set[str] = set()
+        self.allowed = threading.Event()
+        self.allowed.set()
+        self.begun = threading.Event()
+
+    def register_system_shared_memory(self, name: str, key: str, byte_size: int, client_timeout: float) -> None:
+        assert Path(f"/dev/shm{key}").stat().st_size == byte_size
+        self.mapped.add(name)
+
+    def unregister_system_shared_memory(self, name: str, client_timeout: float) -> None:
+        self.begun.set()
+        assert self.allowed.wait(client_timeout)
+        self.mapped.remove(name)
+
+
+@contextmanager
+def region_at(server: Server) -> Iterator[tuple[SharedRegion, Callable[[], None]]]:
+    with shared_region(cast(Any, server), SHAPE, timeout_s=60, answer_timeout_s=60) as shared:
+        yield shared
+
+
+def test_a_server_lets_go_while_the_labels_are_read() -> None:
+    server = Server()
+    server.allowed.clear()
+    with region_at(server) as (region, let_go):
+        region.write(volume()[::2, :, ::2])
+        let_go()
+        assert server.begun.wait(60)
+        assert not region.read_labels().any()
+        assert server.mapped == {region.name}
+        server.allowed.set()
+    assert server.mapped == set()
+
+
+def test_without_an_answer_a_region_is_gone_after_its_block() -> None:
+    """By gRPC the volume wants the room next."""
+    server = Server()
+    with pytest.raises(ValueError, match="no answer"), region_at(server) as (region, _):
+        raise ValueError("no answer")
+    assert server.mapped == set()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(region.descriptor)
+
+
+@pytest.fixture
+def slow_to_free(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """A region that was read is closed once this is set."""
+    allowed, really_close = threading.Event(), os.close
+
+    def close(descriptor: int) -> None:
+        if threading.current_thread().name == shared_memory.CLOSING:
+            allowed.wait(60)
+        really_close(descriptor)
+
+    monkeypatch.setattr(os, "close", close)
+    yield allowed
+    allowed.set()
+    wait_until(lambda: closing_threads() == [])
+
+
+def closing_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == shared_memory.CLOSING]
+
+
+def free_bytes(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=count, f_frsize=1))
+
+
+def test_a_region_is_freed_beside_what_follows(slow_to_free: threading.Event) -> None:
+    server = Server()
+    for _ in range(2):
+        with region_at(server) as (_, let_go):
+            let_go()
+    assert len(closing_threads()) == 2
+    assert our_regions() == set()
+
+
+def test_where_there_is_no_room_the_next_region_waits_for_the_last(
+    slow_to_free: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server()
+    with region_at(server) as (_, let_go):
+        let_go()
+    (closing,) = closing_threads()
+    free_bytes(monkeypatch, 3 * int(np.prod(SHAPE)) - 1)
+    allow = threading.Timer(0.2, slow_to_free.set)
+    allow.start()
+    with region_at(server):
+        assert not closing.is_alive()
+    allow.join()
+
+
+@pytest.mark.parametrize(("told", "left"), [(b"\n", True), (b"", False)])
+def test_the_janitor_removes_what_nobody_told_it_was_removed(tmp_path: Path, told: bytes, left: bool) -> None:
+    path = tmp_path / "region"
+    path.touch()
+    subprocess.run(["/bin/sh", "-c", JANITOR, str(path)], input=told, check=True, timeout=60)
+    assert path.exists() == left
