@@ -6,19 +6,14 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from anatomynet.export.gpu import visible_gpus
-from anatomynet.export.heap import keep_freed_memory
-
 
 class TritonPythonModel:
     """The contract of `anatomynet`: every voxel is background."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Learns how many structures the model has, and keeps memory as that does."""
+        """Learns how many structures the model has."""
         configuration = pb_utils.get_output_config_by_name(json.loads(args["model_config"]), "CONFIDENCE")
         self.confidence = np.zeros(configuration["dims"], np.float32)
-        if visible_gpus():
-            keep_freed_memory()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request."""
