@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -126,8 +127,11 @@ class Training:
         key = (self._statistics_are_frozen, size)
         if key not in self._recorded:
             before = {name: value.clone() for name, value in self.network.state_dict().items()}
-            # The trials before a recording move the statistics.
-            self._recorded[key] = cast(nn.Module, torch.cuda.make_graphed_callables(plain, (image.clone(),)))
+            # The trials before a recording move the statistics. PyTorch 2.11 warns, in a page of text, that a second
+            # recording waits for the stream of the first; oar9's phantoms were learnt so.
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
+                self._recorded[key] = cast(nn.Module, torch.cuda.make_graphed_callables(plain, (image.clone(),)))
             self.network.load_state_dict(before)
         return self._recorded[key]
 
