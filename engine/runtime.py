@@ -255,14 +255,29 @@ class OnnxRuntime:
 
 
 class TorchRuntime:
-    """A network in PyTorch; holds the logits of the CT's whole grid, 4 bytes a class and voxel."""
+    """A network in PyTorch; holds the logits of the CT's whole grid, 4 bytes a class and voxel.
 
-    def __init__(self, network: torch.nn.Module, config: ModelConfig, device: torch.device | str = "cpu") -> None:
+    Args:
+        network: AnatomyNet, or another that maps its input to its output.
+        config: of it.
+        device: where it computes.
+        region_finder: cuts the box that it is shown, as where it is served; None shows it the whole body.
+    """
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        config: ModelConfig,
+        device: torch.device | str = "cpu",
+        *,
+        region_finder: RegionFinder | None = None,
+    ) -> None:
         import torch
 
         from anatomynet.engine.network import ServedNetwork
 
         self.model = config
+        self.region_finder = region_finder
         self.description = f"PyTorch {torch.__version__} on {device}"
         self._device = device
         self._served = ServedNetwork(network, config).to(device).eval()

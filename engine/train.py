@@ -33,6 +33,8 @@ from anatomynet.engine.geometry import Point, VolumeGeometry
 from anatomynet.engine.metrics import dice
 from anatomynet.engine.output import write_whole
 from anatomynet.engine.phantom import make_phantom
+from anatomynet.engine.region import RegionFinder
+from anatomynet.engine.region_runtime import EmbeddedRegionFinder
 from anatomynet.engine.resolution import draw_reduced
 from anatomynet.engine.runtime import TorchRuntime, available_cores
 from anatomynet.engine.survey import summary_lines, survey_cases, write_survey
@@ -111,10 +113,16 @@ def patient_counts(cases: Sequence[Case]) -> tuple[int, ...]:
 
 
 def validate(
-    network: nn.Module, model: ModelConfig, cases: list[Case], device: torch.device | str
+    network: nn.Module,
+    model: ModelConfig,
+    cases: list[Case],
+    device: torch.device | str,
+    *,
+    region_finder: RegionFinder | None = None,
 ) -> dict[str, list[float]]:
-    """DSC of each structure over the cases that have it, drawn by the same `segment` that serves."""
-    runtime = TorchRuntime(network, model, device)
+    """DSC of each structure over the cases that have it, drawn by the same `segment` that serves: the box that the
+    region finder cuts, where there is one that knows the model's structures, else the whole body."""
+    runtime = TorchRuntime(network, model, device, region_finder=region_finder)
 
     def measure(case: Case) -> dict[str, float]:
         drawn = draw_reduced(case.volume, runtime).labels
@@ -164,8 +172,12 @@ def _mean(losses: list[Tensor]) -> float:
 
 
 def keep_best(training: Training, held_out: list[Case], output: Path, *, loss: float) -> dict[str, float]:
-    """Validates the averaged weights, writes them if they are the best so far; the log's row."""
-    scores = validate(training.average, training.model, held_out, training.device)
+    """Validates the averaged weights, writes them if they are the best so far; the log's row.
+
+    Weights that learn crops as the region finder's are chosen by its boxes, which they will be shown.
+    """
+    finder = EmbeddedRegionFinder() if training.train.region_share else None
+    scores = validate(training.average, training.model, held_out, training.device, region_finder=finder)
     means = {name: float(np.mean(values)) if values else math.nan for name, values in scores.items()}
     mean = float(np.nanmean(list(means.values())))
     if mean > training.best:

@@ -39,14 +39,6 @@ MIRRORED_DSC = 0.5
 pytestmark = requires_openkbp
 
 
-class FindingTorchRuntime(TorchRuntime):
-    """The checkpoint itself, shown the same box that the server's finder cuts: another box draws a little otherwise."""
-
-    @property
-    def region_finder(self) -> EmbeddedRegionFinder:
-        return EmbeddedRegionFinder()
-
-
 @pytest.fixture(scope="module")
 def shipped_server(start_server: "ServerStarter", tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """HOST:PORT of the real tritonserver on the repository that anatomynet-export makes of the shipped checkpoint."""
@@ -95,7 +87,9 @@ def test_contours_lie_where_the_physicians_drew_them(
 ) -> None:
     case, _ = patient
     network, config = load_checkpoint()
-    expected = draw_reduced(case.volume, FindingTorchRuntime(network, config)).labels
+    # The checkpoint itself, shown the same box that the server's finder cuts: another box draws a little otherwise.
+    itself = TorchRuntime(network, config, region_finder=EmbeddedRegionFinder())
+    expected = draw_reduced(case.volume, itself).labels
     for label, name in enumerate(config.structures, start=1):
         if case.annotated[label - 1]:
             mask = drawn.get(name)

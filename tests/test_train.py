@@ -29,10 +29,21 @@ from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
 from anatomynet.engine.data import Case, read_case
 from anatomynet.engine.errors import ModelError
 from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.region import RegionConfig
+from anatomynet.engine.region_runtime import EmbeddedRegionFinder
 from anatomynet.engine.runtime import TorchRuntime
-from anatomynet.engine.train import chosen_by_structure, main, patient_counts, phantom_case, samples
+from anatomynet.engine.train import (
+    chosen_by_structure,
+    keep_best,
+    main,
+    patient_counts,
+    phantom_case,
+    samples,
+    validate,
+)
 from anatomynet.engine.training import FINAL_RATE, Training, rate_at, rate_share
-from anatomynet.engine.volume import CTVolume
+from anatomynet.engine.volume import CTVolume, HounsfieldArray
+from tests import synthetic_head
 
 SHAPE = (8, 16, 24)
 STRUCTURES = ("Chiasm", "OpticNerve_L", "OpticNerve_R")  # whose usual size no table knows: this head is small
@@ -182,6 +193,61 @@ def test_the_checkpoint_can_be_served(data: Path, trained: Path) -> None:
     labels, confidence = TorchRuntime(network, config).infer(np.zeros((16, 16, 16), np.int16))
     assert labels.shape == (16, 16, 16)
     assert confidence.shape == (3,)
+
+
+class FixedFinder:
+    """Finds the same box of coarse voxels in every CT."""
+
+    def __init__(self, box: tuple[int, ...], model: ModelConfig) -> None:
+        self.config = RegionConfig(model.structures, (1.5, 1.5, 2.5), model.hu_window, threshold=0.0, margin=(1, 1, 1))
+        self.box = box
+
+    def find(self, coarse: HounsfieldArray) -> NDArray[np.int64]:
+        assert coarse.shape == (24, 48, 48)
+        return np.array(self.box)
+
+
+class Bright(nn.Module):
+    """Calls what is bright a left parotid, and remembers how much it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: list[tuple[int, ...]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shown.append(tuple(x.shape[2:]))
+        logits = x.new_zeros(1, 4, *x.shape[2:])
+        logits[:, synthetic_head.LEFT] = (x[:, 0] > 0.9) * 2 - 1
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("structures", "shown"), [(synthetic_head.STRUCTURES, (24, 40, 38)), (("Larynx",), (24, 48, 48))]
+)
+def test_validation_draws_what_a_region_finder_that_knows_the_structures_cuts(
+    structures: tuple[str, ...], shown: tuple[int, ...]
+) -> None:
+    network, case = Bright(), synthetic_head.head()
+    finder = FixedFinder((0, 4, 12, 24, 44, 48), replace(synthetic_head.MODEL, structures=structures))
+    scores = validate(network, synthetic_head.MODEL, [case], "cpu", region_finder=finder)
+    assert network.shown == [shown]
+    assert scores["Parotid_L"] == [1.0]
+
+
+@pytest.mark.parametrize("region_share", [0.0, 0.5])
+def test_weights_that_learn_its_crops_are_chosen_by_the_region_finders_boxes(
+    region_share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[object] = []
+
+    def validated(*_: object, region_finder: object) -> dict[str, list[float]]:
+        given.append(region_finder)
+        return {name: [0.5] for name in synthetic_head.STRUCTURES}
+
+    monkeypatch.setattr("anatomynet.engine.train.validate", validated)
+    training = Training(synthetic_head.MODEL, TrainConfig(steps=1, region_share=region_share), torch.device("cpu"))
+    keep_best(training, [], tmp_path / "best.safetensors", loss=0.0)
+    assert [isinstance(finder, EmbeddedRegionFinder) for finder in given] == [region_share > 0]
 
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(data: Path, trained: Path, tmp_path: Path) -> None:
