@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -89,7 +89,7 @@ class SharedRegion:
         try:
             for k, ct_slice in enumerate(hu):
                 source = ct_slice
-                if not ct_slice.flags.c_contiguous:
+                if not ct_slice.flags.c_contiguous or ct_slice.dtype != plane.dtype:
                     np.copyto(plane, ct_slice)
                     source = plane
                 if os.pwrite(self.descriptor, source.data, k * plane.nbytes) < plane.nbytes:
@@ -128,16 +128,21 @@ def shared_region(
     region = _registered(client, name, shape, answer_timeout_s)
     unregister = partial(_unregister, client, name, answer_timeout_s)
     letting_go: list[Future[bool]] = []
-    with ThreadPoolExecutor(1) as beside:
+    with ThreadPoolExecutor(1) as beside, ExitStack() as at_last:
+
+        def let_go() -> None:
+            with suppress(RuntimeError):  # no more threads: after the block, then
+                letting_go.append(beside.submit(unregister))
+
+        # A volume without an answer may go by gRPC next, which may want the room.
+        at_last.callback(lambda: (_close_beside if letting_go else os.close)(region.descriptor))
         try:
-            yield region, lambda: letting_go.append(beside.submit(unregister))
+            yield region, let_go
         finally:
             if not (letting_go[0].result() if letting_go else unregister()):
                 # A cancelled request that still computes holds on to the region; its pages can go.
                 with mmap.mmap(region.descriptor, region.hu_bytes + region.label_bytes) as memory:
                     memory.madvise(mmap.MADV_REMOVE)
-            # A volume without an answer may go by gRPC next, which may want the room.
-            (_close_beside if letting_go else os.close)(region.descriptor)
 
 
 def free_abandoned_regions(client: "InferenceServerClient", answer_timeout_s: float) -> None:
@@ -200,7 +205,8 @@ def _wait_for_room(size: int) -> None:
     folder = os.statvfs(SHARED_MEMORY_FOLDER)
     if folder.f_bavail * folder.f_frsize < size:
         for closing in threading.enumerate():
-            if closing.name == CLOSING:
+            # One that another thread starts at this moment is listed, and cannot be waited for yet.
+            if closing.name == CLOSING and closing.is_alive():
                 closing.join()
 
 

@@ -33,7 +33,7 @@ class TensorCoreNetwork(nn.Module):
 
     Args:
         network: whose weights are copied.
-        operations: what computes between the convolutions.
+        operations: what computes its 3 x 3 x 3 convolutions, and what is between them.
         dtype: of weights and activations; FP16 is what it is for, FP32 shows that the logits are the same.
     """
 

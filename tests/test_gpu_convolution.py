@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -173,27 +174,52 @@ def test_on_a_gpu_it_is_pytorchs(kind: Kind, shape: Shape) -> None:
 
 @on_gpu
 def test_a_gpu_finds_them_right() -> None:
-    device = torch.device("cuda")
-    assert ConvolutionOperations(device).are_right(device)
+    operations, device = ConvolutionOperations(torch.device("cuda")), torch.device("cuda")
+    for kind, _, _ in CASES:
+        prepare(operations, kind)
+    assert operations.are_right(device)
 
 
-@pytest.mark.parametrize("error", [ImportError("no cuda"), RuntimeError("CUresult CUDA_ERROR_INVALID_VALUE")], ids=repr)
+def prepare(operations: ConvolutionOperations, kind: Kind) -> None:
+    operations.prepared(torch.zeros(kind.outward, sum(kind.inward), 3, 3, 3), kind.inward)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("no cuda"),
+        RuntimeError("CUresult CUDA_ERROR_INVALID_VALUE"),
+        AttributeError("a PyTorch that does not tell of shared memory"),
+        TypeError("a cuda-bindings that takes other arguments"),
+    ],
+    ids=repr,
+)
 def test_without_compiler_or_driver_they_are_not_right(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise error
 
     monkeypatch.setattr(ConvolutionOperations, "_built", fails)
-    device = torch.device("cpu")
-    assert not ConvolutionOperations(device).are_right(device)
+    operations, device = ConvolutionOperations(torch.device("cpu")), torch.device("cpu")
+    prepare(operations, Kind((32,), 32))
+    assert not operations.are_right(device)
 
 
-def test_a_kernel_that_computes_something_else_is_not_right(
+def test_one_kernel_that_computes_something_else_makes_none_right(
     built: Callable[[Kind, Tiling], ctypes.CDLL], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    right, wrong = Kind((16,), 16), Kind((16,), 24)
     operations, device = OperationsOnCpu(built), torch.device("cpu")
     monkeypatch.setattr(KernelOperations, "are_right", lambda *_: True)  # a minute's work for the interpreter
+    prepare(operations, right)
+    prepare(operations, wrong)
     assert operations.are_right(device)
-    monkeypatch.setattr("anatomynet.engine.gpu_convolution.packed", lambda weight: packed(weight).flip(1))
+    really_call = OnCpu.__call__
+
+    def call(self: OnCpu, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        rows, sums = really_call(self, *arguments, **options)
+        return (rows.flip(1) if self.kind == wrong else rows), sums
+
+    monkeypatch.setattr(OnCpu, "__call__", call)
     assert not operations.are_right(device)
 
 

@@ -38,6 +38,16 @@ def test_a_view_is_written_as_it_looks_and_labels_are_read_behind_it(tmp_path: P
     assert path.read_bytes() == view.tobytes() + labels.tobytes()
 
 
+@pytest.mark.parametrize("dtype", [">i2", "<i4"])
+def test_numbers_of_another_type_are_written_as_int16(tmp_path: Path, dtype: str) -> None:
+    """Who calls it may have them from a file of another byte order."""
+    hu = volume()[:3, :, :5].copy()
+    path = tmp_path / "region"
+    with path.open("w+b") as file:
+        SharedRegion("", file.fileno(), SHAPE).write(hu.astype(dtype))
+    assert path.read_bytes() == hu.tobytes()
+
+
 def test_too_little_memory_is_told() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
@@ -105,6 +115,31 @@ def test_without_an_answer_a_region_is_gone_after_its_block() -> None:
         os.fstat(region.descriptor)
 
 
+def test_where_no_thread_can_be_started_a_server_lets_go_after_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    server = Server()
+    with region_at(server) as (region, let_go):
+        monkeypatch.setattr(threading.Thread, "start", start)
+        let_go()
+        assert not region.read_labels().any()
+    assert server.mapped == set()
+
+
+def test_a_region_goes_even_if_its_server_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second Ctrl-C, or a connection that was closed meanwhile."""
+    server = Server()
+    with pytest.raises(ValueError, match="closed channel"), region_at(server) as (region, _):
+        monkeypatch.setattr(server, "unregister_system_shared_memory", closed_channel)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(region.descriptor)
+
+
+def closed_channel(*_: object, **__: object) -> None:
+    raise ValueError("Cannot invoke RPC on closed channel!")
+
+
 @pytest.fixture
 def slow_to_free(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """A region that was read is closed once this is set."""
@@ -151,6 +186,15 @@ def test_where_there_is_no_room_the_next_region_waits_for_the_last(
     with region_at(server):
         assert not closing.is_alive()
     allow.join()
+
+
+def test_a_thread_that_another_is_starting_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    starting = threading.Thread(name=shared_memory.CLOSING)
+    monkeypatch.setattr(threading, "enumerate", lambda: [threading.current_thread(), starting])
+    free_bytes(monkeypatch, 0)
+    server = Server()
+    with region_at(server):
+        assert server.mapped
 
 
 @pytest.mark.parametrize(("told", "left"), [(b"\n", True), (b"", False)])
