@@ -53,7 +53,7 @@ PLACES = (
     Place("head, two at once", Kind((16,), 32), full=True, times=1),
     Place("head", Kind((16,), 16), full=True, times=2),
 )
-TILINGS = tuple(
+TRIED = tuple(
     Tiling(warps, rows, planes, blocks)
     for (warps, rows), planes, blocks in itertools.product(((8, 2), (4, 2), (8, 4), (4, 4), (8, 1)), (2, 1), (1, 2))
 )
@@ -117,7 +117,7 @@ def timed_tilings(
     difference."""
     limit = shared_limit(expected.device)
     shipped = tiling_of(kind, limit)
-    for tiling in (shipped, *(other for other in TILINGS if other != shipped)):
+    for tiling in (shipped, *(other for other in TRIED if other != shipped)):
         if shared_bytes(kind, tiling) > limit:
             continue
         if tiling != shipped and time.monotonic() > until:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anatomynet.engine.gpu_kernels import SLOPE, KernelOperations
-from anatomynet.engine.gpu_operations import Shape, rows_of, volume_of
+from anatomynet.engine.gpu_operations import Shape, first_line, rows_of, volume_of
 
 SOURCES = ("warp.cuh", "convolve.cu")
 TILE_X = 16  # voxels of a matrix
@@ -190,6 +190,7 @@ class Convolution:
         assert tuple(rows.shape[1] for rows in inputs) == self.kind.inward
         voxels, outward = len(inputs[0]), self.kind.outward
         assert voxels == math.prod(shape)
+        assert others is None or (others.is_contiguous() and others.shape == (voxels, outward))
         width = outward // 2 if in_two else outward
         out = inputs[0].new_empty(voxels, width)
         second = out.new_empty(voxels, width) if in_two else None
@@ -278,13 +279,15 @@ class ConvolutionOperations(KernelOperations):
             self._coming[kind] = self._pool.submit(self._built, kind)
         return packed(weight)
 
-    def are_right(self, device: torch.device) -> bool:
+    def fault(self, device: torch.device) -> str:
         """See Operations."""
         try:
-            right = all(is_right(coming.result(), device) for coming in self._coming.values())
-        except FAILURES:
-            return False
-        return right and super().are_right(device)
+            wrong = [kind for kind, coming in self._coming.items() if not is_right(coming.result(), device)]
+        except FAILURES as error:
+            return first_line(error)
+        finally:
+            self._pool.shutdown(wait=False)
+        return f"{wrong[0]} computes something else than PyTorch" if wrong else super().fault(device)
 
     def convolved_leaky(
         self, inputs: Sequence[Tensor], shape: Shape, weight: Tensor, shift: Tensor | None, others: Tensor | None = None

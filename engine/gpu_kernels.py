@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.errors import TritonError
 
-from anatomynet.engine.gpu_operations import TorchConvolutions
+from anatomynet.engine.gpu_operations import TorchConvolutions, first_line
 
 # What the first use of a kernel raises where it cannot be compiled: no C compiler, or nowhere to keep what it made.
 FAILURES = (TritonError, RuntimeError, OSError, subprocess.SubprocessError)
@@ -126,7 +126,7 @@ class KernelOperations(TorchConvolutions):
 
     without = "without convolutions of its own"
 
-    def are_right(self, device: torch.device) -> bool:
+    def fault(self, device: torch.device) -> str:
         """See Operations."""
         rows = torch.zeros(512, 16, dtype=torch.float16, device=device)
         channels = torch.zeros(16, device=device)
@@ -135,9 +135,9 @@ class KernelOperations(TorchConvolutions):
             self.channel_means(rows)
             labels, top = self.winners(rows, 2)
             self.border_confidence(labels.view(8, 8, 8), top.view(8, 8, 8), 2)
-        except FAILURES:
-            return False
-        return True
+        except FAILURES as error:
+            return first_line(error)
+        return ""
 
     def shift_leaky(self, rows: Tensor, shift: Tensor) -> Tensor:
         """See Operations."""

@@ -29,8 +29,9 @@ class Operations(Protocol):
 
     without: str
 
-    def are_right(self, device: torch.device) -> bool:
-        """Whether they compile for this device, and compute what they should: asked once the network is prepared."""
+    def fault(self, device: torch.device) -> str:
+        """Why they cannot be used on this device, in one line, empty where they compile and compute what they should:
+        asked once the network is prepared."""
         ...
 
     def prepared(self, weight: Tensor, inward: Sequence[int]) -> Tensor:
@@ -129,9 +130,9 @@ class TorchOperations(TorchConvolutions):
 
     without = "without kernels of its own"
 
-    def are_right(self, device: torch.device) -> bool:
+    def fault(self, device: torch.device) -> str:
         """See Operations."""
-        return True
+        return ""
 
     def shift_leaky(self, rows: Tensor, shift: Tensor) -> Tensor:
         """See Operations."""
@@ -166,6 +167,11 @@ class TorchOperations(TorchConvolutions):
         # Doubles: a sum of millions in FP32, one after the other, loses digits.
         sums = torch.bincount(found, weights=top.flatten()[border].double(), minlength=classes)[1:]
         return (sums / torch.bincount(found, minlength=classes)[1:].clamp(min=1)).float()
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, as a fault: compilers say more than a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def rows_of(volume: Tensor) -> Tensor:

@@ -60,23 +60,24 @@ class GpuRuntime:
         operations: Operations | None = None,
     ) -> None:
         self.model = config
-        self._device = torch.device(device)
-        on_gpu = self._device.type == "cuda"
-        fastest = (operations,) if operations else operations_for(self._device)
-        self._operations, self._network = _working(network, fastest, self._device)
+        on_gpu = torch.device(device).type == "cuda"
+        self._device = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+        candidates = (operations,) if operations else operations_for(self._device)
+        with _current(self._device):
+            self._operations, self._network, faults = _working(network, candidates, self._device)
         self._grid = ServedNetwork(nn.Identity(), config)
         self._tune = tune
         self._lock = threading.Lock()
         self._copiers = ThreadPoolExecutor(min(COPIERS, available_cores()))
         where = f"{torch.cuda.get_device_name(self._device)}, FP16" if on_gpu else "CPU, FP32"
         without = f", {self._operations.without}" if on_gpu and self._operations.without else ""
-        self.description = f"PyTorch {torch.__version__} on {where}{without}"
+        self.description = f"PyTorch {torch.__version__} on {where}{without}" + "".join(f" ({f})" for f in faults[:1])
 
     def infer(self, hu: HounsfieldArray) -> tuple[LabelArray, NDArray[np.float32]]:
         """See Runtime."""
         check_input(hu, self.model)
         try:
-            with self._lock, torch.inference_mode(), self._cudnn():
+            with self._lock, torch.inference_mode(), self._set():
                 labels, confidence = self._computed(self._uploaded(hu))
                 return self._downloaded(labels), confidence.cpu().numpy()
         except RuntimeError as error:  # out of memory too
@@ -86,7 +87,7 @@ class GpuRuntime:
 
     def labels_on_device(self, hu: Tensor) -> Tensor:
         """CT, int16 (z, y, x), on the device -> LABEL_MAP there; CONFIDENCE is computed too. For who times it."""
-        with torch.inference_mode(), self._cudnn():
+        with torch.inference_mode(), self._set():
             return self._computed(hu)[0]
 
     def _computed(self, hu: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,11 +181,12 @@ class GpuRuntime:
         return torch.empty(shape, dtype=dtype, pin_memory=self._device.type == "cuda")
 
     @contextlib.contextmanager
-    def _cudnn(self) -> Iterator[None]:
+    def _set(self) -> Iterator[None]:
         before = torch.backends.cudnn.benchmark
         torch.backends.cudnn.benchmark = self._tune
         try:
-            yield
+            with _current(self._device):
+                yield
         finally:
             torch.backends.cudnn.benchmark = before
 
@@ -205,14 +207,22 @@ def operations_for(device: torch.device) -> Iterator[Operations]:
 
 def _working(
     network: AnatomyNet, candidates: Iterable[Operations], device: torch.device
-) -> tuple[Operations, TensorCoreNetwork]:
-    """The first that this GPU can compile, and the network with it; the last, if none says so."""
+) -> tuple[Operations, TensorCoreNetwork, list[str]]:
+    """The first that finds no fault, or else the last; the network with it; and what was wrong with those before."""
     dtype = torch.float16 if device.type == "cuda" else torch.float32
+    faults = []
     for operations in candidates:
         form = TensorCoreNetwork(network, operations, dtype).to(device).eval()
-        if operations.are_right(device):
+        fault = operations.fault(device)
+        if not fault:
             break
-    return operations, form
+        faults.append(fault)
+    return operations, form, faults
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Within it kernels are launched on this GPU, where there are several."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def load_gpu_runtime(checkpoint: Path) -> GpuRuntime:

@@ -143,7 +143,7 @@ class OperationsOnCpu(ConvolutionOperations):
 @pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # the interpreter's
 def test_the_whole_network_is_drawn_with_them(built: Callable[[Kind, Tiling], ctypes.CDLL]) -> None:
     """Every convolution gets its own weights, in the order of its inputs."""
-    x = torch.rand(1, 1, 8, 10, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x = torch.rand(1, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.inference_mode():
         form = TensorCoreNetwork(random_network(), OperationsOnCpu(built), torch.float16)
         blocks = form.blocks_of(x)
@@ -177,7 +177,7 @@ def test_a_gpu_finds_them_right() -> None:
     operations, device = ConvolutionOperations(torch.device("cuda")), torch.device("cuda")
     for kind, _, _ in CASES:
         prepare(operations, kind)
-    assert operations.are_right(device)
+    assert operations.fault(device) == ""
 
 
 def prepare(operations: ConvolutionOperations, kind: Kind) -> None:
@@ -188,7 +188,7 @@ def prepare(operations: ConvolutionOperations, kind: Kind) -> None:
     "error",
     [
         ImportError("no cuda"),
-        RuntimeError("CUresult CUDA_ERROR_INVALID_VALUE"),
+        RuntimeError("CUresult CUDA_ERROR_INVALID_VALUE\nand a log"),
         AttributeError("a PyTorch that does not tell of shared memory"),
         TypeError("a cuda-bindings that takes other arguments"),
     ],
@@ -201,7 +201,7 @@ def test_without_compiler_or_driver_they_are_not_right(error: Exception, monkeyp
     monkeypatch.setattr(ConvolutionOperations, "_built", fails)
     operations, device = ConvolutionOperations(torch.device("cpu")), torch.device("cpu")
     prepare(operations, Kind((32,), 32))
-    assert not operations.are_right(device)
+    assert operations.fault(device) == str(error).splitlines()[0]
 
 
 def test_one_kernel_that_computes_something_else_makes_none_right(
@@ -209,10 +209,10 @@ def test_one_kernel_that_computes_something_else_makes_none_right(
 ) -> None:
     right, wrong = Kind((16,), 16), Kind((16,), 24)
     operations, device = OperationsOnCpu(built), torch.device("cpu")
-    monkeypatch.setattr(KernelOperations, "are_right", lambda *_: True)  # a minute's work for the interpreter
+    monkeypatch.setattr(KernelOperations, "fault", lambda *_: "")  # a minute's work for the interpreter
     prepare(operations, right)
     prepare(operations, wrong)
-    assert operations.are_right(device)
+    assert operations.fault(device) == ""
     really_call = OnCpu.__call__
 
     def call(self: OnCpu, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
@@ -220,7 +220,7 @@ def test_one_kernel_that_computes_something_else_makes_none_right(
         return (rows.flip(1) if self.kind == wrong else rows), sums
 
     monkeypatch.setattr(OnCpu, "__call__", call)
-    assert not operations.are_right(device)
+    assert operations.fault(device) == f"{wrong} computes something else than PyTorch"
 
 
 def test_one_that_does_not_compile_is_found_before_it_is_needed(
@@ -228,7 +228,7 @@ def test_one_that_does_not_compile_is_found_before_it_is_needed(
 ) -> None:
     operations, device = OperationsOnCpu(built), torch.device("cpu")
     operations.prepared(torch.zeros(20, 16, 3, 3, 3), [16])  # of no eights
-    assert not operations.are_right(device)
+    assert operations.fault(device) == f"g++ does not compile {Kind((16,), 20)}"
 
 
 # KiB of an H100, an A100, an L4

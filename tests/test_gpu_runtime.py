@@ -125,6 +125,23 @@ def test_what_cannot_be_computed_is_told_in_one_line(monkeypatch: pytest.MonkeyP
     assert "\n" not in str(caught.value)
 
 
+class Faulty(TorchOperations):
+    """Finds a fault."""
+
+    without = "without this one"
+
+    def fault(self, device: torch.device) -> str:
+        return f"no {device}"
+
+
+def test_the_first_without_a_fault_computes_and_the_others_faults_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates = [Faulty(), working := TorchOperations(), Faulty()]
+    monkeypatch.setattr("anatomynet.engine.gpu_runtime.operations_for", lambda device: iter(candidates))
+    runtime = GpuRuntime(random_network(), random_config(), device="cpu")
+    assert runtime._operations is working
+    assert runtime.description.endswith("on CPU, FP32 (no cpu)")
+
+
 @pytest.mark.parametrize("without", ["", "without convolutions of its own", "without kernels of its own"])
 @pytest.mark.parametrize("stride", STRIDES)
 def test_on_a_gpu_it_passes_the_exports_gate(stride: int, without: str) -> None:
