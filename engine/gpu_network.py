@@ -6,9 +6,9 @@
     head       its first convolution and its shortcut read the same, so they are one; 16 channels, of which the last is
                1 everywhere and carries the biases
 
-The 3 x 3 x 3 convolutions and what stands between them are in engine.gpu_operations. The means of
-squeeze and excitation, and what they decide, are in FP32 whatever the network is in. The head sees no further than
-three voxels, so it may be computed in slabs of slices: see `HEAD_HALO`.
+The 3 x 3 x 3 convolutions and what stands between them are in engine.gpu_operations. The means of squeeze and
+excitation, and what they decide, are in FP32 whatever the network is in. The head sees no further than three voxels, so
+it may be computed in slabs of slices: see `HEAD_HALO`.
 """
 
 from collections.abc import Sequence
