@@ -1,5 +1,7 @@
 # Everything installs into .venv; a fresh machine needs Python 3.11 or 3.12 with venv, and make.
 PYTHON ?= python3
+# Processes that test; each may take 2 GB, and as much again for the servers that it starts.
+WORKERS ?= 2
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
@@ -15,8 +17,9 @@ demo: $(VENV)/demo.stamp
 	@echo "RTSTRUCT demo/rtstruct.dcm, picture demo/picture.png"
 	@echo "Open in a browser: $(CURDIR)/demo/review.html"
 
+# A file's tests share what they set up, so each goes to one process whole. Threads that wait leave the other's core.
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ from anatomynet.export.triton_models import LARGEST_QUEUE
 from tests.breakable_server import BreakableServer, two_servers
 from tests.garbage import damaged_messages, grpc_garbage, http_garbage, say
 from tests.random_network import smooth_hu
-from tests.regions import our_regions
+from tests.regions import assert_none_is_left, has_named_region
 from tests.triton_servers import answered_since, has_server, volumes_answered
 from tests.waiting import wait_until
 
@@ -143,7 +143,7 @@ def test_killed_in_the_middle_and_started_again(server: BreakableServer, slow_la
         server.start()
         np.testing.assert_array_equal(answer.result(WAIT_S)[0], slow_labels)
         assert f"by {'shared memory' if way == 'on' else 'gRPC'}," in runtime.description
-    assert our_regions() == set()
+    assert_none_is_left()
 
 
 def test_sigterm_lets_what_was_accepted_finish(
@@ -430,10 +430,10 @@ def test_a_client_that_is_killed_while_its_region_has_a_name_leaves_nothing(
         assert client.stdin is not None
         client.stdin.write(b"\n")
         client.stdin.flush()
-        wait_until(lambda: our_regions() or client.poll() is not None, "a region with a name")
+        wait_until(lambda: has_named_region(client.pid) or client.poll() is not None, "a region with a name")
         assert client.poll() is None, client.communicate()
         client.kill()
-        wait_until(lambda: our_regions() == set())
+        assert_none_is_left()
     assert_answers(server, embedded)
 
 
@@ -446,7 +446,7 @@ def test_a_client_that_is_killed_while_its_region_is_registered_harms_nobody(
         client.stdin.flush()
         wait_until(lambda: is_computing(server))
         client.kill()
-        wait_until(lambda: our_regions() == set())
+        assert_none_is_left()
     assert_answers(server, embedded)
 
 

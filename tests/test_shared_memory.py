@@ -15,7 +15,7 @@ import pytest
 
 from anatomynet.client import shared_memory
 from anatomynet.client.shared_memory import JANITOR, NotSharedError, SharedRegion, shared_region
-from tests.regions import our_regions
+from tests.regions import assert_none_is_left
 from tests.waiting import wait_until
 
 SHAPE = (3, 4, 5)
@@ -170,7 +170,7 @@ def test_a_region_is_freed_beside_what_follows(slow_to_free: threading.Event) ->
         with region_at(server) as (_, let_go):
             let_go()
     assert len(closing_threads()) == 2
-    assert our_regions() == set()
+    assert_none_is_left()
 
 
 def test_where_there_is_no_room_the_next_region_waits_for_the_last(

@@ -35,7 +35,7 @@ from anatomynet.engine.runtime import Runtime, load_runtime
 from anatomynet.engine.volume import CTVolume
 from anatomynet.export.triton_models import LARGEST_QUEUE
 from tests.random_network import smooth_hu
-from tests.regions import our_regions
+from tests.regions import assert_none_is_left
 from tests.triton_servers import RunningServer, ServerStarter, free_ports
 from tests.wire import recorded
 
@@ -174,7 +174,7 @@ def test_same_result_by_every_way(triton_server: RunningServer, embedded: Runtim
             assert f"by {'gRPC' if way == 'off' else 'shared memory'}" in runtime.description
         np.testing.assert_array_equal(label_map, expected[0])
         np.testing.assert_array_equal(confidence, expected[1])
-    assert our_regions() == set()
+    assert_none_is_left()
     assert registered_regions(triton_server.url) == set()
 
 
@@ -228,7 +228,7 @@ def test_timeout_cancels_and_the_next_is_answered(triton_server: RunningServer, 
         pytest.raises(ServerError, match=r"no answer .* within 0\.[1-3] s"),
     ):
         hasty.infer(smooth_hu(SLOW_SHAPE))
-    assert our_regions() == set()
+    assert_none_is_left()
     hu = smooth_hu(SHAPES[1])
     with TritonRuntime(triton_server.url, shared_memory=way) as runtime:
         np.testing.assert_array_equal(runtime.infer(hu)[0], embedded.infer(hu)[0])
@@ -256,7 +256,7 @@ def test_a_killed_client_leaves_no_shared_memory(triton_server: RunningServer, s
         time.sleep(0.15)
         client.send_signal(sent)
         assert client.wait(timeout=30) != 0
-    assert our_regions() == set()
+    assert_none_is_left()
 
 
 def test_what_killed_clients_left_registered_is_freed(triton_server: RunningServer) -> None:
@@ -286,7 +286,7 @@ def test_too_little_shared_memory_falls_back_to_grpc(triton_server: RunningServe
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert "by gRPC" in runtime.description
     np.testing.assert_array_equal(label_map, embedded.infer(hu)[0])
-    assert our_regions() == set()
+    assert_none_is_left()
 
 
 def test_refused_shared_memory_falls_back_to_grpc(closed_server: RunningServer, embedded: Runtime) -> None:
@@ -299,7 +299,7 @@ def test_refused_shared_memory_falls_back_to_grpc(closed_server: RunningServer, 
         with TritonRuntime(closed_server.url, shared_memory="on") as runtime, pytest.raises(ServerError, match="share"):
             runtime.infer(hu)
         client.unload_model("anatomynet")
-    assert our_regions() == set()
+    assert_none_is_left()
 
 
 # --- what is not there
