@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from anatomynet.engine.geometry import Index
 from anatomynet.engine.structures import Structure
-from anatomynet.engine.volume import LabelMap
+from anatomynet.engine.volume import LabelArray, LabelMap
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,14 +41,31 @@ class Region:
         return int(np.count_nonzero(self.box))
 
 
-def regions_from_label_map(label_map: LabelMap) -> tuple[Region, ...]:
-    """Every structure of a label map, in its order; an absent one has a box of no voxel."""
+def boxes_of(labels: LabelArray, count: int) -> list[tuple[slice, slice, slice] | None]:
+    """The box of each label from 1 to `count` in labels, uint8 (z, y, x); None of one that is not there.
+
+    What ndimage.find_objects gives; that takes five times as long on a whole scan, of which the structures are a part.
+    """
     from scipy import ndimage
 
+    along_z, along_x = labels.max(axis=2), labels.max(axis=0)
+    places = [np.flatnonzero(line) for line in (along_z.any(axis=1), along_z.any(axis=0), along_x.any(axis=0))]
+    if not places[0].size:
+        return [None] * count
+    first = [int(place[0]) for place in places]
+    part = labels[tuple(slice(a, int(place[-1]) + 1) for a, place in zip(first, places, strict=True))]
+    return [
+        box and tuple(slice(side.start + a, side.stop + a) for side, a in zip(box, first, strict=True))
+        for box in ndimage.find_objects(part, max_label=count)
+    ]
+
+
+def regions_from_label_map(label_map: LabelMap) -> tuple[Region, ...]:
+    """Every structure of a label map, in its order; an absent one has a box of no voxel."""
     count = len(label_map.structures)
     confidence = label_map.confidence or (None,) * count
     strays = label_map.stray_ml or (0.0,) * count
-    found = ndimage.find_objects(label_map.labels, max_label=count)
+    found = boxes_of(label_map.labels, count)
     regions = []
     rows = zip(label_map.structures, found, confidence, strays, strict=True)
     for label, (structure, box, sure, stray_ml) in enumerate(rows, start=1):

@@ -10,6 +10,7 @@ from anatomynet.engine.errors import ModelError, ServerError
 from anatomynet.engine.postprocess import drop_strays, source_labels_from_network
 from anatomynet.engine.preprocess import NetworkInput, prepare
 from anatomynet.engine.region import find_box, finder_of, grown_box, touched_faces
+from anatomynet.engine.regions import boxes_of
 from anatomynet.engine.runtime import Runtime
 from anatomynet.engine.structures import structures_by_name
 from anatomynet.engine.volume import CTVolume, LabelArray, LabelMap
@@ -39,9 +40,7 @@ def segment(volume: CTVolume, runtime: Runtime, *, whole_volume: bool = False) -
     strays = np.bincount(drawn.with_strays[drawn.with_strays != kept], minlength=len(structures) + 1)[1:]
     source_labels = source_labels_from_network(kept, given, volume)
     if given.grid != given.canonical:  # a voxel or two may be less than one of the study's
-        from scipy.ndimage import find_objects
-
-        confidence = confidence * [box is not None for box in find_objects(source_labels, max_label=len(structures))]
+        confidence = confidence * [box is not None for box in boxes_of(source_labels, len(structures))]
     return LabelMap(
         source_labels,
         volume.geometry,

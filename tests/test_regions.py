@@ -1,9 +1,11 @@
 """Regions: each structure of a label map in its box, and a middle that lies inside it."""
 
 import numpy as np
+import pytest
+from scipy.ndimage import find_objects
 
 from anatomynet.engine.geometry import VolumeGeometry
-from anatomynet.engine.regions import middle_of, regions_from_label_map
+from anatomynet.engine.regions import boxes_of, middle_of, regions_from_label_map
 from anatomynet.engine.structures import structures_by_name
 from anatomynet.engine.volume import LabelMap
 
@@ -19,6 +21,18 @@ def test_boxes_hold_each_structure() -> None:
     assert (larynx.name, larynx.start, larynx.voxels, larynx.confidence) == ("Larynx", (2, 3, 3), 1, 0.9)
     assert (mandible.start, mandible.box.shape, mandible.voxels) == ((1, 2, 3), (2, 3, 1), 5)
     assert (chiasm.voxels, chiasm.box.shape, middle_of(chiasm)) == (0, (0, 0, 0), None)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5])
+@pytest.mark.parametrize("turn", [(0, 1, 2), (2, 0, 1)])
+def test_boxes_are_scipys(share: float, turn: tuple[int, int, int]) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.zeros((20, 30, 40), np.uint8)
+    inner = labels[3:, 5:27, :33]
+    inner[rng.random(inner.shape) < share] = 5
+    inner[rng.random(inner.shape) < share] = 2
+    turned = labels.transpose(turn)
+    assert boxes_of(turned, 7) == (find_objects(turned, max_label=7) or [None] * 7)
 
 
 def test_middle_lies_inside_a_horseshoe() -> None:
