@@ -72,8 +72,9 @@ def tiling_of(kind: Kind, limit: int) -> Tiling:
     Raises:
         RuntimeError: none fits.
     """
-    if kind in FASTEST and shared_bytes(kind, FASTEST[kind]) <= limit:
-        return FASTEST[kind]
+    fastest = FASTEST.get(kind)
+    if fastest and fastest.blocks * shared_bytes(kind, fastest) <= limit:
+        return fastest
     for times in (2, 1):
         for tiling in TILINGS:
             if times * shared_bytes(kind, tiling) <= limit:

@@ -3,9 +3,11 @@
 import ctypes
 import functools
 import math
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from anatomynet.engine.gpu_convolution import (
     ConvolutionOperations,
     Kind,
     Tiling,
+    compiled,
     macros,
     packed,
     shared_bytes,
@@ -38,6 +41,7 @@ from tests.random_network import random_network
 SLOPE = 0.01
 HALF_ROUNDING = 0.05  # of logits of about 10
 TOLERANCE = 0.01  # of FP16, whose values here are up to about five
+SPILLED_BYTES = 12  # of the head's last but one: two blocks at once were the fastest on an H200 all the same
 SOURCE = Path(__file__).with_name("convolve_on_cpu.cpp")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a PyTorch with CUDA")
 # Every shape of the network's, and none whose blocks are full.
@@ -249,6 +253,36 @@ def test_the_best_tiling_that_fits_is_taken(limit: int, trunk: Tiling, deep: Til
 def test_every_kind_has_a_tiling_that_fits(limit: int) -> None:
     for kind, _, _ in CASES:
         assert shared_bytes(kind, tiling_of(kind, 1024 * limit)) <= 1024 * limit
+
+
+@pytest.mark.parametrize(("limit", "head"), [(227, FASTEST[Kind((16,), 16)]), (99, TILINGS[0])])
+def test_one_for_two_blocks_at_once_is_taken_where_both_fit(limit: int, head: Tiling) -> None:
+    assert tiling_of(Kind((16,), 16), 1024 * limit) == head
+
+
+def spilled_bytes(architecture: str, kind: Kind, tiling: Tiling) -> int:
+    """What a thread keeps in memory for want of registers, where the kernel is compiled by the compiler that a GPU's
+    machine has."""
+    refuse = ("--ptxas-options=--warn-on-spills", "--ptxas-options=-Werror")
+    try:
+        compiled(architecture, (*macros(kind, tiling), *refuse))
+    except RuntimeError as error:
+        spilled = re.search(r"(\d+) bytes spill stores", str(error))
+        if spilled is None:
+            raise
+        return int(spilled[1])
+    return 0
+
+
+# The oldest that they are for, what was measured, and the newest; KiB of a block.
+@pytest.mark.parametrize(("architecture", "limit"), [("sm_80", 163), ("sm_90", 227), ("sm_120", 99)])
+def test_they_compile_for_gpus_that_are_not_here(architecture: str, limit: int) -> None:
+    for package in ("cuda.bindings", "nvidia.cu13"):
+        pytest.importorskip(package, reason="pip install cuda-bindings==13.0.3 nvidia-cuda-nvrtc==13.0.88")
+    kinds = [kind for kind, _, _ in CASES]
+    with ThreadPoolExecutor() as pool:
+        spilled = list(pool.map(lambda kind: spilled_bytes(architecture, kind, tiling_of(kind, 1024 * limit)), kinds))
+    assert max(spilled) <= SPILLED_BYTES, dict(zip(kinds, spilled, strict=True))
 
 
 def test_too_little_shared_memory_is_told() -> None:

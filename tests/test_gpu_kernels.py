@@ -1,6 +1,10 @@
 """engine/gpu_kernels.py against PyTorch: on a GPU, or else in the interpreter of Triton's compiler (conftest.py)."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,3 +84,24 @@ def test_border_confidence(classes: int) -> None:
         by.border_confidence(blobs.to(torch.uint8), top, classes) for by in (KernelOperations(), TorchOperations())
     )
     torch.testing.assert_close(by_kernel, by_torch)
+
+
+def test_they_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:
+    """The interpreter takes what the compiler refuses. For the oldest that it is for, what was measured, the newest."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compiled_kernels", "80", "90", "120"]
+    run = subprocess.run(
+        command,
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    compiled = [line.split() for line in run.stdout.splitlines()]
+    kernels = ("_combine", "_channel_sums", "_winners", "_border_sums")
+    assert {(capability, name) for capability, name, _ in compiled} == {
+        (capability, name) for capability in ("80", "90", "120") for name in kernels
+    }
+    assert all(int(size) > 0 for *_, size in compiled)

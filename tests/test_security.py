@@ -25,8 +25,9 @@ UNSAFE_BUILTINS = {"eval", "exec", "compile", "__import__"}
 UNSAFE_CALLS = {"os.system", "os.popen", "tempfile.mktemp", "yaml.load", "yaml.unsafe_load", "torch.hub.load"}
 # A plan for a GPU, whose package is not on every index.
 NOT_LOCKED = {"tensorrt"}
-# What an environment has by itself, this project, and Triton's compiler, of .ci/run or of a PyTorch for CUDA.
-NOT_ASKED_FOR = {"anatomynet", "pip", "wheel", "triton"}
+# What an environment has by itself, this project, and a GPU's compilers, of .ci/run or of a PyTorch for CUDA.
+COMPILERS = {"triton", "cuda-bindings", "cuda-pathfinder", "nvidia-cuda-nvrtc"}
+NOT_ASKED_FOR = {"anatomynet", "pip", "wheel"} | COMPILERS
 
 
 def unsafe(source: str) -> list[str]:
