@@ -1,6 +1,6 @@
 # Everything installs into .venv; a fresh machine needs Python 3.11 or 3.12 with venv, and make.
 PYTHON ?= python3
-# Processes that test; each may take 2 GB, and as much again for the servers that it starts.
+# Processes that test; each takes about 2 GB, and the servers that it starts beside.
 WORKERS ?= 2
 VENV   := .venv
 BIN    := $(VENV)/bin

@@ -44,7 +44,7 @@ class Region:
 def boxes_of(labels: LabelArray, count: int) -> list[tuple[slice, slice, slice] | None]:
     """The box of each label from 1 to `count` in labels, uint8 (z, y, x); None of one that is not there.
 
-    What ndimage.find_objects gives; that takes five times as long on a whole scan, of which the structures are a part.
+    What ndimage.find_objects gives; that takes six times as long on the phantom, of which the structures are a part.
     """
     from scipy import ndimage
 
