@@ -7,11 +7,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
-from anatomynet.client.shared_memory import SharedRegion, shared_region
+from anatomynet.client.region_keeper import RegionKeeper
+from anatomynet.client.shared_memory import SharedRegion
 from anatomynet.client.triton_server import TritonServer
 from benchmarks.served import metric
 from tests.triton_servers import RunningServer
@@ -27,8 +27,7 @@ SERVER_STEPS = {
     "all": "nv_inference_request_duration_us",
 }
 SETTLED_S = 0.1  # a server counts a request a moment after its answer has left
-REGION = "anatomynet.client.triton_server.shared_region"
-MAKE, FREE = "make the region", "free the region"
+MAKE, KEEP = "take a region", "keep the region"
 # The others of the client's steps: what it calls for each.
 CLIENT_CALLS: dict[str, tuple[type, str]] = {
     "write": (SharedRegion, "write"),
@@ -56,9 +55,9 @@ def server_steps(server: RunningServer) -> Iterator[Callable[[int], dict[str, fl
 @contextmanager
 def client_steps() -> Iterator[Callable[[], dict[str, float]]]:
     """What is handed out tells the median milliseconds of each step of this process' clients since the block began."""
-    taken: dict[str, list[float]] = {step: [] for step in (MAKE, *CLIENT_CALLS, FREE)}
+    taken: dict[str, list[float]] = {step: [] for step in (MAKE, *CLIENT_CALLS, KEEP)}
     with ExitStack() as stack:
-        stack.enter_context(patch(REGION, partial(_timed_block, shared_region, taken)))
+        stack.enter_context(patch.object(RegionKeeper, "region_for", _timed_block(RegionKeeper.region_for, taken)))
         for step, (owner, name) in CLIENT_CALLS.items():
             stack.enter_context(patch.object(owner, name, _timed(getattr(owner, name), taken[step])))
         yield lambda: {step: 1000 * statistics.median(seconds) for step, seconds in taken.items() if seconds}
@@ -74,13 +73,16 @@ def _timed(function: Callable[..., Any], taken: list[float]) -> Callable[..., An
     return timed
 
 
-@contextmanager
 def _timed_block(
-    block: Callable[..., AbstractContextManager[Any]], taken: dict[str, list[float]], *arguments: Any, **options: Any
-) -> Iterator[Any]:
-    start = time.perf_counter()
-    with block(*arguments, **options) as value:
-        taken[MAKE].append(time.perf_counter() - start)
-        yield value
+    block: Callable[..., AbstractContextManager[Any]], taken: dict[str, list[float]]
+) -> Callable[..., AbstractContextManager[Any]]:
+    @contextmanager
+    def timed(*arguments: Any, **options: Any) -> Iterator[Any]:
         start = time.perf_counter()
-    taken[FREE].append(time.perf_counter() - start)
+        with block(*arguments, **options) as value:
+            taken[MAKE].append(time.perf_counter() - start)
+            yield value
+            start = time.perf_counter()
+        taken[KEEP].append(time.perf_counter() - start)
+
+    return timed

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 QUEUE_FULL = "maximum queue size"
 MEMORY_FULL = "shared memory pool"
 DEAD_MODEL = "Stub process"
+LOST_REGION = "find shared memory region"
 # What a proxy answers who asks too often: deploy/nginx, and any other.
 RATE_LIMITS = ("rate limit", "status: 429")
 # gRPC's words where a connection was asked for and nothing came back, not even a refusal: which, is chance.
@@ -56,7 +57,7 @@ LASTING_SYMPTOMS = (
 )
 # A server that went away in the middle, a model that is being reloaded, a server that has been restarted since it
 # was given a region of shared memory.
-PASSING_SYMPTOMS = ("RST_STREAM", "Stream removed", "no available versions", "find shared memory region")
+PASSING_SYMPTOMS = ("RST_STREAM", "Stream removed", "no available versions", LOST_REGION)
 # What stands before the cause: the addresses that gRPC tried on the way, and its own machinery.
 BEFORE_THE_CAUSE = (
     "last error: ",

@@ -1,14 +1,12 @@
 """Memory that this process and a Triton server on the same machine share: how a volume crosses by one copy.
 
 A tensor in shared memory has no gaps, and the box that is sent is known only once the study is read, so decoding slices
-straight into a region could save that copy only by sending the whole volume. It is written as a file, slice by slice:
-that takes half of what a mapping does, whose every page is first zeroed and then faulted in (benchmarks.transport).
+straight into a region could save that copy only by sending the whole volume. A region's first volume is written as a
+file, slice by slice: that takes half of what a mapping does, whose every page is first zeroed and then faulted in
+(benchmarks.transport). The next one, whose pages are there, goes through a mapping, by several threads.
 
 Nothing stays in /dev/shm however this process ends: a region's file has no name any more before a voxel is in it, and
 while it has one a small shell waits beside to remove it.
-
-Whoever waits for a label map does not wait for its region to go too: the server lets go of it while the labels are
-read, and a thread frees its pages; where there is no room for the next one meanwhile, that waits for it.
 """
 
 import errno
@@ -16,17 +14,16 @@ import mmap
 import os
 import secrets
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from anatomynet.client.failures import Outlook, attempt_error, outlook_of, reason_of
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
@@ -36,10 +33,10 @@ if TYPE_CHECKING:
 
 SHARED_MEMORY_FOLDER = Path("/dev/shm")
 REGION_PREFIX = "anatomynet-"
-CLOSING = "anatomynet-region-closing"  # what the threads are called that free regions
 # So long after its time-out a cancelled request may still write to its region.
 REGION_GRACE_S = 600
 LARGEST_READ = 2**30  # one call reads 2 GiB at most
+SLICES_A_COPY = 16
 RELEASE_PAUSES_S = (0.0, 0.01, 0.04)
 # What Triton says of a region that it would have mapped, were it there; a server that refuses says something else.
 ALLOWED_BUT_NOT_THERE = "Unable to open shared memory region"
@@ -60,11 +57,17 @@ class SharedRegion:
         name: at the server.
         descriptor: of its file, which has no name any more.
         shape: of the volume, (z, y, x).
+        size: bytes of the file, as many as the volume and its label map take, or more.
+        expiry: time.time() after which whoever comes may free it at the server.
+        memory: uint8, all of the file, once every page of it is there; before, it is written and read as a file.
     """
 
     name: str
     descriptor: int
     shape: tuple[int, ...]
+    size: int
+    expiry: float
+    memory: NDArray[np.uint8] | None = None
 
     @property
     def hu_bytes(self) -> int:
@@ -76,15 +79,45 @@ class SharedRegion:
         """Of the label map."""
         return int(np.prod(self.shape))
 
-    def write(self, hu: HounsfieldArray) -> None:
+    def write(self, hu: HounsfieldArray, copiers: Executor) -> None:
         """Copies the volume in.
 
         Args:
             hu: int16 (z, y, x), of the region's shape; may be a view.
+            copiers: threads that share the work, where there is a mapping.
 
         Raises:
             NotSharedError: there is too little memory.
         """
+        if self.memory is None:
+            self._write_file(hu)
+            return
+        target = self.memory[: self.hu_bytes].view(np.int16).reshape(self.shape)
+        list(copiers.map(lambda part: np.copyto(target[part], hu[part]), _parts(self.shape)))
+
+    def read_labels(self, copiers: Executor) -> LabelArray:
+        """Copies the label map out, uint8 (z, y, x); `copiers` as in `write`."""
+        labels = _empty_labels(self.shape, self.hu_bytes)
+        if self.memory is None:
+            bytes_ = labels.data.cast("B")
+            for start in range(0, self.label_bytes, LARGEST_READ):
+                os.preadv(self.descriptor, [bytes_[start : start + LARGEST_READ]], self.hu_bytes + start)
+            return labels
+        source = self.memory[self.hu_bytes : self.hu_bytes + self.label_bytes].reshape(self.shape)
+        list(copiers.map(lambda part: np.copyto(labels[part], source[part]), _parts(self.shape)))
+        return labels
+
+    def mapped(self) -> "SharedRegion":
+        """The same, with a mapping; only once the volume and its label map have been in it.
+
+        Raises:
+            OSError, ValueError: it cannot be mapped.
+        """
+        if self.memory is not None:
+            return self
+        return replace(self, memory=np.frombuffer(mmap.mmap(self.descriptor, self.size), np.uint8))
+
+    def _write_file(self, hu: HounsfieldArray) -> None:
         plane = np.empty(self.shape[1:], np.int16)  # stays in the processor's cache
         try:
             for k, ct_slice in enumerate(hu):
@@ -97,52 +130,52 @@ class SharedRegion:
         except OSError as error:
             raise _too_small(error, self.hu_bytes) from error
 
-    def read_labels(self) -> LabelArray:
-        """Copies the label map out, uint8 (z, y, x)."""
-        labels = _empty_labels(self.shape, self.hu_bytes)
-        bytes_ = labels.data.cast("B")
-        for start in range(0, self.label_bytes, LARGEST_READ):
-            os.preadv(self.descriptor, [bytes_[start : start + LARGEST_READ]], self.hu_bytes + start)
-        return labels
 
-
-@contextmanager
-def shared_region(
-    client: "InferenceServerClient", shape: tuple[int, ...], *, timeout_s: float, answer_timeout_s: float
-) -> Iterator[tuple[SharedRegion, Callable[[], None]]]:
-    """A region that this process and the server share for as long as the block lasts.
-
-    With it comes what lets the server go of it at once, to be called when it has answered, before the labels are read:
-    reading does not need it any more, and both take their time.
+def make_region(
+    client: "InferenceServerClient", shape: tuple[int, ...], *, lasts_s: float, answer_timeout_s: float
+) -> SharedRegion:
+    """A region that this process and the server share until `free_region`.
 
     Args:
         shape: of the volume, (z, y, x).
-        timeout_s: after which no request uses it any more.
-        answer_timeout_s: for the server to map it, and to let go of it.
+        lasts_s: after which no request uses it any more.
+        answer_timeout_s: for the server to map it.
 
     Raises:
         NotSharedError: the server does not map it, or there is too little of it.
         AttemptError: the server is gone.
     """
-    name = f"{REGION_PREFIX}{int(time.time() + timeout_s) + REGION_GRACE_S}-{secrets.token_hex(8)}"
-    region = _registered(client, name, shape, answer_timeout_s)
-    unregister = partial(_unregister, client, name, answer_timeout_s)
-    letting_go: list[Future[bool]] = []
-    with ThreadPoolExecutor(1) as beside, ExitStack() as at_last:
+    from tritonclient.utils import InferenceServerException
 
-        def let_go() -> None:
-            with suppress(RuntimeError):  # no more threads: after the block, then
-                letting_go.append(beside.submit(unregister))
+    expiry = int(time.time() + lasts_s)
+    name = f"{REGION_PREFIX}{expiry + REGION_GRACE_S}-{secrets.token_hex(8)}"
+    size = 3 * int(np.prod(shape))
+    try:
+        with _named_file(SHARED_MEMORY_FOLDER / name) as descriptor:
+            region = SharedRegion(name, descriptor, shape, size, expiry)
+            os.truncate(descriptor, size)
+            client.register_system_shared_memory(name, f"/{name}", size, client_timeout=answer_timeout_s)
+            # Else a full /dev/shm (Docker's has 64 MB) would end the server at the first voxel that is too many.
+            os.posix_fallocate(descriptor, region.hu_bytes, region.label_bytes)
+            return replace(region, descriptor=os.dup(descriptor))
+    except InferenceServerException as error:
+        if outlook_of(error) is Outlook.LATER or error.status() == "StatusCode.DEADLINE_EXCEEDED":
+            raise attempt_error(error, "the server went away") from error
+        raise NotSharedError(reason_of(error)) from error
+    except OSError as error:
+        _unregister(client, name, answer_timeout_s)
+        raise _too_small(error, size) from error
 
-        # A volume without an answer may go by gRPC next, which may want the room.
-        at_last.callback(lambda: (_close_beside if letting_go else os.close)(region.descriptor))
-        try:
-            yield region, let_go
-        finally:
-            if not (letting_go[0].result() if letting_go else unregister()):
-                # A cancelled request that still computes holds on to the region; its pages can go.
-                with mmap.mmap(region.descriptor, region.hu_bytes + region.label_bytes) as memory:
-                    memory.madvise(mmap.MADV_REMOVE)
+
+def free_region(client: "InferenceServerClient", region: SharedRegion, *, answer_timeout_s: float) -> None:
+    """Its memory is gone after this, even if the server cannot be told."""
+    try:
+        if not _unregister(client, region.name, answer_timeout_s):
+            # A cancelled request that still computes holds on to the region; its pages can go.
+            with mmap.mmap(region.descriptor, region.size) as memory:
+                memory.madvise(mmap.MADV_REMOVE)
+    finally:
+        os.close(region.descriptor)
 
 
 def free_abandoned_regions(client: "InferenceServerClient", answer_timeout_s: float) -> None:
@@ -172,50 +205,9 @@ def maps_regions(client: "InferenceServerClient", answer_timeout_s: float) -> bo
     return True
 
 
-def _registered(
-    client: "InferenceServerClient", name: str, shape: tuple[int, ...], answer_timeout_s: float
-) -> SharedRegion:
-    from tritonclient.utils import InferenceServerException
-
-    size = 3 * int(np.prod(shape))
-    try:
-        _wait_for_room(size)
-        with _named_file(SHARED_MEMORY_FOLDER / name) as descriptor:
-            region = SharedRegion(name, descriptor, shape)
-            os.truncate(descriptor, size)
-            client.register_system_shared_memory(name, f"/{name}", size, client_timeout=answer_timeout_s)
-            # Else a full /dev/shm (Docker's has 64 MB) would end the server at the first voxel that is too many.
-            os.posix_fallocate(descriptor, region.hu_bytes, region.label_bytes)
-            return replace(region, descriptor=os.dup(descriptor))
-    except InferenceServerException as error:
-        if outlook_of(error) is Outlook.LATER or error.status() == "StatusCode.DEADLINE_EXCEEDED":
-            raise attempt_error(error, "the server went away") from error
-        raise NotSharedError(reason_of(error)) from error
-    except OSError as error:
-        _unregister(client, name, answer_timeout_s)
-        raise _too_small(error, size) from error
-
-
-def _wait_for_room(size: int) -> None:
-    """Where there is too little, until the regions before are freed.
-
-    Raises:
-        OSError: no such folder.
-    """
-    folder = os.statvfs(SHARED_MEMORY_FOLDER)
-    if folder.f_bavail * folder.f_frsize < size:
-        for closing in threading.enumerate():
-            # One that another thread starts at this moment is listed, and cannot be waited for yet.
-            if closing.name == CLOSING and closing.is_alive():
-                closing.join()
-
-
-def _close_beside(descriptor: int) -> None:
-    """Closes a region's file, which frees its pages; this process ends no sooner."""
-    try:
-        threading.Thread(target=os.close, args=(descriptor,), name=CLOSING, daemon=False).start()
-    except RuntimeError:  # no more threads
-        os.close(descriptor)
+def _parts(shape: tuple[int, ...]) -> list[slice]:
+    """Slices of a volume that one thread copies at a time."""
+    return [slice(start, start + SLICES_A_COPY) for start in range(0, shape[0], SLICES_A_COPY)]
 
 
 def _empty_labels(shape: tuple[int, ...], offset: int) -> LabelArray:

@@ -15,13 +15,20 @@ from numpy.typing import NDArray
 from anatomynet.client.access import NO_ACCESS, Access
 from anatomynet.client.address import address_from_url
 from anatomynet.client.channel import open_client
-from anatomynet.client.failures import DEAD_MODEL, MEMORY_FULL, AttemptError, Outlook, attempt_error
+from anatomynet.client.failures import (
+    DEAD_MODEL,
+    LOST_REGION,
+    MEMORY_FULL,
+    AttemptError,
+    Outlook,
+    attempt_error,
+)
+from anatomynet.client.region_keeper import RegionKeeper, free_kept_regions
 from anatomynet.client.shared_memory import (
     SHARED_MEMORY_FOLDER,
     NotSharedError,
     free_abandoned_regions,
     maps_regions,
-    shared_region,
 )
 from anatomynet.engine.config import ModelConfig, model_config_from_json
 from anatomynet.engine.errors import ServerError
@@ -78,6 +85,7 @@ class TritonServer:
         # A question follows each volume. Were both in one round, a client of two servers would bring all its volumes
         # to one of them.
         self._volume_client = open_client(address, access) if self._may_be_several else self._client
+        self._regions = RegionKeeper(self._client, answer_timeout_s)
         self._served: tuple[str, ModelConfig] | None = None
         self.size_limit: SizeLimit | None = None
 
@@ -88,6 +96,7 @@ class TritonServer:
 
     def close(self) -> None:
         """Ends the connection."""
+        self._regions.close()
         self._client.close()
         self._volume_client.close()
 
@@ -200,14 +209,25 @@ class TritonServer:
         return labels, self._confidence(result, hu, structures)
 
     def _infer_shared(self, hu: HounsfieldArray, structures: int, timeout_s: float) -> Answer:
+        """Once more where it was a kept region that failed: it may take the room, or its server has been restarted."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            return self._infer_in_region(hu, structures, timeout_s)
+        except (NotSharedError, AttemptError) as error:
+            lost = isinstance(error, AttemptError)
+            if lost and LOST_REGION not in error.reason:
+                raise
+            if not (free_kept_regions() or lost):
+                raise
+        return self._infer_in_region(hu, structures, max(deadline - time.monotonic(), 0.001))
+
+    def _infer_in_region(self, hu: HounsfieldArray, structures: int, timeout_s: float) -> Answer:
         """The CT and the label map one after the other in one region; the few confidences come by gRPC."""
         from tritonclient.grpc import InferInput, InferRequestedOutput
 
         ct, label_map = InferInput("CT", hu.shape, "INT16"), InferRequestedOutput("LABEL_MAP")
-        with shared_region(
-            self._client, hu.shape, timeout_s=timeout_s, answer_timeout_s=min(timeout_s, self._answer_timeout_s)
-        ) as (region, let_go):
-            region.write(hu)
+        with self._regions.region_for(hu.shape, timeout_s=timeout_s) as region:
+            region.write(hu, self._regions.copiers)
             ct.set_shared_memory(region.name, region.hu_bytes)
             label_map.set_shared_memory(region.name, region.label_bytes, region.hu_bytes)
             try:
@@ -219,8 +239,7 @@ class TritonServer:
             described = result.get_output("LABEL_MAP")
             if described is None or described.datatype != "UINT8" or tuple(described.shape) != hu.shape:
                 raise self._unfit("LABEL_MAP", hu, structures)
-            let_go()
-            labels = region.read_labels()
+            labels = region.read_labels(self._regions.copiers)
         return labels, self._confidence(result, hu, structures)
 
     def _ask(self, ct: Any, label_map: Any, timeout_s: float) -> "InferResult":
