@@ -27,7 +27,7 @@ SERVER_STEPS = {
     "all": "nv_inference_request_duration_us",
 }
 SETTLED_S = 0.1  # a server counts a request a moment after its answer has left
-MAKE, KEEP = "take a region", "keep the region"
+TAKE, KEEP = "take a region", "keep the region"
 # The others of the client's steps: what it calls for each.
 CLIENT_CALLS: dict[str, tuple[type, str]] = {
     "write": (SharedRegion, "write"),
@@ -55,7 +55,7 @@ def server_steps(server: RunningServer) -> Iterator[Callable[[int], dict[str, fl
 @contextmanager
 def client_steps() -> Iterator[Callable[[], dict[str, float]]]:
     """What is handed out tells the median milliseconds of each step of this process' clients since the block began."""
-    taken: dict[str, list[float]] = {step: [] for step in (MAKE, *CLIENT_CALLS, KEEP)}
+    taken: dict[str, list[float]] = {step: [] for step in (TAKE, *CLIENT_CALLS, KEEP)}
     with ExitStack() as stack:
         stack.enter_context(patch.object(RegionKeeper, "region_for", _timed_block(RegionKeeper.region_for, taken)))
         for step, (owner, name) in CLIENT_CALLS.items():
@@ -80,7 +80,7 @@ def _timed_block(
     def timed(*arguments: Any, **options: Any) -> Iterator[Any]:
         start = time.perf_counter()
         with block(*arguments, **options) as value:
-            taken[MAKE].append(time.perf_counter() - start)
+            taken[TAKE].append(time.perf_counter() - start)
             yield value
             start = time.perf_counter()
         taken[KEEP].append(time.perf_counter() - start)

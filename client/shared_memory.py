@@ -16,27 +16,34 @@ import secrets
 import subprocess
 import time
 from collections.abc import Iterator
-from concurrent.futures import Executor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anatomynet.client.failures import Outlook, attempt_error, outlook_of, reason_of
+from anatomynet.engine.runtime import available_cores
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
 
 if TYPE_CHECKING:
     from tritonclient.grpc import InferenceServerClient
+    from tritonclient.utils import InferenceServerException
 
 SHARED_MEMORY_FOLDER = Path("/dev/shm")
 REGION_PREFIX = "anatomynet-"
 # So long after its time-out a cancelled request may still write to its region.
 REGION_GRACE_S = 600
 LARGEST_READ = 2**30  # one call reads 2 GiB at most
+# What one of the threads copies at a time that share a mapping's work, and how many at most.
 SLICES_A_COPY = 16
+COPIERS = 8
+# No structure has this label. It stands on each page of the label map's memory until the server has written that: else,
+# if it did not, an earlier volume's labels would be taken for its answer.
+UNWRITTEN = 255
 RELEASE_PAUSES_S = (0.0, 0.01, 0.04)
 # What Triton says of a region that it would have mapped, were it there; a server that refuses says something else.
 ALLOWED_BUT_NOT_THERE = "Unable to open shared memory region"
@@ -57,17 +64,20 @@ class SharedRegion:
         name: at the server.
         descriptor: of its file, which has no name any more.
         shape: of the volume, (z, y, x).
-        size: bytes of the file, as many as the volume and its label map take, or more.
-        expiry: time.time() after which whoever comes may free it at the server.
-        memory: uint8, all of the file, once every page of it is there; before, it is written and read as a file.
+        expiry: time.time() after which no request may use it any more.
+        memory: all of the file, once every page of it is there; before, it is written and read as a file.
     """
 
     name: str
     descriptor: int
     shape: tuple[int, ...]
-    size: int
     expiry: float
-    memory: NDArray[np.uint8] | None = None
+    memory: mmap.mmap | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file, as many as the volume and its label map take, or more."""
+        return os.fstat(self.descriptor).st_size
 
     @property
     def hu_bytes(self) -> int:
@@ -79,12 +89,11 @@ class SharedRegion:
         """Of the label map."""
         return int(np.prod(self.shape))
 
-    def write(self, hu: HounsfieldArray, copiers: Executor) -> None:
+    def write(self, hu: HounsfieldArray) -> None:
         """Copies the volume in.
 
         Args:
             hu: int16 (z, y, x), of the region's shape; may be a view.
-            copiers: threads that share the work, where there is a mapping.
 
         Raises:
             NotSharedError: there is too little memory.
@@ -92,30 +101,36 @@ class SharedRegion:
         if self.memory is None:
             self._write_file(hu)
             return
-        target = self.memory[: self.hu_bytes].view(np.int16).reshape(self.shape)
-        list(copiers.map(lambda part: np.copyto(target[part], hu[part]), _parts(self.shape)))
+        _copy(np.frombuffer(self.memory, np.int16, self.label_bytes).reshape(self.shape), hu)
+        self._labels_in(self.memory)[:: mmap.PAGESIZE] = UNWRITTEN
 
-    def read_labels(self, copiers: Executor) -> LabelArray:
-        """Copies the label map out, uint8 (z, y, x); `copiers` as in `write`."""
+    def read_labels(self) -> LabelArray:
+        """Copies the label map out, uint8 (z, y, x).
+
+        Raises:
+            NotSharedError: the server has not written it.
+        """
         labels = _empty_labels(self.shape, self.hu_bytes)
         if self.memory is None:
             bytes_ = labels.data.cast("B")
             for start in range(0, self.label_bytes, LARGEST_READ):
                 os.preadv(self.descriptor, [bytes_[start : start + LARGEST_READ]], self.hu_bytes + start)
             return labels
-        source = self.memory[self.hu_bytes : self.hu_bytes + self.label_bytes].reshape(self.shape)
-        list(copiers.map(lambda part: np.copyto(labels[part], source[part]), _parts(self.shape)))
+        _copy(labels, self._labels_in(self.memory).reshape(self.shape))
+        if np.any(labels.ravel()[:: mmap.PAGESIZE] == UNWRITTEN):
+            raise NotSharedError("the server answered, and did not write the label map")
         return labels
 
     def mapped(self) -> "SharedRegion":
-        """The same, with a mapping; only once the volume and its label map have been in it.
+        """The same, with a mapping; only once a volume and its label map have filled it.
 
         Raises:
-            OSError, ValueError: it cannot be mapped.
+            OSError: it cannot be mapped.
         """
-        if self.memory is not None:
-            return self
-        return replace(self, memory=np.frombuffer(mmap.mmap(self.descriptor, self.size), np.uint8))
+        return self if self.memory is not None else replace(self, memory=mmap.mmap(self.descriptor, self.size))
+
+    def _labels_in(self, memory: mmap.mmap) -> NDArray[np.uint8]:
+        return np.frombuffer(memory, np.uint8, self.label_bytes, self.hu_bytes)
 
     def _write_file(self, hu: HounsfieldArray) -> None:
         plane = np.empty(self.shape[1:], np.int16)  # stays in the processor's cache
@@ -152,14 +167,14 @@ def make_region(
     size = 3 * int(np.prod(shape))
     try:
         with _named_file(SHARED_MEMORY_FOLDER / name) as descriptor:
-            region = SharedRegion(name, descriptor, shape, size, expiry)
+            region = SharedRegion(name, descriptor, shape, expiry)
             os.truncate(descriptor, size)
             client.register_system_shared_memory(name, f"/{name}", size, client_timeout=answer_timeout_s)
             # Else a full /dev/shm (Docker's has 64 MB) would end the server at the first voxel that is too many.
             os.posix_fallocate(descriptor, region.hu_bytes, region.label_bytes)
             return replace(region, descriptor=os.dup(descriptor))
     except InferenceServerException as error:
-        if outlook_of(error) is Outlook.LATER or error.status() == "StatusCode.DEADLINE_EXCEEDED":
+        if _is_gone(error):
             raise attempt_error(error, "the server went away") from error
         raise NotSharedError(reason_of(error)) from error
     except OSError as error:
@@ -176,6 +191,9 @@ def free_region(client: "InferenceServerClient", region: SharedRegion, *, answer
                 memory.madvise(mmap.MADV_REMOVE)
     finally:
         os.close(region.descriptor)
+        if region.memory is not None:
+            with suppress(BufferError):  # an exception still looks at it
+                region.memory.close()
 
 
 def free_abandoned_regions(client: "InferenceServerClient", answer_timeout_s: float) -> None:
@@ -205,9 +223,24 @@ def maps_regions(client: "InferenceServerClient", answer_timeout_s: float) -> bo
     return True
 
 
-def _parts(shape: tuple[int, ...]) -> list[slice]:
-    """Slices of a volume that one thread copies at a time."""
-    return [slice(start, start + SLICES_A_COPY) for start in range(0, shape[0], SLICES_A_COPY)]
+def _copy(target: NDArray[Any], source: NDArray[Any]) -> None:
+    """By several threads; by this one alone where no more can be started."""
+    starts = range(0, len(target), SLICES_A_COPY)
+    left = iter(starts)  # hands out each to one thread
+
+    def copy_what_is_left() -> None:
+        for start in left:
+            part = slice(start, start + SLICES_A_COPY)
+            np.copyto(target[part], source[part])
+
+    with ThreadPoolExecutor(COPIERS) as pool:
+        helpers = []
+        with suppress(RuntimeError):  # no more threads
+            for _ in range(1, min(COPIERS, available_cores(), len(starts))):
+                helpers.append(pool.submit(copy_what_is_left))
+        copy_what_is_left()
+    for helper in helpers:
+        helper.result()
 
 
 def _empty_labels(shape: tuple[int, ...], offset: int) -> LabelArray:
@@ -252,8 +285,14 @@ def _unregister(client: "InferenceServerClient", name: str, answer_timeout_s: fl
         try:
             client.unregister_system_shared_memory(name, client_timeout=answer_timeout_s)
         except InferenceServerException as error:
-            if outlook_of(error) is Outlook.LATER:  # it is gone, and the region with it
+            if _is_gone(error):  # and the region with it, or it hears of this once it answers again
                 return False
+        except ValueError:  # the connection has been closed
+            return False
         else:
             return True
     return False
+
+
+def _is_gone(error: "InferenceServerException") -> bool:
+    return outlook_of(error) is Outlook.LATER or error.status() == "StatusCode.DEADLINE_EXCEEDED"

@@ -96,7 +96,7 @@ class TritonServer:
 
     def close(self) -> None:
         """Ends the connection."""
-        self._regions.close()
+        self._regions.free_kept()
         self._client.close()
         self._volume_client.close()
 
@@ -209,16 +209,17 @@ class TritonServer:
         return labels, self._confidence(result, hu, structures)
 
     def _infer_shared(self, hu: HounsfieldArray, structures: int, timeout_s: float) -> Answer:
-        """Once more where it was a kept region that failed: it may take the room, or its server has been restarted."""
+        """Once more where a kept region may be why it failed: it took the room, or its server has been restarted."""
         deadline = time.monotonic() + timeout_s
         try:
             return self._infer_in_region(hu, structures, timeout_s)
-        except (NotSharedError, AttemptError) as error:
-            lost = isinstance(error, AttemptError)
-            if lost and LOST_REGION not in error.reason:
+        except NotSharedError:
+            if not free_kept_regions():
                 raise
-            if not (free_kept_regions() or lost):
+        except AttemptError as error:
+            if LOST_REGION not in error.reason:
                 raise
+            self._regions.free_kept()  # lost too
         return self._infer_in_region(hu, structures, max(deadline - time.monotonic(), 0.001))
 
     def _infer_in_region(self, hu: HounsfieldArray, structures: int, timeout_s: float) -> Answer:
@@ -227,7 +228,7 @@ class TritonServer:
 
         ct, label_map = InferInput("CT", hu.shape, "INT16"), InferRequestedOutput("LABEL_MAP")
         with self._regions.region_for(hu.shape, timeout_s=timeout_s) as region:
-            region.write(hu, self._regions.copiers)
+            region.write(hu)
             ct.set_shared_memory(region.name, region.hu_bytes)
             label_map.set_shared_memory(region.name, region.label_bytes, region.hu_bytes)
             try:
@@ -239,7 +240,7 @@ class TritonServer:
             described = result.get_output("LABEL_MAP")
             if described is None or described.datatype != "UINT8" or tuple(described.shape) != hu.shape:
                 raise self._unfit("LABEL_MAP", hu, structures)
-            labels = region.read_labels(self._regions.copiers)
+            labels = region.read_labels()
         return labels, self._confidence(result, hu, structures)
 
     def _ask(self, ct: Any, label_map: Any, timeout_s: float) -> "InferResult":

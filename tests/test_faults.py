@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
+from anatomynet.client import region_keeper
 from anatomynet.client.triton import TritonRuntime
 from anatomynet.client.triton_server import Answer, TritonServer
 from anatomynet.engine.config import ModelConfig
@@ -33,7 +34,7 @@ from anatomynet.export.triton_models import LARGEST_QUEUE
 from tests.breakable_server import BreakableServer, two_servers
 from tests.garbage import damaged_messages, grpc_garbage, http_garbage, say
 from tests.random_network import smooth_hu
-from tests.regions import assert_none_is_left, has_named_region
+from tests.regions import assert_none_is_left, has_named_region, registered_regions
 from tests.triton_servers import answered_since, has_server, volumes_answered
 from tests.waiting import wait_until
 
@@ -144,6 +145,24 @@ def test_killed_in_the_middle_and_started_again(server: BreakableServer, slow_la
         np.testing.assert_array_equal(answer.result(WAIT_S)[0], slow_labels)
         assert f"by {'shared memory' if way == 'on' else 'gRPC'}," in runtime.description
     assert_none_is_left()
+
+
+def test_restarted_between_two_volumes(
+    server: BreakableServer, embedded: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new one does not know the regions that were kept; that is nothing that a user has to know, or to wait for."""
+    monkeypatch.setattr(region_keeper, "KEPT_S", 3600.0)
+    hu = smooth_hu(SHAPE)
+    with TritonRuntime(server.url, shared_memory="on", retries=False) as runtime:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(runtime.infer, [hu, hu]))
+        assert registered_regions(server.url)
+        server.kill()
+        server.start()
+        wait_until(runtime.is_shared_memory_open, "the connection is back")
+        np.testing.assert_array_equal(runtime.infer(hu)[0], embedded.infer(hu)[0])
+        assert len(registered_regions(server.url)) == 1
+    assert registered_regions(server.url) == set()
 
 
 def test_sigterm_lets_what_was_accepted_finish(
@@ -375,9 +394,8 @@ def test_a_full_queue_is_waited_for_or_told(
 
 def is_computing(server: BreakableServer) -> bool:
     """A request through shared memory has left the queue, and is not answered."""
-    with grpc.InferenceServerClient(server.url) as client:
-        if not client.get_system_shared_memory_status().regions:
-            return False
+    if not registered_regions(server.url):
+        return False
     time.sleep(0.3)  # from the region to the request, which is then computed for two seconds
     return server.waiting_requests() == 0
 
@@ -450,8 +468,9 @@ def test_a_client_that_is_killed_while_its_region_is_registered_harms_nobody(
     assert_answers(server, embedded)
 
 
-# 80 MB are too little for the region and the server's own memory of this volume, enough for the latter alone; and
-# too little for the second volume.
+# 80 MB are too little for a region that is kept, another one, and the server's own memory of that volume, enough for
+# two of the three; too little for the region and the server's own memory of the next volume, enough for the latter
+# alone; and too little for the last.
 FULL_SHARED_MEMORY = """
 import sys
 from pathlib import Path
@@ -463,6 +482,10 @@ import numpy as np
 server = BreakableServer(Path(sys.argv[1]), Path(sys.argv[2]))
 server.start()
 try:
+    with TritonRuntime(server.url) as first, TritonRuntime(server.url) as second:
+        for runtime in (first, second):
+            runtime.infer(np.zeros((40, 512, 512), np.int16))
+        print("by shared memory" in first.description, "by shared memory" in second.description)
     with TritonRuntime(server.url) as runtime:
         label_map, _ = runtime.infer(np.zeros((64, 512, 512), np.int16))
         print(label_map.shape, "by gRPC" in runtime.description)
@@ -493,7 +516,8 @@ def test_full_shared_memory(random_repository: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    first, second, third, left = run.stdout.split("\n")[:4]
+    kept, first, second, third, left = run.stdout.split("\n")[:5]
+    assert kept == "True True"
     assert first == "(64, 512, 512) True"
     assert "/dev/shm is full" in second
     assert third == "(24, 96, 128)"

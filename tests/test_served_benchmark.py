@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.gpu_served import ask_at_once, connections
 from benchmarks.served import metric_of, phantom_hu, write_shipped_repository
-from benchmarks.volume_steps import CLIENT_CALLS, FREE, MAKE, SERVER_STEPS
+from benchmarks.volume_steps import CLIENT_CALLS, KEEP, SERVER_STEPS, TAKE
 from tests.triton_servers import has_server, running_server
 
 # As a real Triton 2.51 lists them.
@@ -37,7 +37,7 @@ def test_the_steps_of_a_volume_add_up_on_both_sides(tmp_path: Path) -> None:
     for row in (alone, both):
         inside, outside = row["server_ms"], row["client_ms"]
         assert [*inside] == [*SERVER_STEPS]
-        assert [*outside] == [MAKE, *CLIENT_CALLS, FREE]
+        assert [*outside] == [TAKE, *CLIENT_CALLS, KEEP]
         assert min(*inside.values(), *outside.values()) > 0
         # A mean over the block's requests alone: of all since the server's start it would be longer than the longest.
         assert sum(inside.values()) - inside["all"] <= inside["all"] < 1000 * row["max"]

@@ -1,51 +1,119 @@
-"""A region holds a volume and its label map one after the other, as the server is told, and goes once it is read."""
+"""A region holds a volume and its label map one after the other, as the server is told, whether as a file or mapped."""
 
 import mmap
 import os
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from anatomynet.client import shared_memory
-from anatomynet.client.shared_memory import JANITOR, NotSharedError, SharedRegion, shared_region
-from tests.regions import assert_none_is_left
-from tests.waiting import wait_until
+from anatomynet.client.shared_memory import JANITOR, NotSharedError, SharedRegion, free_region, make_region
+from anatomynet.engine.volume import HounsfieldArray, LabelArray
+from tests.regions import MappingServer, is_closed
 
-SHAPE = (3, 4, 5)
+SHAPE = (50, 4, 5)  # more slices than one thread copies at a time
+COUNT = 1000
+HU = np.random.default_rng(1808).integers(-1024, 3072, (100, 4, 10), dtype=np.int16)
+LABELS: LabelArray = np.random.default_rng(1808).integers(0, 7, SHAPE, dtype=np.uint8)
 
 
-def volume() -> np.ndarray[tuple[int, ...], np.dtype[np.int16]]:
-    return np.random.default_rng(1808).integers(-1024, 3072, (6, 4, 10), dtype=np.int16)
-
-
-def test_a_view_is_written_as_it_looks_and_labels_are_read_behind_it(tmp_path: Path) -> None:
-    view = volume()[::-2, ::-1, 1::2]
-    labels = np.arange(60, dtype=np.uint8).reshape(SHAPE)
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
     path = tmp_path / "region"
-    path.write_bytes(bytes(120) + labels.tobytes())
+    path.write_bytes(bytes(3 * COUNT))
+    return path
+
+
+@pytest.fixture(params=["as a file", "mapped"])
+def region(path: Path, request: pytest.FixtureRequest) -> Iterator[SharedRegion]:
     with path.open("r+b") as file:
-        region = SharedRegion("", file.fileno(), SHAPE)
-        assert (region.hu_bytes, region.label_bytes) == (120, 60)
-        region.write(view)
-        np.testing.assert_array_equal(region.read_labels(), labels)
-    assert path.read_bytes() == view.tobytes() + labels.tobytes()
+        region = SharedRegion("", file.fileno(), SHAPE, expiry=0.0)
+        yield region.mapped() if request.param == "mapped" else region
+
+
+def answer(region: SharedRegion) -> None:
+    """As the server does."""
+    os.pwrite(region.descriptor, LABELS.tobytes(), region.hu_bytes)
+
+
+def test_a_view_is_written_as_it_looks_and_labels_are_read_behind_it(region: SharedRegion, path: Path) -> None:
+    view = HU[::-2, ::-1, 1::2]
+    assert (region.hu_bytes, region.label_bytes, region.size) == (2 * COUNT, COUNT, 3 * COUNT)
+    region.write(view)
+    answer(region)
+    np.testing.assert_array_equal(region.read_labels(), LABELS)
+    assert path.read_bytes() == view.tobytes() + LABELS.tobytes()
 
 
 @pytest.mark.parametrize("dtype", [">i2", "<i4"])
-def test_numbers_of_another_type_are_written_as_int16(tmp_path: Path, dtype: str) -> None:
+def test_numbers_of_another_type_are_written_as_int16(region: SharedRegion, path: Path, dtype: str) -> None:
     """Who calls it may have them from a file of another byte order."""
-    hu = volume()[:3, :, :5].copy()
-    path = tmp_path / "region"
-    with path.open("w+b") as file:
-        SharedRegion("", file.fileno(), SHAPE).write(hu.astype(dtype))
-    assert path.read_bytes() == hu.tobytes()
+    hu = HU[:50, :, :5].copy()
+    region.write(hu.astype(dtype))
+    assert path.read_bytes()[: 2 * COUNT] == hu.tobytes()
+
+
+def test_labels_lie_in_their_pages_as_in_the_regions(region: SharedRegion) -> None:
+    """Else some processors copy them at a quarter of their speed."""
+    assert region.read_labels().ctypes.data % mmap.PAGESIZE == 2 * COUNT
+
+
+def test_labels_that_no_server_wrote_are_not_another_volumes(path: Path) -> None:
+    """Of the same shape they would look right."""
+    with path.open("r+b") as file:
+        region = SharedRegion("", file.fileno(), SHAPE, expiry=0.0).mapped()
+        region.write(HU[::2, :, ::2])
+        answer(region)
+        region.read_labels()
+        region.write(HU[1::2, :, ::2])
+        with pytest.raises(NotSharedError, match="did not write the label map"):
+            region.read_labels()
+
+
+@pytest.mark.parametrize("more", [0, 1, 2])
+def test_a_mapping_is_copied_by_as_many_threads_as_can_be_started(
+    path: Path, monkeypatch: pytest.MonkeyPatch, more: int
+) -> None:
+    really_start, started = threading.Thread.start, list[threading.Thread]()
+
+    def start(self: threading.Thread) -> None:
+        if len(started) == more:
+            raise RuntimeError("can't start new thread")
+        started.append(self)
+        really_start(self)
+
+    monkeypatch.setattr(shared_memory, "available_cores", lambda: 4)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    view = HU[::-2, ::-1, 1::2]
+    with path.open("r+b") as file:
+        region = SharedRegion("", file.fileno(), SHAPE, expiry=0.0).mapped()
+        region.write(view)
+        answer(region)
+        np.testing.assert_array_equal(region.read_labels(), LABELS)
+    assert path.read_bytes()[: 2 * COUNT] == view.tobytes()
+    assert not any(thread.is_alive() for thread in started)
+
+
+def test_a_copy_that_fails_in_another_thread_fails(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really_copy, this_thread = np.copyto, threading.current_thread()
+    other_began = threading.Event()
+
+    def copy(target: HounsfieldArray, source: HounsfieldArray) -> None:
+        if threading.current_thread() is not this_thread:
+            other_began.set()
+            raise MemoryError
+        assert other_began.wait(60)
+        really_copy(target, source)
+
+    monkeypatch.setattr(shared_memory, "available_cores", lambda: 2)
+    monkeypatch.setattr(np, "copyto", copy)
+    with path.open("r+b") as file, pytest.raises(MemoryError):
+        SharedRegion("", file.fileno(), SHAPE, expiry=0.0).mapped().read_labels()
 
 
 def test_too_little_memory_is_told() -> None:
@@ -54,147 +122,58 @@ def test_too_little_memory_is_told() -> None:
     descriptor = os.open("/dev/full", os.O_WRONLY)
     try:
         with pytest.raises(NotSharedError, match="No space left on device"):
-            SharedRegion("", descriptor, SHAPE).write(volume()[::2, :, ::2])
+            SharedRegion("", descriptor, SHAPE, expiry=0.0).write(HU[::2, :, ::2])
     finally:
         os.close(descriptor)
 
 
-def test_labels_lie_in_their_pages_as_in_the_regions(tmp_path: Path) -> None:
-    """Else some processors copy them at a quarter of their speed."""
-    path = tmp_path / "region"
-    path.write_bytes(bytes(180))
-    with path.open("r+b") as file:
-        assert SharedRegion("", file.fileno(), SHAPE).read_labels().ctypes.data % mmap.PAGESIZE == 120
+# --- how it goes
 
 
-class Server:
-    """Maps every region that it is asked to; to let go of one takes it until `allowed` is set."""
-
-    def __init__(self) -> None:
-        self.mapped: set[str] = set()
-        self.allowed = threading.Event()
-        self.allowed.set()
-        self.begun = threading.Event()
-
-    def register_system_shared_memory(self, name: str, key: str, byte_size: int, client_timeout: float) -> None:
-        assert Path(f"/dev/shm{key}").stat().st_size == byte_size
-        self.mapped.add(name)
-
-    def unregister_system_shared_memory(self, name: str, client_timeout: float) -> None:
-        self.begun.set()
-        assert self.allowed.wait(client_timeout)
-        self.mapped.remove(name)
+def made_region(server: MappingServer) -> SharedRegion:
+    return make_region(cast(Any, server), SHAPE, lasts_s=60, answer_timeout_s=60)
 
 
-@contextmanager
-def region_at(server: Server) -> Iterator[tuple[SharedRegion, Callable[[], None]]]:
-    with shared_region(cast(Any, server), SHAPE, timeout_s=60, answer_timeout_s=60) as shared:
-        yield shared
+def free(server: MappingServer, region: SharedRegion) -> None:
+    free_region(cast(Any, server), region, answer_timeout_s=60)
 
 
-def test_a_server_lets_go_while_the_labels_are_read() -> None:
-    server = Server()
-    server.allowed.clear()
-    with region_at(server) as (region, let_go):
-        region.write(volume()[::2, :, ::2])
-        let_go()
-        assert server.begun.wait(60)
-        assert not region.read_labels().any()
-        assert server.mapped == {region.name}
-        server.allowed.set()
+@pytest.mark.parametrize("mapped", [False, True])
+def test_nothing_holds_a_freed_regions_memory(mapped: bool) -> None:
+    server = MappingServer()
+    region = made_region(server)
+    assert server.mapped == {region.name}
+    region.write(HU[::2, :, ::2])
+    if mapped:
+        region = region.mapped()
+        region.write(HU[::2, :, ::2])
+        answer(region)
+        region.read_labels()
+    free(server, region)
     assert server.mapped == set()
+    assert is_closed(region.descriptor)
+    assert region.memory is None or region.memory.closed
 
 
-def test_without_an_answer_a_region_is_gone_after_its_block() -> None:
-    """By gRPC the volume wants the room next."""
-    server = Server()
-    with pytest.raises(ValueError, match="no answer"), region_at(server) as (region, _):
-        raise ValueError("no answer")
-    assert server.mapped == set()
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(region.descriptor)
-
-
-def test_where_no_thread_can_be_started_a_server_lets_go_after_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    server = Server()
-    with region_at(server) as (region, let_go):
-        monkeypatch.setattr(threading.Thread, "start", start)
-        let_go()
-        assert not region.read_labels().any()
-    assert server.mapped == set()
-
-
-def test_a_region_goes_even_if_its_server_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second Ctrl-C, or a connection that was closed meanwhile."""
-    server = Server()
-    with pytest.raises(ValueError, match="closed channel"), region_at(server) as (region, _):
-        monkeypatch.setattr(server, "unregister_system_shared_memory", closed_channel)
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(region.descriptor)
-
-
-def closed_channel(*_: object, **__: object) -> None:
-    raise ValueError("Cannot invoke RPC on closed channel!")
-
-
-@pytest.fixture
-def slow_to_free(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """A region that was read is closed once this is set."""
-    allowed, really_close = threading.Event(), os.close
-
-    def close(descriptor: int) -> None:
-        if threading.current_thread().name == shared_memory.CLOSING:
-            allowed.wait(60)
-        really_close(descriptor)
-
-    monkeypatch.setattr(os, "close", close)
-    yield allowed
-    allowed.set()
-    wait_until(lambda: closing_threads() == [])
-
-
-def closing_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == shared_memory.CLOSING]
-
-
-def free_bytes(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=count, f_frsize=1))
-
-
-def test_a_region_is_freed_beside_what_follows(slow_to_free: threading.Event) -> None:
-    server = Server()
-    for _ in range(2):
-        with region_at(server) as (_, let_go):
-            let_go()
-    assert len(closing_threads()) == 2
-    assert_none_is_left()
-
-
-def test_where_there_is_no_room_the_next_region_waits_for_the_last(
-    slow_to_free: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server = Server()
-    with region_at(server) as (_, let_go):
-        let_go()
-    (closing,) = closing_threads()
-    free_bytes(monkeypatch, 3 * int(np.prod(SHAPE)) - 1)
-    allow = threading.Timer(0.2, slow_to_free.set)
-    allow.start()
-    with region_at(server):
-        assert not closing.is_alive()
-    allow.join()
-
-
-def test_a_thread_that_another_is_starting_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    starting = threading.Thread(name=shared_memory.CLOSING)
-    monkeypatch.setattr(threading, "enumerate", lambda: [threading.current_thread(), starting])
-    free_bytes(monkeypatch, 0)
-    server = Server()
-    with region_at(server):
-        assert server.mapped
+@pytest.mark.parametrize("failure", ["gone", "silent", "closed"])
+def test_pages_go_even_if_the_server_cannot_be_told(failure: str) -> None:
+    """It still has the region mapped; it is asked once, for each time may take as long as its time-out."""
+    utils = pytest.importorskip("tritonclient.utils")
+    failures = {
+        "gone": utils.InferenceServerException("Connection refused", status="StatusCode.UNAVAILABLE"),
+        "silent": utils.InferenceServerException("Deadline Exceeded", status="StatusCode.DEADLINE_EXCEEDED"),
+        "closed": ValueError("Cannot invoke RPC on closed channel!"),
+    }
+    server = MappingServer()
+    server.failure = failures[failure]
+    region = made_region(server)
+    with mmap.mmap(region.descriptor, region.size) as at_the_server:
+        region.write(HU[::2, :, ::2])
+        assert any(at_the_server[:])
+        free(server, region)
+        assert not any(at_the_server[:])
+    assert is_closed(region.descriptor)
+    assert server.asked_to_let_go == [region.name]
 
 
 @pytest.mark.parametrize(("told", "left"), [(b"\n", True), (b"", False)])

@@ -35,7 +35,7 @@ from anatomynet.engine.runtime import Runtime, load_runtime
 from anatomynet.engine.volume import CTVolume
 from anatomynet.export.triton_models import LARGEST_QUEUE
 from tests.random_network import smooth_hu
-from tests.regions import assert_none_is_left
+from tests.regions import assert_none_is_left, registered_regions
 from tests.triton_servers import RunningServer, ServerStarter, free_ports
 from tests.wire import recorded
 
@@ -60,11 +60,6 @@ def called(url: str, hu: NDArray[Any], datatype: str = "INT16") -> Any:
     ct.set_data_from_numpy(hu)
     with grpc.InferenceServerClient(url) as client:
         return client.infer("anatomynet", [ct])
-
-
-def registered_regions(url: str) -> set[str]:
-    with grpc.InferenceServerClient(url) as client:
-        return set(client.get_system_shared_memory_status().regions)
 
 
 def answer_of(url: str) -> Any:
