@@ -37,9 +37,6 @@ LARGEST_HTTP_BODY = 2**30
 # gRPC's requests that are kept for the next ones, each with the memory of the largest volume that it ever held, 140 MB.
 # By default eight; volumes are drawn one at a time.
 KEPT_REQUESTS = {"--grpc-infer-allocation-pool-size": "1"}
-# A volume's arrays are new with every volume, and so are their pages: large ones take a five-hundredth of the faults.
-# Nothing is kept for it (benchmarks/README.md).
-LARGE_PAGES = "glibc.malloc.hugetlb=1"
 HELP_TIMEOUT_S = 30
 # Seen on 2.51: a body called application/x-www-form-urlencoded, as curl and urllib call all that has no name, goes
 # to a thread's stack, once or twice, and 8 MB of it ended the server. Address space alone, taken as it is written.
@@ -79,7 +76,7 @@ def server_command(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     """
     # The server's Python backend runs the environment whose python3 is first on PATH: this one, which has anatomynet.
     path = os.pathsep.join((str(Path(sys.executable).parent), environment.get("PATH", os.defpath)))
-    prepared = {"GLIBC_TUNABLES": LARGE_PAGES, **environment, "PATH": path, GUARD: str(os.getpid())}
+    prepared = {**environment, "PATH": path, GUARD: str(os.getpid())}
     server = installed_server(environment)
     if server is not None:
         return [str(server), *_options_for_volumes(server, arguments), *arguments], prepared

@@ -16,6 +16,7 @@ from anatomynet.engine.errors import AnatomyNetError, ModelError
 from anatomynet.engine.limits import size_limit_from_parameters
 from anatomynet.engine.runtime import CUDA_PROVIDER, OnnxRuntime, Runtime, load_runtime
 from anatomynet.export.gpu import visible_gpus
+from anatomynet.export.heap import keep_freed_memory
 from anatomynet.export.manifest import check_files
 
 
@@ -40,6 +41,8 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(str(error)) from error
         values = {key: value["string_value"] for key, value in parameters.items()}
         self.size_limit = size_limit_from_parameters(values, self.runtime.model)
+        if visible_gpus():  # on a CPU the network takes so long, and so much memory, that it would not pay
+            keep_freed_memory()
         pb_utils.Logger.log_info(f"anatomynet runs on {self.runtime.description}")
 
     def execute(self, requests: list[Any]) -> list[Any]:
