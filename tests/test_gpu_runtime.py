@@ -33,7 +33,8 @@ HALF_ROUNDING = 0.05
 CONFIDENCE = 1e-5
 DEVICE = "cuda" if has_gpu() else "cpu"
 SHAPE = (11, 35, 43)  # odd sides: padding and cropping both happen
-PHANTOM_SIDES, PHANTOM_SPACING, PHANTOM_SLICES_MM = (118, 116, 116), 4.3, 3.0  # at the network's resolution
+PHANTOM_SLICES, PHANTOM_SLICES_MM = 118, 3.0
+PHANTOM_SIDE, PHANTOM_SPACING = 116, 4.3  # at the network's resolution
 
 
 def logits_of(network: AnatomyNet, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -157,8 +158,8 @@ def test_on_a_gpu_it_passes_the_exports_gate(stride: int, without: str) -> None:
     network, config = load_checkpoint()
     config = replace(config, in_plane_stride=stride)
     # Trained weights: where random ones draw a structure it is specks, of which FP16 moves more than the gate allows.
-    sides, spacing = (PHANTOM_SIDES[0], *(stride * side for side in PHANTOM_SIDES[1:])), PHANTOM_SPACING / stride
-    geometry = VolumeGeometry(sides, (spacing, spacing, PHANTOM_SLICES_MM))
+    depth, side, spacing = PHANTOM_SLICES, PHANTOM_SIDE * stride, PHANTOM_SPACING / stride
+    geometry = VolumeGeometry((depth, side, side), (spacing, spacing, PHANTOM_SLICES_MM))
     hu = make_phantom(geometry, structures=config.structures)[0].hu
     kinds = (ConvolutionOperations(torch.device("cuda")), KernelOperations(), TorchOperations())
     operations = next(kind for kind in kinds if kind.without == without)
