@@ -19,7 +19,7 @@ from benchmarks.gpu_trial import Trial, guarded
 
 
 def measure_compiled(trial: Trial) -> None:
-    """torch.compile, which takes a minute a form: as long as there is time."""
+    """torch.compile, which takes up to half a minute a form: as long as there is time."""
     network, config = load_checkpoint(trial.checkpoint)
     for name, source in (("plain", folded(network)), ("padded", padded_network(network, CHANNELS_MULTIPLE))):
         left = trial.stop - time.monotonic()

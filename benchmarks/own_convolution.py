@@ -45,7 +45,7 @@ class Place:
 
 
 PLACES = (
-    Place("trunk", Kind((32,), 32), full=False, times=16),
+    Place("trunk", Kind((32,), 32), full=False, times=17),
     Place("deepest level", Kind((40,), 40), full=False, times=3),
     Place("to the deepest level", Kind((32,), 40), full=False, times=1),
     Place("after a concatenation", Kind((32, 32), 32), full=False, times=2),

@@ -2,8 +2,9 @@
 
 A tensor in shared memory has no gaps, and the box that is sent is known only once the study is read, so decoding slices
 straight into a region could save that copy only by sending the whole volume. A region's first volume is written as a
-file, slice by slice: that takes half of what a mapping does, whose every page is first zeroed and then faulted in
-(benchmarks.transport). The next one, whose pages are there, goes through a mapping, by several threads.
+file, slice by slice: for a whole study that takes two thirds of what a mapping does, whose every page is first zeroed
+and then faulted in (benchmarks.transport). The next one, whose pages are there, goes through a mapping, by several
+threads.
 
 Nothing stays in /dev/shm however this process ends: a region's file has no name any more before a voxel is in it, and
 while it has one a small shell waits beside to remove it.
