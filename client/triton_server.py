@@ -15,14 +15,7 @@ from numpy.typing import NDArray
 from anatomynet.client.access import NO_ACCESS, Access
 from anatomynet.client.address import address_from_url
 from anatomynet.client.channel import open_client
-from anatomynet.client.failures import (
-    DEAD_MODEL,
-    LOST_REGION,
-    MEMORY_FULL,
-    AttemptError,
-    Outlook,
-    attempt_error,
-)
+from anatomynet.client.failures import DEAD_MODEL, LOST_REGION, MEMORY_FULL, AttemptError, Outlook, attempt_error
 from anatomynet.client.region_keeper import RegionKeeper, free_kept_regions
 from anatomynet.client.shared_memory import (
     SHARED_MEMORY_FOLDER,
