@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -10,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tests.waiting import wait_until
 LAUNCHER = Path(sys.executable).with_name("tritonserver")
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 60
+FIRST_OUTGOING_PORT = 32_768  # Linux's own default of net.ipv4.ip_local_port_range
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,32 @@ def answered_since(before: Sequence[int], *urls: str, volumes: int) -> list[int]
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports on which nothing listens."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Ports on which nothing listens, and which nobody takes before a server of this test does.
+
+    A port that the kernel chooses (0) comes from the range of outgoing connections' own: let go until a server binds
+    it, it may be another's by then. These lie below that range, each process of a test run has its own, and none
+    comes twice.
+    """
+    found: list[int] = []
+    for port in _PORTS:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError(f"{count} free ports were looked for; {len(found)} are left")
+
+
+def ports_of(worker: int, workers: int) -> range:
+    """Of one of pytest-xdist's processes, counted from 0."""
+    return range(10_000 + worker, FIRST_OUTGOING_PORT, workers)
+
+
+def _shuffled_ports() -> Iterator[int]:
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    ports = list(ports_of(worker, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+    random.SystemRandom().shuffle(ports)  # for other runs on this machine start with others
+    return iter(ports)
+
+
+_PORTS = _shuffled_ports()
