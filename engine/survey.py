@@ -125,7 +125,7 @@ def _report(case: Case, model: ModelConfig) -> CaseReport:
     # What has no name is of the scan, whose voxels are the network's here.
     odd = [f"{finding.name}: {finding.text}" for finding in find_warnings(case.volume, regions) if finding.name]
     structures = tuple(name for name, known in zip(model.structures, case.annotated, strict=True) if known)
-    return CaseReport(case.name, "; ".join(wrong), structures, case.unmatched, tuple(odd))
+    return CaseReport(case.name, "; ".join(wrong), structures, case.unmatched, (*case.remarks, *odd))
 
 
 def _regions(case: Case, model: ModelConfig) -> Sequence[Region]:

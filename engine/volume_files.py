@@ -110,7 +110,7 @@ def _read_nifti(path: Path) -> tuple[Array, VolumeGeometry]:
     except ImportError as error:
         raise DataError(f"{path}: NIfTI needs nibabel; pip install 'anatomynet[train]'") from error
     try:
-        image = nibabel.Nifti1Image.from_filename(path)
+        image: Any = nibabel.Nifti1Image.from_filename(path)  # whose header's calls are not typed
         values, affine = np.asarray(image.dataobj), np.asarray(image.affine)
     except (ImageFileError, HeaderDataError, WrapStructError, *DAMAGED_NIFTI) as error:
         raise DataError(f"{path} is not a readable NIfTI file; write it again") from error
