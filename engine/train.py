@@ -37,7 +37,7 @@ from anatomynet.engine.region import RegionFinder
 from anatomynet.engine.region_runtime import EmbeddedRegionFinder
 from anatomynet.engine.resolution import draw_reduced
 from anatomynet.engine.runtime import TorchRuntime, available_cores
-from anatomynet.engine.survey import summary_lines, survey_cases, write_survey
+from anatomynet.engine.survey import check_apart, summary_lines, survey_cases, write_survey
 from anatomynet.engine.training import Training
 
 # Threads that make samples. One is enough for two cores, where a sample takes 8 ms, a phantom 0.23 s and a step half a
@@ -287,6 +287,7 @@ def main(
     write_survey(output.with_suffix(".cases.csv"), surveys)
     for survey in surveys:
         click.echo("\n".join(summary_lines(survey, model)))
+    check_apart(*surveys)
     cases, held_out = [cut_to_body(cut_to_head_and_neck(case)) for case in surveys[0].cases], surveys[1].cases
     training = Training(dataclasses.replace(model, patients=patient_counts(cases)), train, device)
     if begin_with:
