@@ -53,7 +53,9 @@ class ArchivedStudy:
     remarks: tuple[str, ...]
 
 
-def archive_studies(source: Path, folder: Path, *, alias_file: Path | None = None) -> Generator[ArchivedStudy, None, None]:
+def archive_studies(
+    source: Path, folder: Path, *, alias_file: Path | None = None
+) -> Generator[ArchivedStudy, None, None]:
     """Turns every study below `source` into a case in `folder`, and writes the report when all are done.
 
     A study that cannot be used is named and passed over. The report is written at an interruption, too.
