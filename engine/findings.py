@@ -29,6 +29,11 @@ SMALLEST_PIECE_ML = 0.1
 STRAY_ML = 1.0  # left out in all; less happens to good contours too
 # No patient's organ is so often larger or smaller than what is usual, however it was contoured.
 IMPOSSIBLE_FACTOR = 5.0
+# Of organs that no patient here has contours of: anatomy's size, ten times beyond it either way.
+IMPOSSIBLE_ML = {
+    **dict.fromkeys(("Chiasm", "OpticNerve_L", "OpticNerve_R"), (0.03, 8.0)),
+    **dict.fromkeys(("Submandibular_L", "Submandibular_R"), (0.5, 80.0)),
+}
 # In the median of a structure that is no bone: OpenKBP's reach 110; values stored without their offset begin at 900.
 DENSEST_SOFT_TISSUE_HU = 700
 BONES = ("Mandible",)
@@ -99,6 +104,7 @@ def find_contradictions(volume: CTVolume, regions: Sequence[Region]) -> tuple[Fi
     findings = [*_exchanged_sides(present, volume.geometry)]
     for name, region in present.items():
         findings += _unusual_size(name, region, volume.geometry, factor=IMPOSSIBLE_FACTOR)
+        findings += _impossible_size(name, region, volume.geometry)
         box = tuple(slice(a, a + n) for a, n in zip(region.start, region.box.shape, strict=True))
         hu = volume.hu[box][region.box]
         if name not in BONES and (median := float(np.median(hu))) > DENSEST_SOFT_TISSUE_HU:
@@ -208,6 +214,16 @@ def _asymmetry(present: Mapping[str, Region]) -> Iterator[Finding]:
         if ratio > limit:
             text = f"{ratio:.1f} times as large as {smaller.name}: expected at most {limit:g} times"
             yield Finding(larger.name, text, middle_of(larger))
+
+
+def _impossible_size(name: str, region: Region, geometry: VolumeGeometry) -> Iterator[Finding]:
+    """Of an organ whose usual size no patient here has told."""
+    low, high = IMPOSSIBLE_ML.get(name, (0.0, np.inf))
+    size = region.voxels * geometry.voxel_ml
+    if not low <= size <= high:
+        kind = "small" if size < low else "large"
+        text = f"impossibly {kind}: {size:.3g} ml, expected {low:g} to {high:g}"
+        yield Finding(region.name, text, middle_of(region))
 
 
 def _low_confidence(region: Region) -> Iterator[Finding]:

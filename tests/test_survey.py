@@ -120,6 +120,23 @@ def test_a_ct_that_is_not_in_hounsfield_units_is_skipped(data: Path) -> None:
     assert "Parotid_L: 1064 HU in the median: expected soft tissue; is the CT in Hounsfield units?" in skipped.skipped
 
 
+@pytest.mark.parametrize(
+    ("name", "box", "reason"),
+    [
+        ("Submandibular_L", np.s_[4:20, 12:36, 26:40], "impossibly large: 258 ml, expected 0.5 to 80"),
+        ("Chiasm", np.s_[6:14, 20:28, 20:28], "impossibly large: 24.6 ml, expected 0.03 to 8"),
+        ("OpticNerve_L", LEFT, "impossibly large: 18.4 ml, expected 0.03 to 8"),
+    ],
+)
+def test_organs_that_no_patient_here_has_have_impossible_sizes_too(
+    data: Path, name: str, box: Box, reason: str
+) -> None:
+    write_case(data / "c_bad", {name: box})
+    model = replace(MODEL, structures=("Parotid_L", "Chiasm", "OpticNerve_L", "Submandibular_L"))
+    (skipped,) = survey_cases(data, model).skipped
+    assert reason in skipped.skipped
+
+
 def test_one_ct_under_two_names_is_told(data: Path) -> None:
     """It may have been drawn by two observers, or copied."""
     write_case(data / "c_shifted", {"Parotid_L": LEFT}, replace(GEOMETRY, origin=(0.0, 0.0, 3.0)))
