@@ -403,6 +403,24 @@ def test_a_log_that_was_lost_begins_anew(data: Path, trained: Path, tmp_path: Pa
     assert [row["step"] for row in rows_of(tmp_path / "tiny.csv")] == [21]
 
 
+def test_a_checkpoint_that_was_lost_is_told(data: Path, trained: Path, tmp_path: Path) -> None:
+    """What comes may be worse than it was, and would not be written."""
+    state = trained.with_suffix(".state.safetensors")
+    (tmp_path / state.name).write_bytes(state.read_bytes())
+    complaint = refusal(train(data, tmp_path / trained.name, "--resume", "--steps", str(STEPS + 1)))
+    assert "tiny.safetensors, the best of this run so far, is not there" in complaint
+
+
+def test_resuming_from_another_networks_state_is_refused(data: Path, trained: Path, tmp_path: Path) -> None:
+    """As that of the baseline, whose [model] and [train] are the same."""
+    state = trained.with_suffix(".state.safetensors")
+    with safe_open(state, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    other = {name: tensor for name, tensor in tensors.items() if "classify" not in name}
+    save_file(other, tmp_path / state.name, metadata)
+    assert "holds another network" in refusal(train(data, tmp_path / trained.name, "--resume"))
+
+
 def test_resuming_without_a_state_is_refused(data: Path, tmp_path: Path) -> None:
     assert "nothing to resume" in refusal(train(data, tmp_path / "new.safetensors", "--resume"))
 
@@ -435,9 +453,10 @@ def test_a_state_without_a_count_of_patients_can_be_resumed(data: Path, trained:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     table = json.loads(metadata["model"])
     assert table.pop("patients") == [2, 2, 1]
-    # Of the worst DSC, so that one more step writes a checkpoint.
+    # Of the worst DSC, so that one more step writes a checkpoint over the one that is there.
     metadata |= {"model": json.dumps(table, sort_keys=True), "best": "-1.0"}
     save_file(tensors, tmp_path / "tiny.state.safetensors", metadata)
+    (tmp_path / "tiny.safetensors").write_bytes(trained.read_bytes())
     result = train(data, tmp_path / "tiny.safetensors", "--resume", "--steps", str(STEPS + 1))
     assert result.exit_code == 0, result.output
     assert load_checkpoint(tmp_path / "tiny.safetensors")[1].patients == (2, 2, 1)
