@@ -249,9 +249,12 @@ def _prepare_output(output: Path, *, overwrite: bool) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{output.parent} cannot be a folder for the checkpoint: {error.strerror}") from error
+    try:
+        there = [path for path in (output, _state_of(output)) if path.exists()]
+    except OSError as error:  # a name that is too long
+        raise OutputError(f"{output} could not be written: {error.strerror}") from error
     if output.is_dir():
         raise OutputError(f"{output} is a folder: expected a file's name")
-    there = [path for path in (output, _state_of(output)) if path.exists()]
     if there and not overwrite:
         raise OutputError(
             f"{there[0]} is there, of another run: give --resume to go on with it, --overwrite to lose it, or another "
@@ -314,6 +317,8 @@ def main(
     Beside the checkpoint lie the log, its curves, the same for TensorBoard, the state to resume from, and .cases.csv:
     what became of every case. With --from, the checkpoint is never worse on validation than the one begun with.
     """
+    if resume and overwrite:
+        raise click.UsageError("--resume goes on with the run that --overwrite would lose: give one")
     if resume and begin_with:
         raise click.UsageError("--resume goes on from its own state, --from begins anew: give one")
     model, train = load_config(config)

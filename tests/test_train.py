@@ -517,9 +517,10 @@ def test_beginning_with_a_pickle_is_refused(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_either_resumes_or_begins(data: Path, trained: Path) -> None:
-    result = train(data, trained, "--resume", "--from", str(trained))
-    assert result.exit_code == 2
-    assert "give one" in result.output
+    for other in (("--from", str(trained)), ("--overwrite",)):
+        result = train(data, trained, "--resume", *other)
+        assert result.exit_code == 2
+        assert "give one" in result.output
 
 
 @pytest.mark.parametrize(
@@ -579,6 +580,7 @@ def test_an_impossible_output_is_refused_before_training(data: Path, tmp_path: P
     assert "cannot be a folder" in refusal(train(data, tmp_path / "file" / "t.safetensors"))
     for name in ("t", "t.csv", "t.1"):  # .csv is the log's, and of t.1 and t.2 all but the weights would be one
         assert f"{name}: expected a name that ends in .safetensors" in refusal(train(data, tmp_path / name))
+    assert "File name too long" in refusal(train(data, tmp_path / f"{'t' * 240}.safetensors"))
     (tmp_path / "folder.safetensors").mkdir()
     assert "is a folder" in refusal(train(data, tmp_path / "folder.safetensors", "--overwrite"))
 
