@@ -5,7 +5,8 @@
     python -m benchmarks.accuracy OPENKBP/validation --url localhost:8001     # Triton
 
 Every case of the folder (the PDDCA layout) is drawn by the same `segment` that serves, on its own grid. A structure
-that is not annotated does not count; one that is annotated and not drawn counts as a miss, with the worst scores.
+that is not annotated does not count; one that is annotated and not drawn counts as a miss, with the worst scores. A
+case that cannot be read is named and left out.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +22,7 @@ from anatomynet.client.triton import TritonRuntime
 from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.command import reports_errors
 from anatomynet.engine.data import Case, find_cases, read_case
-from anatomynet.engine.errors import ModelError
+from anatomynet.engine.errors import DataError, GeometryError, ModelError
 from anatomynet.engine.metrics import Agreement, compare_label_maps
 from anatomynet.engine.mirror import MirroredNetwork
 from anatomynet.engine.resolution import draw_reduced
@@ -121,17 +122,30 @@ def runtime_from_checkpoint(checkpoint: Path | None, *, mirror: bool = False) ->
 
 
 def measured(folders: Sequence[Path], runtime: Runtime, *, seed: int) -> dict[str, Any]:
-    """The agreement with the physicians on each case folder, as what is written."""
+    """The agreement with the physicians on each case folder, as what is written.
+
+    Raises:
+        DataError: no case can be measured.
+    """
     structures = runtime.model.structures
-    agreements = []
+    agreements, left_out = [], []
     with click.progressbar(folders, label="drawing", show_pos=True) as bar:
         for folder in bar:
-            agreements.append(agreements_of(read_case(folder, structures), runtime))
+            try:
+                agreements.append(agreements_of(read_case(folder, structures), runtime))
+            except (DataError, GeometryError) as error:
+                left_out.append(folder.name)
+                click.echo(f"left out {folder.name}: {error}", err=True)
+    if not agreements:
+        raise DataError(
+            f"none of {len(folders)} cases can be measured, of {', '.join(structures)}: see what was left out"
+        )
     return {
         **machine(),
         "runtime": runtime.description,
         "checkpoint_sha256": runtime.model.checkpoint_sha256,
         "cases": len(agreements),
+        "left_out": left_out,
         "bootstrap": {"resamplings": RESAMPLINGS, "seed": seed, "interval_percentiles": INTERVAL},
         "structures": summary(agreements, structures, np.random.default_rng(seed)),
         "published": PUBLISHED,
@@ -198,6 +212,9 @@ def _with_interval(means: Values) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> Iterable[str]:
     """What is printed: means with 95 % intervals, and what others published, with what keeps the two apart."""
     yield f"checkpoint {result['checkpoint_sha256'][:12]} on {result['cases']} cases of {result['data']}"
+    if result.get("left_out"):
+        many = len(result["left_out"])
+        yield f"{many} case{'s' if many > 1 else ''} left out: {', '.join(result['left_out'])}"
     yield f"{'':<16}{'cases':>6}{'missed':>7}" + "".join(f"{title:>30}" for title, _ in MEASURES.values())
     for row in result["structures"]:
         cells = "".join(f"{_cell(row[key], digits):>30}" for key, (_, digits) in MEASURES.items())

@@ -9,7 +9,7 @@ import csv
 import hashlib
 import io
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,8 @@ from anatomynet.engine.preprocess import canonical_from_array
 from anatomynet.engine.volume_files import write_nrrd
 
 NAME_DIGITS = 10  # of the hash that names a case
+# Of an ROI's slices: more is no slip, but an ROI drawn on every second slice, which a planning system interpolates.
+MOST_LEFT_OUT = 0.25
 REPORT_NAME = "archive.csv"
 COLUMNS = ("case", "study", "matched", "not matched", "remarks")
 
@@ -51,10 +53,12 @@ class ArchivedStudy:
     remarks: tuple[str, ...]
 
 
-def archive_studies(source: Path, folder: Path, *, alias_file: Path | None = None) -> Iterator[ArchivedStudy]:
+def archive_studies(
+    source: Path, folder: Path, *, alias_file: Path | None = None
+) -> Generator[ArchivedStudy, None, None]:
     """Turns every study below `source` into a case in `folder`, and writes the report when all are done.
 
-    A study that cannot be used is named and passed over.
+    A study that cannot be used is named and passed over. The report is written at an interruption, too.
 
     Args:
         source: a folder of study folders, or a study.
@@ -62,22 +66,38 @@ def archive_studies(source: Path, folder: Path, *, alias_file: Path | None = Non
         alias_file: a department's ROI names, see `load_aliases`.
 
     Raises:
+        StudyError: none could be used.
         OutputError: the folder holds something, or cannot be written.
         ModelError: an alias file that cannot be used.
     """
     aliases = load_aliases(alias_file)
-    if folder.exists() and any(folder.iterdir()):
+    _prepare(folder)
+    done: list[ArchivedStudy] = []
+    try:
+        for study in sorted(path for path in source.glob("*") if path.is_dir()) or [source]:
+            try:
+                archived = _archive_study(study, folder, aliases)
+            except (StudyError, GeometryError) as error:
+                archived = ArchivedStudy(study.name, "", {}, (), (str(error),))
+            done.append(archived)
+            yield archived
+    finally:
+        _write_report(folder / REPORT_NAME, done)
+    if not any(study.case for study in done):
+        many = f"{len(done)} stud{'y' if len(done) == 1 else 'ies'}"
+        raise StudyError(
+            f"no case came of {many} in {source}: expected folders, each with a CT series and its RTSTRUCT"
+        )
+
+
+def _prepare(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = any(folder.iterdir())
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be a folder for cases: {error.strerror or error}") from error
+    if held:
         raise OutputError(f"{folder} holds files and was kept: give a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    done = []
-    for study in sorted(path for path in source.glob("*") if path.is_dir()) or [source]:
-        try:
-            archived = _archive_study(study, folder, aliases)
-        except (StudyError, GeometryError) as error:
-            archived = ArchivedStudy(study.name, "", {}, (), (str(error),))
-        done.append(archived)
-        yield archived
-    _write_report(folder / REPORT_NAME, done)
 
 
 def _archive_study(study: Path, folder: Path, aliases: Aliases) -> ArchivedStudy:
@@ -86,7 +106,7 @@ def _archive_study(study: Path, folder: Path, aliases: Aliases) -> ArchivedStudy
     rois, remarks = _matched_rois(structures, aliases)
     unmatched = tuple(name for name in structures.roi_names if structure_from_roi_name(name, aliases) is None)
     if not rois:
-        return ArchivedStudy(study.name, "", {}, unmatched, (*remarks, "none of its ROIs is a structure of ours"))
+        return ArchivedStudy(study.name, "", {}, unmatched, (*remarks, "none of its ROIs can be learnt from"))
     case = f"case_{hashlib.sha256(series.series_instance_uid.encode()).hexdigest()[:NAME_DIGITS]}"
     if (folder / case).exists():
         raise StudyError(f"its CT series is that of another study: {case} is there already")
@@ -130,14 +150,30 @@ def _matched_rois(structures: StructureSet, aliases: Aliases) -> tuple[dict[str,
     remarks = []
     for roi in structures.rois:
         structure = structure_from_roi_name(roi.name, aliases)
-        if structure and (roi.problem or not roi.box.any()):
-            remarks.append(f"{roi.name}: {roi.problem or 'empty, so not annotated'}")
-        elif structure:
+        if structure is None:
+            continue
+        problem, remark = _looked_at(roi)
+        if problem or remark:
+            remarks.append(f"{roi.name}: {problem or remark}")
+        if not problem:
             found.setdefault(structure.name, []).append(roi)
     for name, rois in found.items():
         if len(rois) > 1:
             remarks.append(f"{' and '.join(roi.name for roi in rois)} are both {name}: neither was taken")
     return {name: rois[0] for name, rois in found.items() if len(rois) == 1}, tuple(remarks)
+
+
+def _looked_at(roi: Roi) -> tuple[str, str]:
+    """Why an ROI of ours cannot be learnt from, and what else deserves a look; "" each where nothing does."""
+    if roi.problem or not roi.box.any():
+        return roi.problem or "empty, so not annotated", ""
+    # The slices' axis is the first, however the series lies in the patient.
+    drawn = np.flatnonzero(roi.box.any(axis=(1, 2)))
+    length = int(drawn[-1] - drawn[0]) + 1
+    told = f"drawn on {len(drawn)} of the {length} slices from its first to its last"
+    if len(drawn) < length * (1 - MOST_LEFT_OUT):
+        return f"{told}: interpolate it, and export it again", ""
+    return "", told if len(drawn) < length else ""
 
 
 def _write_case(case: Path, series: CTSeries, rois: dict[str, Roi]) -> None:
@@ -169,4 +205,5 @@ def _write_report(path: Path, studies: list[ArchivedStudy]) -> None:
     for study in studies:
         matched = "; ".join(name if name == roi else f"{name} ({roi})" for name, roi in study.matched.items())
         writer.writerow((study.case, study.study, matched, "; ".join(study.unmatched), "; ".join(study.remarks)))
-    write_whole(path, text.getvalue().encode())
+    # A folder's name may be no text, where another system wrote it.
+    write_whole(path, text.getvalue().encode(errors="backslashreplace"))

@@ -86,10 +86,12 @@ def read_structure_set(path: Path, series: CTSeries, *, wanted: Callable[[str], 
         wanted: which ROIs to draw, by name; all of them without.
 
     Raises:
-        StudyError: a file that cannot be read, is no RTSTRUCT, or was drawn in another frame of reference.
+        StudyError: a file that cannot be read, is no RTSTRUCT, was drawn in another frame of reference, or gives two
+            ROIs one number.
     """
     dataset = _read_rtstruct(path)
     try:
+        _check_numbers(dataset, path)
         names = {int(item.ROINumber): str(item.get("ROIName", "")) for item in dataset.StructureSetROISequence}
         check_frames_of_reference(_frames_of_reference(dataset), series, path)
         contours = {int(item.ReferencedROINumber): item for item in dataset.get("ROIContourSequence") or ()}
@@ -172,6 +174,18 @@ def _frames_of_reference(dataset: Dataset) -> set[str]:
     return frames | {str(item.get("FrameOfReferenceUID", "")) for item in referenced}
 
 
+def _check_numbers(dataset: Dataset, path: Path) -> None:
+    """A number is all that binds contours to a name."""
+    rois = [int(item.ROINumber) for item in dataset.StructureSetROISequence]
+    drawn = [int(item.ReferencedROINumber) for item in dataset.get("ROIContourSequence") or ()]
+    for keyword, numbers in (("ROINumber", rois), ("ReferencedROINumber", drawn)):
+        twice = sorted({n for n in numbers if numbers.count(n) > 1})
+        if twice:
+            raise StudyError(
+                f"{path.name}: two ROIs have {keyword} {twice[0]}: which contours are whose? Export it again"
+            )
+
+
 def _roi(name: str, item: Dataset, series: CTSeries) -> Roi:
     colour = _colour(item)
     empty = np.zeros((0, 0, 0), np.bool_)
@@ -179,7 +193,7 @@ def _roi(name: str, item: Dataset, series: CTSeries) -> Roi:
     if problem:
         return Roi(name, colour, (0, 0, 0), empty, problem)
     start, box = fill_contours(polygons, series.geometry.shape)
-    return Roi(name, colour, start, box)
+    return Roi(name, colour, start, box, "it lies outside this CT" if polygons and not box.size else "")
 
 
 def _colour(item: Dataset) -> Colour | None:
@@ -193,6 +207,9 @@ def _polygons(item: Dataset, series: CTSeries) -> tuple[list[Contour], str]:
     open_count = sum(kind.startswith("OPEN") for kind, _ in contours)
     if open_count:
         return [], f"{open_count} of {len(contours)} contours are open; expected closed ones"
+    strange = sum(kind not in (*CLOSED_TYPES, "POINT") for kind, _ in contours)
+    if strange:
+        return [], f"{strange} of {len(contours)} contours are of no known type; expected {CLOSED_TYPES[0]}"
     closed = [_contour_points(c) for kind, c in contours if kind in CLOSED_TYPES]
     if contours and not closed:
         return [], f"{len(contours)} points, and no contour"
@@ -226,8 +243,8 @@ def _placed(points: Points, positions: Points, geometry: VolumeGeometry) -> Cont
 
 
 def _without_repetitions(polygons: Sequence[Contour]) -> list[Contour]:
-    """Each polygon once: by the even-odd rule a second copy would wipe out the first."""
-    return list({(p.slice_index, p.points.tobytes()): p for p in polygons}.values())
+    """Each polygon once: by the even-odd rule a second copy would wipe out the first, wherever it begins."""
+    return list({(p.slice_index, np.unique(p.points, axis=0).tobytes()): p for p in polygons}.values())
 
 
 def _bounds(polygons: Sequence[Contour], shape: Index) -> tuple[Index, Index] | None:

@@ -75,8 +75,14 @@ def _aliases_from_toml(text: str, source: str) -> dict[NameKey, Structure]:
     aliases: dict[NameKey, Structure] = {}
     for key, names in table.items():
         for name in _checked_names(names, key, source):
+            words, named_side = _name_key(name)
+            if not words:
+                raise ModelError(f"{source}: {name!r} is no name of {key}: expected letters or digits besides its side")
             for side, structure in _structures_of(key, source):
-                words, named_side = _name_key(name)
+                if side and named_side and side != named_side:
+                    continue  # of a pair, the name is the other one's
+                if structure.mirror and named_side and not structure.name.endswith(f"_{named_side}"):
+                    raise ModelError(f"{source}: {name!r} is the other side of {structure.name}: expected its own")
                 known = aliases.setdefault((words, side or named_side), structure)
                 if known is not structure:
                     raise ModelError(f"{source}: {name!r} stands for {known.name} and {structure.name}: expected one")

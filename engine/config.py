@@ -6,14 +6,18 @@ Configurations that ship lie in engine/configs; `load_config("openkbp7")` finds 
 import dataclasses
 import json
 import math
+import re
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from anatomynet.engine.errors import ModelError
 from anatomynet.engine.structures import structures_by_name
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 SHIPPED_NAME = "openkbp7"  # whose weights ship too
 SHIPPED_CONFIGS = (SHIPPED_NAME, f"{SHIPPED_NAME}-tuning", f"{SHIPPED_NAME}-volumetric", "oar9")
@@ -32,8 +36,10 @@ TRAIN_RANGES: dict[str, tuple[float, float]] = {
     "balanced_share": (0, 1),
     "frozen_norm_share": (0, 1),
     "ema_decay": (0, 1),
-    "seed": (0, math.inf),
+    "seed": (0, 2**63 - 1),  # what PyTorch takes
 }
+CROP_SIDES = (8, 1024)  # voxels
+NAME = re.compile(r"\w[\w.-]*")  # files are named by it
 CHOICES = {
     "missing": ("mask", "marginal"),
     "precision": ("float32", "bfloat16"),
@@ -42,7 +48,7 @@ CHOICES = {
 }
 
 Vector = tuple[float, float, float]
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class ModelConfig:
     """What a network draws, and on what it was trained.
 
     Attributes:
-        name: of the configuration.
+        name: of the configuration: letters, digits, and _ . - after the first of them; files are named by it.
         structures: names from engine.structures; label i is structures[i - 1].
         in_plane_stride: 1 is the paper's native resolution; n averages the CT n x n in plane at the graph's entrance.
         smallest_spacing, largest_spacing: mm (x, y, z), 5th and 95th percentile of the training cases; a study
@@ -72,6 +78,10 @@ class ModelConfig:
     patients: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise ModelError(
+                f"name: expected letters, digits, _ . and -, since files are named by it, found {self.name!r}"
+            )
         structures_by_name(self.structures)
         if not self.structures or len(set(self.structures)) != len(self.structures):
             raise ModelError(f"structures of {self.name}: expected one or more, each once, found {self.structures}")
@@ -177,6 +187,8 @@ class TrainConfig:
         for name, (low, high) in TRAIN_RANGES.items():
             if not low <= getattr(self, name) <= high:
                 raise ModelError(f"{name}: expected {low:g} to {high:g}, found {getattr(self, name)}")
+        if 0 < self.focal_gamma < 1:  # where an answer is certain, (1 - p) ** gamma has no gradient
+            raise ModelError(f"focal_gamma: expected 0, or 1 to 10, found {self.focal_gamma}")
         rates = (self.learning_rate, self.second_rate)
         if not all(0 < rate < math.inf for rate in rates) or self.ema_decay == 1:
             raise ModelError(
@@ -189,10 +201,15 @@ class TrainConfig:
                 f"{self.region_share}"
             )
         for name in ("crop", "region_crop"):
-            if min(getattr(self, name)) < 8:
-                raise ModelError(f"{name}: expected at least 8 voxels a side, found {getattr(self, name)}")
+            sides, (smallest, largest) = getattr(self, name), CROP_SIDES
+            if min(sides) < smallest or max(sides) > largest:
+                raise ModelError(
+                    f"{name}: expected at least {smallest} and at most {largest} voxels a side, found {sides}"
+                )
         if any(not 0 <= weight < math.inf for weight in self.class_weights):
             raise ModelError(f"class_weights: expected 0 or more each, found {self.class_weights}")
+        if self.class_weights and not any(self.class_weights[1:]):
+            raise ModelError(f"class_weights: expected one of a structure above 0, found {self.class_weights}")
 
 
 def shipped_weights(suffix: str) -> Path:
@@ -281,11 +298,11 @@ def config_from_table(cls: type[Config], table: object, source: object) -> Confi
     unknown = sorted(set(table) - set(kinds))
     if unknown:
         raise ModelError(f"{source}: unknown key {', '.join(unknown)}: expected keys from {', '.join(kinds)}")
+    missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in table]
+    if missing:
+        raise ModelError(f"{source}: missing {', '.join(missing)}")
     values = {key: _value_of_kind(value, kinds[key], f"{key} of {source}") for key, value in table.items()}
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise ModelError(f"{source}: {error}") from error
+    return cls(**values)
 
 
 def _value_of_kind(value: object, kind: Any, place: str) -> Any:

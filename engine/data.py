@@ -7,9 +7,9 @@ case/ct.nii.gz    structures/BrainStem.nii.gz    the same as NIfTI
 case/ct.nii.gz    labels.nii.gz                  a label map; labels.toml, in the case or beside the cases, says which
                                                  value is what: Parotid_L = 3
 
-A mask is named as the structure is, or as a department may call it (aliases.py). No file, or no voxel of a value in a
-label map, means not annotated, never absent. DICOM studies become such folders by `anatomynet-client archive`, so that
-training needs to know nothing of DICOM.
+A mask is named as the structure is, or as a department may call it (aliases.py). No file, or no voxel in a mask or of a
+value in a label map, means not annotated, never absent. DICOM studies become such folders by `anatomynet-client
+archive`, so that training needs to know nothing of DICOM.
 """
 
 import math
@@ -35,10 +35,14 @@ from anatomynet.engine.volume_files import SUFFIXES, read_volume, stem_of
 CT_NAMES = ("img.nrrd", "ct.nii.gz", "ct.nii")
 LABEL_MAP_NAMES = ("labels.nii.gz", "labels.nii", "labels.nrrd")
 LABEL_TABLE = "labels.toml"
+NOT_HIDDEN = "[!.]*"  # what was not written to its end is hidden, and what macOS leaves beside files
 # How far beyond the model's range a case's spacing may lie: the range holds the middle 90 % of the training cases.
 SPACING_MARGIN = 1.5
 SPACING_TOLERANCE = 0.01  # of a mask's, against the CT's
 ORIGIN_TOLERANCE = 0.25  # of a mask's against the CT's, in voxels
+# Of a structure's voxels that are another's too, from which it is told: OpenKBP's brain stems and cords share 8 %.
+SHARED_VOXELS = 0.2
+VALUES_TOLD = 4  # of a mask that has several
 # A scan of the head and neck alone is shorter; the longest of OpenKBP's 203 is 384 mm.
 LONGEST_HEAD_AND_NECK_MM = 450.0
 # What is kept above and below the contours of a longer one: from the brain stem to the vertex, or to the clavicles.
@@ -54,7 +58,9 @@ class Case:
         volume: the CT.
         labels: uint8 (z, y, x) on the CT's grid, i + 1 for structure i; 0 where nothing that is known.
         annotated: for each structure, whether its contours exist.
-        unmatched: names of masks that are none of the structures; they were not read.
+        unmatched: names of masks that are none of the structures, of other files beside them, and values of a label map
+            that no table names; they were not read.
+        remarks: what was decided on the way that deserves a look, one line each.
         synthetic: a phantom, not a patient.
     """
 
@@ -63,16 +69,18 @@ class Case:
     labels: LabelArray
     annotated: tuple[bool, ...]
     unmatched: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
     synthetic: bool = False
 
 
 def find_cases(folder: Path) -> list[Path]:
-    """The case folders in `folder`, by name.
+    """The case folders in `folder`, by name; also those with masks whose CT is missing, so that they are named.
 
     Raises:
         DataError: none there.
     """
-    cases = sorted({path.parent for name in CT_NAMES for path in folder.glob(f"*/{name}")})
+    names = (*CT_NAMES, *LABEL_MAP_NAMES, "structures")
+    cases = sorted({path.parent for name in names for path in folder.glob(f"{NOT_HIDDEN}/{name}")})
     if not cases:
         raise DataError(
             f"no case in {folder}: expected folders with img.nrrd and structures/*.nrrd (the PDDCA layout), "
@@ -90,29 +98,55 @@ def read_case(folder: Path, structures: tuple[str, ...], *, alias_file: Path | N
         alias_file: a department's names for them, see `load_aliases`.
 
     Raises:
-        DataError: a file that cannot be read, axes that are not the patient's, a mask of another grid, two masks of
-            one structure, or no known structure.
+        DataError: a file that cannot be read, axes that are not the patient's, two CTs, a mask of another grid or of
+            several values, two masks of one structure or of the same voxels, or no known structure.
         ModelError: an alias file that cannot be used.
     """
-    path = next((folder / name for name in CT_NAMES if (folder / name).is_file()), None)
-    if path is None:
-        raise DataError(f"{folder}: no CT; expected one of {', '.join(CT_NAMES)}")
+    path = _ct_of(folder)
     hu, geometry = read_volume(path)
     if not np.isfinite(hu).all():
         raise DataError(f"{path}: expected finite Hounsfield units, found NaN or infinity")
     labels = np.zeros(hu.shape, np.uint8)
-    annotated, unmatched = set(), []
+    unmatched, empty, drawn = [], [], dict[str, int]()
     for name, mask in _masks(folder, structures, geometry, alias_file):
         if mask is None:
             unmatched.append(name)
-            continue
-        annotated.add(name)
-        labels[mask] = structures.index(name) + 1
-    if not annotated:
-        found = f"; found {', '.join(unmatched)}" if unmatched else ""
+        elif not mask.any():
+            empty.append(name)
+        else:
+            drawn[name] = int(mask.sum())
+            labels[mask] = structures.index(name) + 1
+    if not drawn:
+        found = f"; empty: {', '.join(empty)}" if empty else ""
+        found += f"; found {', '.join(unmatched)}" if unmatched else ""
         raise DataError(f"{folder}: none of {', '.join(structures)} in its structures/{found}")
+    remarks = [f"{name}: its mask is empty, so it is not annotated" for name in empty]
+    remarks += _shared_voxels(folder, labels, {structures.index(name) + 1: (name, n) for name, n in drawn.items()})
     volume = CTVolume(np.clip(np.rint(hu), -32768, 32767).astype(np.int16), geometry)
-    return Case(folder.name, volume, labels, tuple(name in annotated for name in structures), tuple(unmatched))
+    annotated = tuple(name in drawn for name in structures)
+    return Case(folder.name, volume, labels, annotated, tuple(unmatched), tuple(remarks))
+
+
+def _ct_of(folder: Path) -> Path:
+    paths = [folder / name for name in CT_NAMES if (folder / name).is_file()]
+    if not paths:
+        raise DataError(f"{folder}: no CT; expected one of {', '.join(CT_NAMES)}")
+    if len(paths) > 1:
+        raise DataError(f"{folder}: {' and '.join(path.name for path in paths)}: expected one CT; remove the others")
+    return paths[0]
+
+
+def _shared_voxels(folder: Path, labels: LabelArray, drawn: dict[int, tuple[str, int]]) -> Iterator[str]:
+    """Of structures, label -> name and voxels as drawn, those of which later ones have taken much."""
+    for label, (name, voxels) in drawn.items():
+        left = np.count_nonzero(labels == label)
+        if not left:
+            raise DataError(
+                f"{folder}: {name}: every voxel of it is drawn as another structure too; expected contours of its own"
+            )
+        shared = 1 - left / voxels
+        if shared > SHARED_VOXELS:
+            yield f"{name}: {shared:.0%} of it is drawn as another structure too, and counts as that"
 
 
 def at_network_resolution(case: Case, model: ModelConfig) -> Case:
@@ -213,13 +247,23 @@ def _masks(
 
 def _sources(folder: Path, geometry: VolumeGeometry) -> Iterator[tuple[str, Callable[[], Mask]]]:
     """What a case calls each of its masks, and what reads it."""
+    beside = sorted((folder / "structures").glob(NOT_HIDDEN))
+    paths = [path for path in beside if path.name.endswith(SUFFIXES)]
     label_map = next((folder / name for name in LABEL_MAP_NAMES if (folder / name).is_file()), None)
     if label_map is None:
-        for path in sorted(p for p in (folder / "structures").glob("*") if p.name.endswith(SUFFIXES)):
-            yield stem_of(path), partial(_read_mask, path, geometry)
+        for path in beside:
+            # With its suffix, what cannot be read is none of the structures.
+            yield stem_of(path) if path in paths else path.name, partial(_read_mask, path, geometry)
         return
+    if paths:
+        raise DataError(f"{folder}: {label_map.name} and structures/: expected one of them; remove the other")
     labels = _read_on_grid(label_map, geometry)
-    for name, value in _label_table(folder).items():
+    if not np.array_equal(labels, np.rint(labels)):
+        raise DataError(f"{label_map}: expected whole numbers, a structure each, found fractions")
+    table = _label_table(folder)
+    for value in np.setdiff1d(labels, (0, *table.values())):
+        yield f"value {value:g}", partial(np.equal, labels, value)
+    for name, value in table.items():
         mask = labels == value
         if mask.any():
             yield name, partial(np.asarray, mask)
@@ -236,11 +280,19 @@ def _label_table(case: Path) -> dict[str, int]:
         raise DataError(f"{path} is not TOML: {error}") from error
     if any(type(value) is not int or value < 1 for value in table.values()):
         raise DataError(f"{path}: expected NAME = VALUE with whole numbers above 0, found {table}")
+    if len(set(table.values())) < len(table):
+        raise DataError(f"{path}: expected names with a value each its own, found {table}")
     return table
 
 
 def _read_mask(path: Path, geometry: VolumeGeometry) -> Mask:
-    mask: Mask = _read_on_grid(path, geometry) > 0
+    """A mask of 0 outside and one number inside, whichever."""
+    array = _read_on_grid(path, geometry)
+    inside = array.max()
+    mask: Mask = array > 0
+    if not np.array_equal(array, mask * inside):
+        found = ", ".join(f"{value:.4g}" for value in np.unique(array)[:VALUES_TOLD])
+        raise DataError(f"{path}: expected a mask, 0 outside and one value inside, found {found}")
     return mask
 
 

@@ -29,6 +29,14 @@ SMALLEST_PIECE_ML = 0.1
 STRAY_ML = 1.0  # left out in all; less happens to good contours too
 # No patient's organ is so often larger or smaller than what is usual, however it was contoured.
 IMPOSSIBLE_FACTOR = 5.0
+# Of organs that no patient here has contours of: anatomy's size, ten times beyond it either way.
+IMPOSSIBLE_ML = {
+    **dict.fromkeys(("Chiasm", "OpticNerve_L", "OpticNerve_R"), (0.03, 8.0)),
+    **dict.fromkeys(("Submandibular_L", "Submandibular_R"), (0.5, 80.0)),
+}
+# In the median of a structure that is no bone: OpenKBP's reach 110; values stored without their offset begin at 900.
+DENSEST_SOFT_TISSUE_HU = 700
+BONES = ("Mandible",)
 LARGEST_AIR_SHARE = 0.5  # of a structure; an airway fills less of the larynx and the oesophagus
 # They run out of every head-and-neck scan towards the feet.
 THROUGH_THE_NECK = ("SpinalCord", "Esophagus")
@@ -83,7 +91,7 @@ def find_warnings(
 def find_contradictions(volume: CTVolume, regions: Sequence[Region]) -> tuple[Finding, ...]:
     """What cannot be true of any patient, so that nothing may be learnt from it; empty where nothing is.
 
-    Sides that are exchanged, a structure that lies in air, a size beyond belief.
+    Sides that are exchanged, a structure that lies in air, soft tissue as dense as bone, a size beyond belief.
 
     Args:
         volume: the CT, in any orientation along the patient's axes.
@@ -96,8 +104,13 @@ def find_contradictions(volume: CTVolume, regions: Sequence[Region]) -> tuple[Fi
     findings = [*_exchanged_sides(present, volume.geometry)]
     for name, region in present.items():
         findings += _unusual_size(name, region, volume.geometry, factor=IMPOSSIBLE_FACTOR)
+        findings += _impossible_size(name, region, volume.geometry)
         box = tuple(slice(a, a + n) for a, n in zip(region.start, region.box.shape, strict=True))
-        air = float((volume.hu[box][region.box] < BODY_HU).mean())
+        hu = volume.hu[box][region.box]
+        if name not in BONES and (median := float(np.median(hu))) > DENSEST_SOFT_TISSUE_HU:
+            text = f"{median:.0f} HU in the median: expected soft tissue; is the CT in Hounsfield units?"
+            findings.append(Finding(region.name, text, middle_of(region)))
+        air = float((hu < BODY_HU).mean())
         if air > LARGEST_AIR_SHARE:
             text = f"{air:.0%} of it lies in air: it was drawn on another CT, or elsewhere"
             findings.append(Finding(region.name, text, middle_of(region)))
@@ -201,6 +214,16 @@ def _asymmetry(present: Mapping[str, Region]) -> Iterator[Finding]:
         if ratio > limit:
             text = f"{ratio:.1f} times as large as {smaller.name}: expected at most {limit:g} times"
             yield Finding(larger.name, text, middle_of(larger))
+
+
+def _impossible_size(name: str, region: Region, geometry: VolumeGeometry) -> Iterator[Finding]:
+    """Of an organ whose usual size no patient here has told."""
+    low, high = IMPOSSIBLE_ML.get(name, (0.0, np.inf))
+    size = region.voxels * geometry.voxel_ml
+    if not low <= size <= high:
+        kind = "small" if size < low else "large"
+        text = f"impossibly {kind}: {size:.3g} ml, expected {low:g} to {high:g}"
+        yield Finding(region.name, text, middle_of(region))
 
 
 def _low_confidence(region: Region) -> Iterator[Finding]:

@@ -43,7 +43,8 @@ class VolumeGeometry:
     def __post_init__(self) -> None:
         if min(self.shape) < 1 or not min(self.spacing) > 0 or not np.isfinite([*self.spacing, *self.origin]).all():
             raise GeometryError(
-                f"expected sides and spacing above zero, found shape {self.shape} and spacing {self.spacing} mm"
+                f"expected sides and spacing above zero, found shape {self.shape} and spacing {self.spacing} mm, "
+                f"origin {self.origin}"
             )
         matrix = np.array(self.direction)
         if not np.allclose(matrix.T @ matrix, np.eye(3), atol=1e-3):

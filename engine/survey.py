@@ -4,11 +4,13 @@ Between data.py, which reads one case, and train.py. A bad case is named and ski
 """
 
 import csv
+import hashlib
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from anatomynet.engine.config import ModelConfig
@@ -75,12 +77,12 @@ def survey_cases(folder: Path, model: ModelConfig, *, alias_file: Path | None = 
         DataError: no case there, none that can be used, or, if strict, one that cannot.
         ModelError: an alias file that cannot be used.
     """
-    cases, reports = [], []
+    cases, reports, first_of = [], [], dict[str, str]()
     with tqdm(find_cases(folder), desc=f"reading {folder.name}", unit="case") as bar:
         for path in bar:
             try:
                 case = at_network_resolution(read_case(path, model.structures, alias_file=alias_file), model)
-                reports.append(_report(case, model))
+                reports.append(_report(case, model, same_as=first_of.setdefault(_digest(case), case.name)))
             except (DataError, GeometryError) as error:
                 reports.append(CaseReport(path.name, skipped=str(error)))
             if not reports[-1].skipped:
@@ -116,16 +118,39 @@ def write_survey(path: Path, surveys: Iterable[Survey]) -> None:
         for report in survey.reports:
             lists = ("; ".join(values) for values in (report.structures, report.unmatched, report.remarks))
             writer.writerow((survey.folder, report.name, report.skipped, *lists))
-    write_whole(path, text.getvalue().encode(), overwrite=True)
+    # A folder's name may be no text, where another system wrote it.
+    write_whole(path, text.getvalue().encode(errors="backslashreplace"), overwrite=True)
 
 
-def _report(case: Case, model: ModelConfig) -> CaseReport:
+def check_apart(taught: Survey, held_out: Survey) -> None:
+    """What is learnt from and validated with must be other patients: else validation measures memory.
+
+    Raises:
+        DataError: one CT in both.
+    """
+    digests = {_digest(case): case.name for case in reversed(taught.cases)}
+    for case in held_out.cases:
+        if (name := digests.get(_digest(case))) is not None:
+            raise DataError(
+                f"{taught.folder}/{name} and {held_out.folder}/{case.name} are one CT: expected other patients to "
+                f"validate with; remove it from one of them"
+            )
+
+
+def _digest(case: Case) -> str:
+    """Of the CT's voxels alone: a copy may lie elsewhere."""
+    return hashlib.sha256(np.ascontiguousarray(case.volume.hu).data).hexdigest()
+
+
+def _report(case: Case, model: ModelConfig, *, same_as: str) -> CaseReport:
+    """Of a case; `same_as` is the first that has its CT, itself perhaps."""
     regions = _regions(case, model)
     wrong = [f"{finding.name}: {finding.text}" for finding in find_contradictions(case.volume, regions)]
     # What has no name is of the scan, whose voxels are the network's here.
     odd = [f"{finding.name}: {finding.text}" for finding in find_warnings(case.volume, regions) if finding.name]
     structures = tuple(name for name, known in zip(model.structures, case.annotated, strict=True) if known)
-    return CaseReport(case.name, "; ".join(wrong), structures, case.unmatched, tuple(odd))
+    again = [f"its CT is that of {same_as}, too"] if same_as != case.name else []
+    return CaseReport(case.name, "; ".join(wrong), structures, case.unmatched, (*case.remarks, *again, *odd))
 
 
 def _regions(case: Case, model: ModelConfig) -> Sequence[Region]:

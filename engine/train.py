@@ -27,7 +27,7 @@ from anatomynet.engine.command import reports_errors
 from anatomynet.engine.config import SHIPPED_NAME, ModelConfig, TrainConfig, load_config
 from anatomynet.engine.curves import write_curves
 from anatomynet.engine.data import Case, cut_to_body, cut_to_head_and_neck
-from anatomynet.engine.errors import OutputError
+from anatomynet.engine.errors import DataError, ModelError, OutputError
 from anatomynet.engine.events import event_log, forget_events
 from anatomynet.engine.geometry import Point, VolumeGeometry
 from anatomynet.engine.metrics import dice
@@ -37,7 +37,7 @@ from anatomynet.engine.region import RegionFinder
 from anatomynet.engine.region_runtime import EmbeddedRegionFinder
 from anatomynet.engine.resolution import draw_reduced
 from anatomynet.engine.runtime import TorchRuntime, available_cores
-from anatomynet.engine.survey import summary_lines, survey_cases, write_survey
+from anatomynet.engine.survey import check_apart, summary_lines, survey_cases, write_survey
 from anatomynet.engine.training import Training
 
 # Threads that make samples. One is enough for two cores, where a sample takes 8 ms, a phantom 0.23 s and a step half a
@@ -46,6 +46,7 @@ LOADERS = max(1, min(4, available_cores() // 4))
 AHEAD = LOADERS + 2  # samples kept ready
 PHANTOM_SHAPE = (112, 128, 128)  # (z, y, x), as a planning CT reduced 4 x 4 in plane
 PHANTOMS = 64  # different ones in a run; they take 0.1 GB
+SUFFIX = ".safetensors"  # of the checkpoint
 NOTED_STEPS = 50  # between two looks at the loss, for which a GPU must be waited
 
 
@@ -91,9 +92,15 @@ def _phantom_like_one_of(cases: list[Case], model: ModelConfig, seed: int, numbe
 
 
 def chosen_by_structure(cases: list[Case], train: TrainConfig, random: np.random.Generator) -> tuple[Case, int]:
-    """A label, as likely as its class weights, and a case in which it is annotated: what few have is not forgotten."""
+    """A label, as likely as its class weights, and a case in which it is annotated: what few have is not forgotten.
+
+    Raises:
+        DataError: no case has a structure of which a class weight says anything.
+    """
     have = np.array([case.annotated for case in cases])
     weights = np.array(train.class_weights[1:] or (1.0,) * have.shape[1]) * have.any(axis=0)
+    if not weights.any():
+        raise DataError("no case has a structure whose class weight is above 0: mend class_weights, or add cases")
     label = 1 + int(random.choice(have.shape[1], p=weights / weights.sum()))
     return cases[int(random.choice(np.flatnonzero(have[:, label - 1])))], label
 
@@ -140,6 +147,10 @@ def fit(training: Training, cases: list[Case], held_out: list[Case], output: Pat
     """Trains to the last step; saves state, logs and best checkpoint beside `output` after every epoch.
 
     Ctrl-C saves the state after the step under way, then raises KeyboardInterrupt.
+
+    Raises:
+        ModelError: the loss is no number any more; what was saved before is kept.
+        OutputError: something could not be written.
     """
     train = training.train
     losses = training.losses
@@ -152,10 +163,10 @@ def fit(training: Training, cases: list[Case], held_out: list[Case], output: Pat
         for sample in samples(cases, training.model, train, first=training.step, device=training.device):
             losses.append(training.learn(sample))
             if training.step % NOTED_STEPS == 0:
-                bar.set_postfix(loss=f"{_mean(losses[-NOTED_STEPS:]):.3f}", refresh=False)
+                bar.set_postfix(loss=f"{_finite_mean(losses[-NOTED_STEPS:], training.step):.3f}", refresh=False)
             bar.update()
             if training.step % train.steps_per_epoch == 0 or training.step == train.steps:
-                row = keep_best(training, held_out, output, loss=_mean(losses))
+                row = keep_best(training, held_out, output, loss=_finite_mean(losses, training.step))
                 bar.write(_told(row))
                 _append_row(output.with_suffix(".csv"), row)
                 write_curves(output.with_suffix(".csv"))
@@ -167,8 +178,14 @@ def fit(training: Training, cases: list[Case], held_out: list[Case], output: Pat
                 raise KeyboardInterrupt
 
 
-def _mean(losses: list[Tensor]) -> float:
-    return float(torch.stack(losses).mean())
+def _finite_mean(losses: list[Tensor], step: int) -> float:
+    mean = float(torch.stack(losses).mean())
+    if not math.isfinite(mean):
+        raise ModelError(
+            f"the loss is {mean} after {step} steps: training has diverged; begin anew with a lower learning_rate. "
+            "What was saved before is kept"
+        )
+    return mean
 
 
 def keep_best(training: Training, held_out: list[Case], output: Path, *, loss: float) -> dict[str, float]:
@@ -224,6 +241,27 @@ def _append_row(path: Path, row: dict[str, float]) -> None:
     write_whole(path, before + text.getvalue().encode(), overwrite=True)
 
 
+def _prepare_output(output: Path, *, overwrite: bool) -> None:
+    """Makes the checkpoint's folder; refuses what could not be written, and to lose another run unasked."""
+    if output.suffix != SUFFIX:
+        raise OutputError(f"{output}: expected a name that ends in {SUFFIX}: all else of a run is named after it")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output.parent} cannot be a folder for the checkpoint: {error.strerror}") from error
+    try:
+        there = [path for path in (output, _state_of(output)) if path.exists()]
+    except OSError as error:  # a name that is too long
+        raise OutputError(f"{output} could not be written: {error.strerror}") from error
+    if output.is_dir():
+        raise OutputError(f"{output} is a folder: expected a file's name")
+    if there and not overwrite:
+        raise OutputError(
+            f"{there[0]} is there, of another run: give --resume to go on with it, --overwrite to lose it, or another "
+            "--output"
+        )
+
+
 def _forget_run(output: Path) -> None:
     """Removes state and logs of the run that was at `output`: it is another one."""
     for path in (_state_of(output), output.with_suffix(".csv")):
@@ -237,8 +275,13 @@ def _forget_run(output: Path) -> None:
 def _forget_rows(path: Path, *, beyond: int) -> None:
     """Leaves out of a log what was written after the state that a run goes on from: it comes again."""
     if path.is_file() and path.stat().st_size:
-        header, *rows = path.read_bytes().decode().splitlines(keepends=True)  # csv's own line ends
-        kept = [row for row in rows if int(row.split(",")[0]) <= beyond]
+        try:
+            header, *rows = path.read_bytes().decode().splitlines(keepends=True)  # csv's own line ends
+            kept = [row for row in rows if int(row.split(",")[0]) <= beyond]
+        except ValueError as error:
+            raise OutputError(
+                f"{path} is not the log that anatomynet-train wrote: move it away, and another begins"
+            ) from error
         write_whole(path, "".join((header, *kept)).encode(), overwrite=True)
 
 
@@ -247,6 +290,7 @@ def _forget_rows(path: Path, *, beyond: int) -> None:
 @click.option("--config", default="openkbp7", show_default=True, help="A shipped configuration, or a TOML file.")
 @click.option("--output", type=click.Path(path_type=Path), help="Checkpoint to write; runs/NAME.safetensors.")
 @click.option("--resume", is_flag=True, help="Go on from the state beside --output.")
+@click.option("--overwrite", is_flag=True, help="Lose the run that is at --output, if there is one.")
 @click.option(
     "--from",
     "begin_with",
@@ -262,6 +306,7 @@ def main(
     config: str,
     output: Path | None,
     resume: bool,
+    overwrite: bool,
     begin_with: str | None,
     steps: int | None,
     strict: bool,
@@ -272,27 +317,29 @@ def main(
     Beside the checkpoint lie the log, its curves, the same for TensorBoard, the state to resume from, and .cases.csv:
     what became of every case. With --from, the checkpoint is never worse on validation than the one begun with.
     """
+    if resume and overwrite:
+        raise click.UsageError("--resume goes on with the run that --overwrite would lose: give one")
     if resume and begin_with:
         raise click.UsageError("--resume goes on from its own state, --from begins anew: give one")
     model, train = load_config(config)
     if steps:
         train = dataclasses.replace(train, steps=steps)
     output = output or Path("runs") / f"{model.name}.safetensors"
-    try:  # before an hour of training, not after
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{output.parent} cannot be a folder for the checkpoint: {error.strerror}") from error
+    _prepare_output(output, overwrite=resume or overwrite)  # before an hour of training, not after
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     surveys = [survey_cases(data / name, model, alias_file=aliases, strict=strict) for name in ("train", "validation")]
     write_survey(output.with_suffix(".cases.csv"), surveys)
     for survey in surveys:
         click.echo("\n".join(summary_lines(survey, model)))
+    check_apart(*surveys)
     cases, held_out = [cut_to_body(cut_to_head_and_neck(case)) for case in surveys[0].cases], surveys[1].cases
     training = Training(dataclasses.replace(model, patients=patient_counts(cases)), train, device)
     if begin_with:
         training.begin_with(None if begin_with == SHIPPED_NAME else Path(begin_with))
     if resume:
         training.restore(_state_of(output))
+        if not output.is_file():  # what comes may be worse, and would not be written
+            raise OutputError(f"{output}, the best of this run so far, is not there: put it back, or begin anew")
     else:
         _forget_run(output)
     if begin_with:

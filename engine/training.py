@@ -189,7 +189,7 @@ class Training:
         """Goes on from what `save` wrote; the number of steps and their epochs may be others.
 
         Raises:
-            ModelError: no state there, or that of another configuration.
+            ModelError: no state there, or that of another configuration or network.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -203,7 +203,10 @@ class Training:
             raise ModelError(f"{path} was trained for another configuration than {self.model.name}: start a new output")
         _check_recipe(metadata.get("train"), self.train, path)
         for prefix, network in (("network", self.network), ("average", self.average)):
-            network.load_state_dict(_with_prefix(tensors, prefix))
+            try:
+                network.load_state_dict(_with_prefix(tensors, prefix))
+            except RuntimeError as error:
+                raise ModelError(f"{path} holds another network than this one: start a new output") from error
         self._count_patients_of(model)  # the checkpoint that the run began with may have had others
         self.step, self.best = int(metadata["step"]), float(metadata["best"])
         losses = json.loads(metadata.get("losses", "[]"))  # states older than that lack them

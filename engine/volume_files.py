@@ -37,7 +37,8 @@ def read_volume(path: Path) -> tuple[Array, VolumeGeometry]:
             patient's axes.
 
     Raises:
-        DataError: a file that cannot be read, not three axes, or axes that are not the patient's.
+        DataError: a file that cannot be read, not three axes, axes that are not the patient's, lengths in other units
+            than mm, or voxels that are no real numbers.
     """
     return _read_nrrd(path) if path.suffix == ".nrrd" else _read_nifti(path)
 
@@ -68,24 +69,36 @@ def _read_nrrd(path: Path) -> tuple[Array, VolumeGeometry]:
 
     try:
         array, header = nrrd.read(str(path), index_order="C")
-    # pynrrd lets zlib's error through, and StopIteration where the file is empty.
-    except (OSError, nrrd.NRRDError, ValueError, EOFError, StopIteration, zlib.error) as error:
+        directions = np.asarray(header.get("space directions", np.nan), dtype=np.float64)
+        origin_x, origin_y, origin_z = np.asarray(header.get("space origin", np.zeros(3)), dtype=np.float64).tolist()
+    # pynrrd lets zlib's error through, KeyError for an unknown type, and StopIteration where the file is empty.
+    except (OSError, nrrd.NRRDError, ValueError, KeyError, EOFError, StopIteration, zlib.error) as error:
         raise DataError(f"{path} is not a readable NRRD file: {error or type(error).__name__}") from error
-    space, directions = header.get("space"), np.asarray(header.get("space directions", np.nan), dtype=np.float64)
-    along_axes = array.ndim == 3 and directions.shape == (3, 3) and (np.diag(directions) > 0).all()
+    space, along_axes = header.get("space"), array.ndim == 3 and directions.shape == (3, 3)
     if (
         space not in SPACES_LPS
         or not along_axes
+        or not (np.diag(directions) > 0).all()
         or not np.allclose(directions, np.diag(np.diag(directions)), atol=1e-6)
     ):
         raise DataError(
             f"{path}: expected three axes along {SPACES_LPS[0]}, found {array.ndim} in {space}, "
             f"space directions {directions.tolist()}"
         )
-    x, y, z = np.diag(directions).tolist()
-    origin_x, origin_y, origin_z = np.asarray(header.get("space origin", np.zeros(3)), dtype=np.float64).tolist()
+    _check_units(path, set(header.get("space units", ())))
     depth, height, width = array.shape
-    return array, VolumeGeometry((depth, height, width), (x, y, z), (origin_x, origin_y, origin_z))
+    x, y, z = np.diag(directions).tolist()
+    try:
+        return array, VolumeGeometry((depth, height, width), (x, y, z), (origin_x, origin_y, origin_z))
+    except GeometryError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _check_units(path: Path, units: set[str]) -> None:
+    """Of lengths, where a file names any."""
+    other = sorted(units - {"mm", "unknown", ""})
+    if other:
+        raise DataError(f"{path}: expected lengths in mm, found {', '.join(other)}")
 
 
 def _read_nifti(path: Path) -> tuple[Array, VolumeGeometry]:
@@ -97,10 +110,13 @@ def _read_nifti(path: Path) -> tuple[Array, VolumeGeometry]:
     except ImportError as error:
         raise DataError(f"{path}: NIfTI needs nibabel; pip install 'anatomynet[train]'") from error
     try:
-        image = nibabel.Nifti1Image.from_filename(path)
+        image: Any = nibabel.Nifti1Image.from_filename(path)  # whose header's calls are not typed
         values, affine = np.asarray(image.dataobj), np.asarray(image.affine)
     except (ImageFileError, HeaderDataError, WrapStructError, *DAMAGED_NIFTI) as error:
         raise DataError(f"{path} is not a readable NIfTI file; write it again") from error
+    if values.dtype.kind not in "buif":
+        raise DataError(f"{path}: expected one real number a voxel, found {values.dtype}")
+    _check_units(path, {image.header.get_xyzt_units()[0]})
     if values.ndim != 3 or not (image.header["sform_code"] or image.header["qform_code"]):
         raise DataError(f"{path}: expected three axes and an orientation (sform or qform), found {values.ndim} axes")
     try:

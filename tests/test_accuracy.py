@@ -193,11 +193,19 @@ def test_the_command_measures_a_folder(checkpoint: Path, tmp_path: Path, monkeyp
         for label, structure in enumerate(NAMES[:2], start=1):
             mask = (case.labels == label).astype(np.uint8)
             write_nrrd(tmp_path / "data" / name / "structures" / f"{structure}.nrrd", mask, GEOMETRY)
+    (tmp_path / "data" / "broken").mkdir()
+    (tmp_path / "data" / "broken" / "img.nrrd").write_bytes(b"broken")
     arguments = [str(tmp_path / "data"), "--checkpoint", str(checkpoint), "--name", "tiny", "--plot"]
     outcome = CliRunner().invoke(accuracy.main, arguments)
     assert outcome.exit_code == 0, outcome.output
     written = json.loads((tmp_path / "results" / "tiny.json").read_text())
     assert (written["cases"], written["structures"][0]["cases"], written["structures"][2]["cases"]) == (2, 2, 0)
+    assert written["left_out"] == ["broken"]
+    assert "left out broken: " in outcome.stderr
+    assert "1 case left out: broken" in outcome.stdout
     assert written["runtime"].startswith("PyTorch")
     assert (tmp_path / "results" / "tiny.png").is_file()
     assert "no case in" in CliRunner().invoke(accuracy.main, [str(tmp_path / "results")]).stderr
+    for name in ("a", "b"):
+        (tmp_path / "data" / name / "img.nrrd").write_bytes(b"broken")
+    assert "error: none of 3 cases can be measured" in CliRunner().invoke(accuracy.main, arguments).stderr

@@ -106,6 +106,8 @@ def test_a_department_s_file_adds_and_wins(tmp_path: Path) -> None:
         ("Larynx = [1, 2]", "expected a list"),
         ('Larynx = ["Hals"]\nMandible = ["HALS"]', "'HALS' stands for Larynx and Mandible"),
         ("Larynx = [", "not TOML"),
+        ('Larynx = ["_"]', "'_' is no name"),
+        ('Parotid_L = ["Parotid Rt"]', "'Parotid Rt' is the other side of Parotid_L"),
     ],
 )
 def test_a_file_that_cannot_be_used_says_why(tmp_path: Path, text: str, message: str) -> None:
@@ -113,6 +115,13 @@ def test_a_file_that_cannot_be_used_says_why(tmp_path: Path, text: str, message:
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ModelError, match=rf"ours\.toml.*{message}"):
         load_aliases(path)
+
+
+def test_a_name_with_its_side_under_a_pair_is_of_that_side(tmp_path: Path) -> None:
+    (tmp_path / "ours.toml").write_text('Parotid = ["Spk links", "Spk re"]\n', encoding="utf-8")
+    aliases = load_aliases(tmp_path / "ours.toml")
+    assert structure_from_roi_name("Spk Lt", aliases) is STRUCTURES["Parotid_L"]
+    assert structure_from_roi_name("Spk Rt", aliases) is STRUCTURES["Parotid_R"]
 
 
 def test_a_file_that_is_not_there_says_so(tmp_path: Path) -> None:

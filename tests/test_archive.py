@@ -120,7 +120,7 @@ def test_another_series_structure_set_is_not_taken(tmp_path: Path) -> None:
     frame = rtstruct.ReferencedFrameOfReferenceSequence[0].RTReferencedStudySequence[0]
     frame.RTReferencedSeriesSequence[0].SeriesInstanceUID = "1.2.3.4711"
     rtstruct.save_as(tmp_path / "study" / "RS.dcm")
-    (archived,) = archive_studies(tmp_path / "study", tmp_path / "out")
+    archived = next(archive_studies(tmp_path / "study", tmp_path / "out"))
     assert "0 RTSTRUCTs" in archived.remarks[0]
 
 
@@ -129,6 +129,49 @@ def test_a_folder_that_holds_something_is_kept(tmp_path: Path) -> None:
     (tmp_path / "out" / "mine").write_text("mine")
     with pytest.raises(OutputError, match="holds files and was kept"):
         list(archive_studies(tmp_path, tmp_path / "out"))
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    write_contoured_study(tmp_path / "in" / "study")
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OutputError, match="cannot be a folder for cases"):
+            list(archive_studies(tmp_path / "in", folder))
+
+
+def test_nothing_archived_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "in" / "empty").mkdir(parents=True)
+    result = CliRunner().invoke(main, ["archive", str(tmp_path / "in"), str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "skipped empty: no CT slices" in result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: no case came of 1 study in ")
+    assert "empty" in (tmp_path / "out" / "archive.csv").read_text()
+
+
+def test_the_report_tells_what_was_done_before_an_interruption(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_contoured_study(tmp_path / "in" / name)
+    studies = archive_studies(tmp_path / "in", tmp_path / "out")
+    archived = next(studies)
+    studies.close()
+    with (tmp_path / "out" / "archive.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["case"] == archived.case
+
+
+def test_an_roi_drawn_on_every_second_slice_is_not_taken_and_a_slice_left_out_is_told(tmp_path: Path) -> None:
+    """Planning systems draw what lies between; the file has none of it."""
+    series = write_contoured_study(tmp_path / "study")
+    contours = {k: item(circle(series, k, (24.0, 26.0), 8)) for k in range(1, 10)}
+    rois = {"Larynx": [contours[k] for k in (1, 3, 5, 7, 9)], "Cord": [contours[k] for k in contours if k != 5]}
+    write_rois(tmp_path / "study" / "RS.dcm", series, rois)
+    (archived,) = archive_studies(tmp_path / "study", tmp_path / "out")
+    assert archived.matched == {"SpinalCord": "Cord"}
+    assert archived.remarks == (
+        "Larynx: drawn on 5 of the 9 slices from its first to its last: interpolate it, and export it again",
+        "Cord: drawn on 8 of the 9 slices from its first to its last",
+    )
 
 
 def test_the_command_sums_up(tmp_path: Path) -> None:

@@ -99,11 +99,67 @@ def test_hounsfield_units_beyond_int16_are_clipped(folder: Path) -> None:
     assert set(np.unique(read_case(folder, STRUCTURES).volume.hu)) == {-32768, 32767}
 
 
-def test_an_annotated_structure_may_be_empty(folder: Path) -> None:
+def test_an_empty_mask_is_not_annotated_and_told(folder: Path) -> None:
+    """As an empty ROI is, and a value of a label map that no voxel has."""
     write_nrrd(folder / "structures" / "Parotid_R.nrrd", mask_of())
     case = read_case(folder, STRUCTURES)
-    assert case.annotated == (True, True, True)
-    assert not (case.labels == RIGHT).any()
+    assert case.annotated == (True, True, False)
+    assert case.remarks == ("Parotid_R: its mask is empty, so it is not annotated",)
+
+
+def test_a_case_of_empty_masks_is_refused(folder: Path) -> None:
+    for name in ("BrainStem", "Parotid_L"):
+        write_nrrd(folder / "structures" / f"{name}.nrrd", mask_of())
+    with pytest.raises(DataError, match=r"none of .* in its structures/; empty: BrainStem, Parotid_L"):
+        read_case(folder, STRUCTURES)
+
+
+@pytest.mark.parametrize(
+    ("mask", "found"),
+    [
+        (mask_of((1, 2, 3)) * 0.3 + mask_of((1, 2, 4)), "0, 0.3, 1"),
+        (mask_of((1, 2, 3)) * np.int8(-1), "-1, 0"),
+        (mask_of((1, 2, 3)) + 2 * mask_of((1, 2, 4)), "0, 1, 2"),
+    ],
+    ids=["soft", "negative", "label map"],
+)
+def test_a_mask_of_several_values_is_refused(folder: Path, mask: NDArray[Any], found: str) -> None:
+    write_nrrd(folder / "structures" / "Parotid_L.nrrd", mask)
+    with pytest.raises(DataError, match=rf"Parotid_L\.nrrd: expected a mask, .* found {found}"):
+        read_case(folder, STRUCTURES)
+
+
+@pytest.mark.parametrize("inside", [1, 255])
+def test_a_mask_may_have_any_one_value_inside(folder: Path, inside: int) -> None:
+    write_nrrd(folder / "structures" / "Parotid_L.nrrd", mask_of((4, 5, 6)) * np.uint8(inside))
+    assert np.argwhere(read_case(folder, STRUCTURES).labels == LEFT).tolist() == [[4, 5, 6]]
+
+
+def test_a_structure_that_another_covers_is_told(folder: Path) -> None:
+    write_nrrd(folder / "structures" / "Parotid_R.nrrd", mask_of((4, 5, 6), (0, 0, 0), (0, 0, 1)))
+    case = read_case(folder, STRUCTURES)
+    assert case.remarks == ("Parotid_L: 50% of it is drawn as another structure too, and counts as that",)
+
+
+def test_two_structures_of_the_same_voxels_are_refused(folder: Path) -> None:
+    write_nrrd(folder / "structures" / "Parotid_R.nrrd", mask_of((4, 5, 6), (4, 5, 7)))
+    with pytest.raises(DataError, match="Parotid_L: every voxel of it is drawn as another structure too"):
+        read_case(folder, STRUCTURES)
+
+
+def test_hidden_files_are_no_masks_and_what_cannot_be_read_is_named(folder: Path) -> None:
+    """macOS leaves ._NAME beside a file on foreign disks."""
+    (folder / "structures" / "._Parotid_L.nrrd").write_bytes(b"\0\5\26\7")
+    (folder / "structures" / "Parotid_R.nhdr").write_text("NRRD0005")
+    case = read_case(folder, STRUCTURES)
+    assert case.annotated == (True, True, False)
+    assert case.unmatched == ("Parotid_R.nhdr",)
+
+
+def test_two_cts_in_a_case_are_refused(folder: Path) -> None:
+    write_nifti(folder / "ct.nii.gz", np.zeros(SHAPE, np.int16))
+    with pytest.raises(DataError, match=r"img\.nrrd and ct\.nii\.gz: expected one CT"):
+        read_case(folder, STRUCTURES)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -207,6 +263,18 @@ def test_cases_are_found_by_name(folder: Path) -> None:
     write_nrrd(folder.parent / "pt_0" / "img.nrrd", np.zeros(SHAPE, np.int16))
     (folder.parent / "empty").mkdir()
     assert find_cases(folder.parent) == [folder.parent / "pt_0", folder]
+
+
+def test_a_folder_of_masks_without_a_ct_is_a_case_that_cannot_be_read(folder: Path) -> None:
+    (folder / "img.nrrd").rename(folder / "IMG.nrrd")
+    assert find_cases(folder.parent) == [folder]
+
+
+def test_a_hidden_folder_is_no_case(folder: Path) -> None:
+    """A case that `archive` was killed at is one."""
+    folder.rename(folder.with_name(".case_1.part"))
+    with pytest.raises(DataError, match="no case in"):
+        find_cases(folder.parent)
 
 
 def test_no_case_is_refused(tmp_path: Path) -> None:
@@ -359,6 +427,7 @@ def test_two_masks_of_one_structure_are_refused(nifti: Path) -> None:
         (None, "a label map without labels.toml"),
         ("BrainStem", "not TOML"),
         ('BrainStem = "1"', "whole numbers above 0"),
+        ("BrainStem = 1\nLarynx = 1", "each its own"),
     ],
 )
 def test_a_label_map_without_a_table_is_refused(nifti: Path, table: str | None, complaint: str) -> None:
@@ -366,6 +435,27 @@ def test_a_label_map_without_a_table_is_refused(nifti: Path, table: str | None, 
     if table:
         (nifti / "labels.toml").write_text(table)
     with pytest.raises(DataError, match=complaint):
+        read_case(nifti, STRUCTURES)
+
+
+def test_a_label_map_of_fractions_is_refused(nifti: Path) -> None:
+    write_nifti(nifti / "labels.nii.gz", mask_of((1, 2, 3)) * np.float32(1.4))
+    (nifti / "labels.toml").write_text("BrainStem = 1")
+    with pytest.raises(DataError, match=r"labels\.nii\.gz: expected whole numbers"):
+        read_case(nifti, STRUCTURES)
+
+
+def test_a_value_that_no_table_names_is_told(nifti: Path) -> None:
+    write_nifti(nifti / "labels.nii.gz", mask_of((1, 2, 3)) + 7 * mask_of((4, 5, 6)))
+    (nifti / "labels.toml").write_text("BrainStem = 1")
+    assert read_case(nifti, STRUCTURES).unmatched == ("value 7",)
+
+
+def test_a_label_map_beside_masks_is_refused(nifti: Path) -> None:
+    write_nifti(nifti / "labels.nii.gz", mask_of((1, 2, 3)))
+    (nifti / "labels.toml").write_text("BrainStem = 1")
+    write_nifti(nifti / "structures" / "BrainStem.nii.gz", mask_of((1, 2, 4)))
+    with pytest.raises(DataError, match=r"labels\.nii\.gz and structures/: expected one of them"):
         read_case(nifti, STRUCTURES)
 
 

@@ -118,7 +118,7 @@ def test_killed_before_its_first_state_it_begins_again(data: Path, undisturbed: 
     """And takes no state of the run that was there before."""
     output = tmp_path / "tiny.safetensors"
     shutil.copy(undisturbed / STATE, tmp_path)
-    killed(data, output, "all but the state written", 1)
+    killed(data, output, "all but the state written", 1, "--overwrite")
     assert "nothing to resume" in refusal(train(data, output, "--resume"))
-    assert train(data, output).exit_code == 0
+    assert train(data, output, "--overwrite").exit_code == 0
     assert_alike(tmp_path, undisturbed)

@@ -196,3 +196,11 @@ def test_half_precision_logits_are_summed_in_single_precision(logits: Tensor, ta
     loss = hybrid_loss(rounded, target, ALL)
     assert loss.dtype == torch.float32
     assert loss == hybrid_loss(rounded.float(), target, ALL)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0])
+def test_a_certain_answer_has_a_finite_gradient(target: Tensor, gamma: float) -> None:
+    """(1 - p) ** gamma has none at p = 1 for a gamma between 0 and 1: no configuration may have such."""
+    certain = (1e4 * F.one_hot(target, CLASSES).permute(3, 0, 1, 2)[None].float()).requires_grad_()
+    loss = hybrid_loss(certain, target, ALL, focal_gamma=gamma)
+    assert torch.isfinite(gradient(loss, certain)).all()

@@ -183,6 +183,16 @@ def test_a_contour_that_is_there_twice_counts_once(tmp_path: Path, series: CTSer
     assert int(read_one(tmp_path / "rs.dcm", series, twice).box.sum()) == 16
 
 
+def test_the_same_contour_begun_elsewhere_turned_round_or_closed_twice_counts_once(
+    tmp_path: Path, series: CTSeries
+) -> None:
+    """By the even-odd rule the second would wipe out the first."""
+    points = voxel_path(series, 4, square(5.5, 9.5))
+    again = (np.roll(points, 1, axis=0), points[::-1], np.vstack((points, points[:1])))
+    roi = read_one(tmp_path / "rs.dcm", series, [item(points), *map(item, again)])
+    assert int(roi.box.sum()) == 16
+
+
 def test_a_centre_on_the_contour_is_inside(tmp_path: Path, series: CTSeries) -> None:
     """PS3.3 C.8.8.6.3; so masks come back whole from tools that run contours through the centres of border voxels."""
     roi = read_one(tmp_path / "rs.dcm", series, [item(voxel_path(series, 4, square(5, 9)))])
@@ -195,7 +205,7 @@ def test_what_lies_outside_the_image_is_cut_off(tmp_path: Path, series: CTSeries
     assert int(inside.box.sum()) == 4**2
     outside = read_one(tmp_path / "rs.dcm", series, [item(voxel_path(series, 4, square(-9.5, -3.5)))])
     assert not outside.box.any()
-    assert not outside.problem
+    assert outside.problem == "it lies outside this CT"
 
 
 def test_contours_may_lie_a_little_off_their_slice(tmp_path: Path, series: CTSeries) -> None:
@@ -212,6 +222,7 @@ def test_contours_may_lie_a_little_off_their_slice(tmp_path: Path, series: CTSer
         ((0, 0, 900), "CLOSED_PLANAR", "1 of 2 contours do not lie on a slice"),
         ((0, 0, 0), "OPEN_PLANAR", "1 of 2 contours are open"),
         ((0, 0, 0), "OPEN_NONPLANAR", "1 of 2 contours are open"),
+        ((0, 0, 0), "", "1 of 2 contours are of no known type"),
     ],
 )
 def test_an_roi_that_cannot_be_drawn_says_why(
@@ -289,6 +300,18 @@ def test_a_damaged_contour_is_refused(tmp_path: Path, series: CTSeries, values: 
     broken = "\\".join([*values, *[str(v) for v in good.ContourData][3:]])
     path.write_bytes(path.read_bytes().replace(text.encode(), broken.ljust(len(text)).encode()))
     with pytest.raises(StudyError, match=r"rs\.dcm is damaged"):
+        read_structure_set(path, series)
+
+
+@pytest.mark.parametrize("number", ["ROINumber", "ReferencedROINumber"])
+def test_a_number_that_two_rois_have_is_refused(tmp_path: Path, series: CTSeries, number: str) -> None:
+    contour = item(voxel_path(series, 4, square(5.5, 9.5)))
+    path = write_rois(tmp_path / "rs.dcm", series, {"Larynx": [contour], "Mandible": [contour]})
+    dataset = pydicom.dcmread(path)
+    part = dataset.StructureSetROISequence if number == "ROINumber" else dataset.ROIContourSequence
+    setattr(part[1], number, 1)
+    dataset.save_as(path)
+    with pytest.raises(StudyError, match=rf"rs\.dcm: two ROIs have {number} 1: which contours are whose"):
         read_structure_set(path, series)
 
 

@@ -1,6 +1,7 @@
 """A bad case is named and skipped, an odd one is named, and nothing is left out silently."""
 
 import csv
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from numpy.typing import NDArray
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import DataError
 from anatomynet.engine.geometry import VolumeGeometry
-from anatomynet.engine.survey import summary_lines, survey_cases, write_survey
-from anatomynet.engine.volume_files import write_nrrd
+from anatomynet.engine.survey import check_apart, summary_lines, survey_cases, write_survey
+from anatomynet.engine.volume_files import read_volume, write_nrrd
 from tests.openkbp import OPENKBP, requires_openkbp
 
 MODEL = ModelConfig("test", ("Parotid_L", "Parotid_R"), 4, (0.9, 0.9, 2.0), (1.2, 1.2, 3.0), (-250.0, 550.0))
@@ -107,3 +108,53 @@ def test_real_patients_are_not_skipped(tmp_path: Path) -> None:
     survey = survey_cases(tmp_path, model)
     assert survey.skipped == ()
     assert len(survey.cases) > 5
+
+
+def test_a_ct_that_is_not_in_hounsfield_units_is_skipped(data: Path) -> None:
+    """Stored values, of which water is 1000 or 1024: a network would see nothing but bone."""
+    write_case(data / "c_raw", {"Parotid_L": LEFT})
+    hu, geometry = read_volume(data / "c_raw" / "img.nrrd")
+    (data / "c_raw" / "img.nrrd").unlink()
+    write_nrrd(data / "c_raw" / "img.nrrd", hu + np.int16(1024), geometry)
+    (skipped,) = survey_cases(data, MODEL).skipped
+    assert "Parotid_L: 1064 HU in the median: expected soft tissue; is the CT in Hounsfield units?" in skipped.skipped
+
+
+@pytest.mark.parametrize(
+    ("name", "box", "reason"),
+    [
+        ("Submandibular_L", np.s_[4:20, 12:36, 26:40], "impossibly large: 258 ml, expected 0.5 to 80"),
+        ("Chiasm", np.s_[6:14, 20:28, 20:28], "impossibly large: 24.6 ml, expected 0.03 to 8"),
+        ("OpticNerve_L", LEFT, "impossibly large: 18.4 ml, expected 0.03 to 8"),
+    ],
+)
+def test_organs_that_no_patient_here_has_have_impossible_sizes_too(
+    data: Path, name: str, box: Box, reason: str
+) -> None:
+    write_case(data / "c_bad", {name: box})
+    model = replace(MODEL, structures=("Parotid_L", "Chiasm", "OpticNerve_L", "Submandibular_L"))
+    (skipped,) = survey_cases(data, model).skipped
+    assert reason in skipped.skipped
+
+
+def test_one_ct_under_two_names_is_told(data: Path) -> None:
+    """It may have been drawn by two observers, or copied."""
+    write_case(data / "c_shifted", {"Parotid_L": LEFT}, replace(GEOMETRY, origin=(0.0, 0.0, 3.0)))
+    reports = {report.name: report.remarks for report in survey_cases(data, MODEL).reports}
+    assert "its CT is that of a_good, too" in reports["b_one"]
+    assert "its CT is that of a_good, too" in reports["c_shifted"]
+    assert not reports["a_good"]
+
+
+def test_a_patient_to_learn_from_and_to_validate_with_is_refused(data: Path) -> None:
+    write_case(data.parent / "validation" / "x", {"Parotid_L": LEFT})
+    surveys = [survey_cases(data.parent / name, MODEL) for name in ("train", "validation")]
+    with pytest.raises(DataError, match="train/a_good and validation/x are one CT: expected other patients"):
+        check_apart(*surveys)
+
+
+def test_a_name_that_is_no_text_is_written_all_the_same(data: Path, tmp_path: Path) -> None:
+    """Of a folder that another system wrote."""
+    (data / "b_one").rename(os.fsdecode(bytes(data) + b"/b_\xe9"))
+    write_survey(tmp_path / "cases.csv", [survey_cases(data, MODEL)])
+    assert rb"b_\udce9" in (tmp_path / "cases.csv").read_bytes()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
 from anatomynet.engine.data import Case, read_case
-from anatomynet.engine.errors import ModelError
+from anatomynet.engine.errors import DataError, ModelError
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.region import RegionConfig
 from anatomynet.engine.region_runtime import EmbeddedRegionFinder
@@ -288,21 +288,60 @@ def test_a_finished_run_has_nothing_to_resume(data: Path, trained: Path) -> None
 def test_a_new_run_starts_a_new_log(data: Path, tmp_path: Path) -> None:
     output = tmp_path / "again.safetensors"
     for _ in range(2):
-        assert train(data, output, "--steps", "1").exit_code == 0
+        assert train(data, output, "--steps", "1", "--overwrite").exit_code == 0
     assert [row["step"] for row in rows_of(output.with_suffix(".csv"))] == [1]
 
 
-def test_even_a_run_that_learns_nothing_writes_what_it_announces(data: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "data"
-    write_case(folder / "train" / "a", 0)
-    write_case(folder / "validation" / "c", 0, ("OpticNerve_R",))
-    # It is not there, and a network of one step draws everything somewhere: DSC 0.
-    path = folder / "validation" / "c" / "structures" / "OpticNerve_R.nrrd"
-    mask, header = nrrd.read(str(path))
-    nrrd.write(str(path), np.zeros_like(mask), header)
-    (folder / "tiny.toml").write_text(CONFIG)
+@pytest.mark.parametrize("left", ["tiny.safetensors", "tiny.state.safetensors"])
+def test_a_run_is_never_lost_unasked(data: Path, trained: Path, tmp_path: Path, left: str) -> None:
+    """A night of training, and --resume forgotten."""
+    (tmp_path / left).write_bytes((trained.parent / left).read_bytes())
+    assert "give --resume to go on with it, --overwrite to lose it" in refusal(train(data, tmp_path / trained.name))
+    assert [path.name for path in tmp_path.iterdir()] == [left]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_what_was_before(data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "tiny.safetensors"
+    assert train(data, output, "--steps", str(STEPS_PER_EPOCH)).exit_code == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    state = output.with_suffix(".state.safetensors")
+    with safe_open(state, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(tensors | {"network.classify.bias": torch.full((4,), torch.nan)}, state, metadata)
+    broken = state.read_bytes()
+    result = train(data, output, "--resume")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("error: the loss is nan after 10 steps: training has diverged")
+    assert state.read_bytes() == broken
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before | {
+        state.name: broken
+    }
+
+
+def test_a_log_that_someone_changed_is_told(data: Path, trained: Path, tmp_path: Path) -> None:
+    """As a spreadsheet may."""
+    for path in trained.parent.glob("tiny.*safetensors"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for text in (trained.with_suffix(".csv").read_bytes().replace(b",", b";"), b"\xff\xfe\0"):
+        (tmp_path / "tiny.csv").write_bytes(text)
+        complaint = refusal(train(data, tmp_path / trained.name, "--resume"))
+        assert "tiny.csv is not the log that anatomynet-train wrote: move it away" in complaint
+
+
+def test_a_structure_that_nobody_drew_cannot_be_chosen(data: Path) -> None:
+    model, recipe = load_config(data / "tiny.toml")
+    case = read_case(data / "train" / "b", model.structures)  # without a right optic nerve
+    recipe = replace(recipe, class_weights=(1.0, 0.0, 0.0, 1.0), balanced_share=1.0)
+    with pytest.raises(DataError, match="no case has a structure whose class weight is above 0"):
+        chosen_by_structure([case], recipe, np.random.default_rng(0))
+
+
+def test_even_a_run_that_learns_nothing_writes_what_it_announces(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("anatomynet.engine.train.validate", lambda *_, **__: {name: [0.0] for name in STRUCTURES})
     output = tmp_path / "nothing.safetensors"
-    assert train(folder, output, "--steps", "1").exit_code == 0
+    assert train(data, output, "--steps", "1").exit_code == 0
     assert rows_of(output.with_suffix(".csv"))[0]["mean"] == 0
     assert output.is_file()
 
@@ -364,6 +403,24 @@ def test_a_log_that_was_lost_begins_anew(data: Path, trained: Path, tmp_path: Pa
     assert [row["step"] for row in rows_of(tmp_path / "tiny.csv")] == [21]
 
 
+def test_a_checkpoint_that_was_lost_is_told(data: Path, trained: Path, tmp_path: Path) -> None:
+    """What comes may be worse than it was, and would not be written."""
+    state = trained.with_suffix(".state.safetensors")
+    (tmp_path / state.name).write_bytes(state.read_bytes())
+    complaint = refusal(train(data, tmp_path / trained.name, "--resume", "--steps", str(STEPS + 1)))
+    assert "tiny.safetensors, the best of this run so far, is not there" in complaint
+
+
+def test_resuming_from_another_networks_state_is_refused(data: Path, trained: Path, tmp_path: Path) -> None:
+    """As that of the baseline, whose [model] and [train] are the same."""
+    state = trained.with_suffix(".state.safetensors")
+    with safe_open(state, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    other = {name: tensor for name, tensor in tensors.items() if "classify" not in name}
+    save_file(other, tmp_path / state.name, metadata)
+    assert "holds another network" in refusal(train(data, tmp_path / trained.name, "--resume"))
+
+
 def test_resuming_without_a_state_is_refused(data: Path, tmp_path: Path) -> None:
     assert "nothing to resume" in refusal(train(data, tmp_path / "new.safetensors", "--resume"))
 
@@ -396,9 +453,10 @@ def test_a_state_without_a_count_of_patients_can_be_resumed(data: Path, trained:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     table = json.loads(metadata["model"])
     assert table.pop("patients") == [2, 2, 1]
-    # Of the worst DSC, so that one more step writes a checkpoint.
+    # Of the worst DSC, so that one more step writes a checkpoint over the one that is there.
     metadata |= {"model": json.dumps(table, sort_keys=True), "best": "-1.0"}
     save_file(tensors, tmp_path / "tiny.state.safetensors", metadata)
+    (tmp_path / "tiny.safetensors").write_bytes(trained.read_bytes())
     result = train(data, tmp_path / "tiny.safetensors", "--resume", "--steps", str(STEPS + 1))
     assert result.exit_code == 0, result.output
     assert load_checkpoint(tmp_path / "tiny.safetensors")[1].patients == (2, 2, 1)
@@ -459,9 +517,10 @@ def test_beginning_with_a_pickle_is_refused(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_either_resumes_or_begins(data: Path, trained: Path) -> None:
-    result = train(data, trained, "--resume", "--from", str(trained))
-    assert result.exit_code == 2
-    assert "give one" in result.output
+    for other in (("--from", str(trained)), ("--overwrite",)):
+        result = train(data, trained, "--resume", *other)
+        assert result.exit_code == 2
+        assert "give one" in result.output
 
 
 @pytest.mark.parametrize(
@@ -499,8 +558,8 @@ def test_a_case_without_any_structure_is_refused(tmp_path: Path) -> None:
 
 def test_a_bad_case_is_named_and_skipped_or_refused(tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(CONFIG)
-    for name in ("train/a", "train/bad", "validation/c"):
-        write_case(tmp_path / name, 0)
+    for shift, name in enumerate(("train/a", "train/bad", "validation/c")):
+        write_case(tmp_path / name, shift)
     (tmp_path / "train" / "bad" / "img.nrrd").write_bytes(b"broken")
     output = tmp_path / "out" / "tiny.safetensors"
     result = train(tmp_path, output, "--steps", "1")
@@ -508,7 +567,7 @@ def test_a_bad_case_is_named_and_skipped_or_refused(tmp_path: Path) -> None:
     assert "train: 1 cases (Chiasm 1, OpticNerve_L 1, OpticNerve_R 1)" in result.stdout
     assert "  skipped bad: " in result.stdout
     assert "bad" in output.with_suffix(".cases.csv").read_text()
-    assert "1 of 2 cases" in refusal(train(tmp_path, output, "--strict"))
+    assert "1 of 2 cases" in refusal(train(tmp_path, output, "--strict", "--overwrite"))
 
 
 def test_an_unknown_configuration_is_refused(data: Path, tmp_path: Path) -> None:
@@ -519,6 +578,11 @@ def test_an_unknown_configuration_is_refused(data: Path, tmp_path: Path) -> None
 def test_an_impossible_output_is_refused_before_training(data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     assert "cannot be a folder" in refusal(train(data, tmp_path / "file" / "t.safetensors"))
+    for name in ("t", "t.csv", "t.1"):  # .csv is the log's, and of t.1 and t.2 all but the weights would be one
+        assert f"{name}: expected a name that ends in .safetensors" in refusal(train(data, tmp_path / name))
+    assert "File name too long" in refusal(train(data, tmp_path / f"{'t' * 240}.safetensors"))
+    (tmp_path / "folder.safetensors").mkdir()
+    assert "is a folder" in refusal(train(data, tmp_path / "folder.safetensors", "--overwrite"))
 
 
 def test_no_data_is_a_wrong_usage() -> None:

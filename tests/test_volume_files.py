@@ -98,3 +98,37 @@ def test_an_nrrd_of_another_space_is_refused(tmp_path: Path) -> None:
     nrrd.write(str(tmp_path / "img.nrrd"), np.zeros(SHAPE, np.int16), {"space": "RAS"})
     with pytest.raises(DataError, match="expected three axes along left-posterior-superior"):
         read_volume(tmp_path / "img.nrrd")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        (b"space origin: (0,0,0)", b"space origin: (0,0)", "not a readable NRRD file"),
+        (b"space origin: (0,0,0)", b"space origin: (nan,0,0)", r"ct\.nrrd: .* origin \(nan, 0.0, 0.0\)"),
+        (b"type: int16", b"type: int17", "not a readable NRRD file"),
+        (b"encoding: gzip", b'space units: "cm" "cm" "cm"\nencoding: gzip', "expected lengths in mm, found cm"),
+    ],
+)
+def test_an_nrrd_header_that_makes_no_sense_is_refused(tmp_path: Path, old: bytes, new: bytes, complaint: str) -> None:
+    path = tmp_path / "ct.nrrd"
+    write_nrrd(path, np.zeros((4, 5, 6), np.int16), VolumeGeometry((4, 5, 6), (1.0, 1.0, 2.0)))
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new, 1))
+    with pytest.raises(DataError, match=complaint):
+        read_volume(path)
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, [("R", "u1"), ("G", "u1"), ("B", "u1")]])
+def test_nifti_of_colours_or_complex_numbers_is_refused(tmp_path: Path, dtype: Any) -> None:
+    nibabel.save(Nifti(np.zeros((4, 5, 6), dtype), np.diag([-1.0, -1.0, 2.0, 1.0])), tmp_path / "ct.nii.gz")
+    with pytest.raises(DataError, match="expected one real number a voxel"):
+        read_volume(tmp_path / "ct.nii.gz")
+
+
+def test_nifti_in_other_units_is_refused(tmp_path: Path) -> None:
+    image = Nifti(np.zeros((4, 5, 6), np.int16), np.diag([-1.0, -1.0, 2.0, 1.0]))
+    image.header.set_xyzt_units("meter")
+    nibabel.save(image, tmp_path / "ct.nii.gz")
+    with pytest.raises(DataError, match="expected lengths in mm, found meter"):
+        read_volume(tmp_path / "ct.nii.gz")
