@@ -33,7 +33,7 @@ from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
 from anatomynet.engine.data import Case, cut_to_body, cut_to_head_and_neck
 from anatomynet.engine.errors import DataError
 from anatomynet.engine.network import AnatomyNet, ResidualBlock, SqueezeExcitation
-from anatomynet.engine.survey import survey_cases
+from anatomynet.engine.survey import survey_archive
 from anatomynet.engine.train import phantom_case, validate
 from benchmarks.common import machine, write_result
 from benchmarks.oar9_phantoms import FIRST_UNSEEN_SEED, device_name, trained, with_structures_withheld
@@ -177,8 +177,8 @@ def cases_of(data: Path | None, phantoms: int | None, model: ModelConfig) -> tup
     if (data is None) == (phantoms is None):
         raise DataError("nothing to learn from, or two things: expected --data FOLDER or --phantoms N")
     if data:
-        surveys = [survey_cases(data / name, model) for name in ("train", "validation")]
-        return [cut_to_body(cut_to_head_and_neck(case)) for case in surveys[0].cases], surveys[1].cases
+        taught, held_out = survey_archive(data, model)
+        return [cut_to_body(cut_to_head_and_neck(case)) for case in taught.cases], held_out.cases
     x, y, z = ((low + high) / 2 for low, high in zip(model.smallest_spacing, model.largest_spacing, strict=True))
     spacing = (x * model.in_plane_stride, y * model.in_plane_stride, z)
     count = phantoms or 0

@@ -22,7 +22,7 @@ from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
 from anatomynet.engine.data import cut_to_body, cut_to_head_and_neck, find_cases
 from anatomynet.engine.network import AIR
 from anatomynet.engine.runtime import Runtime, TorchRuntime
-from anatomynet.engine.survey import survey_cases
+from anatomynet.engine.survey import survey_archive
 from anatomynet.engine.train import fit, patient_counts
 from anatomynet.engine.training import Training
 from benchmarks.accuracy import CAUTION, PUBLISHED, measured, runtime_from_checkpoint
@@ -98,14 +98,14 @@ class DynUNetOfAnySize(nn.Module):
 
 def trained(data: Path, model: ModelConfig, train: TrainConfig, output: Path, *, resume: bool) -> Runtime:
     """The best of a run over the cases that anatomynet-train takes, ready to draw."""
-    surveys = [survey_cases(data / name, model) for name in ("train", "validation")]
-    cases = [cut_to_body(cut_to_head_and_neck(case)) for case in surveys[0].cases]
+    taught, held_out = survey_archive(data, model)
+    cases = [cut_to_body(cut_to_head_and_neck(case)) for case in taught.cases]
     model = replace(model, patients=patient_counts(cases))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     training = Training(model, train, device, new_network=DynUNetOfAnySize)
     if resume:
         training.restore(output.with_suffix(".state.safetensors"))
-    fit(training, cases, surveys[1].cases, output)
+    fit(training, cases, held_out.cases, output)
     network = DynUNetOfAnySize(model.classes)
     network.load_state_dict(load_file(output))
     return TorchRuntime(network.eval(), model, device)

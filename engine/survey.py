@@ -64,6 +64,25 @@ class Survey:
         return tuple(report for report in self.reports if report.skipped)
 
 
+def survey_archive(
+    archive: Path, model: ModelConfig, *, alias_file: Path | None = None, strict: bool = False
+) -> tuple[Survey, Survey]:
+    """Reads every case of an archive's `train` and `validation`; arguments as of `survey_cases`.
+
+    Returns:
+        What is learnt from, and what it is validated with.
+
+    Raises:
+        DataError: see `survey_cases`; one CT in both.
+        ModelError: an alias file that cannot be used.
+    """
+    taught, held_out = (
+        survey_cases(archive / name, model, alias_file=alias_file, strict=strict) for name in ("train", "validation")
+    )
+    _check_apart(taught, held_out)
+    return taught, held_out
+
+
 def survey_cases(folder: Path, model: ModelConfig, *, alias_file: Path | None = None, strict: bool = False) -> Survey:
     """Reads every case of a folder, with a progress bar.
 
@@ -122,18 +141,14 @@ def write_survey(path: Path, surveys: Iterable[Survey]) -> None:
     write_whole(path, text.getvalue().encode(errors="backslashreplace"), overwrite=True)
 
 
-def check_apart(taught: Survey, held_out: Survey) -> None:
-    """What is learnt from and validated with must be other patients: else validation measures memory.
-
-    Raises:
-        DataError: one CT in both.
-    """
+def _check_apart(taught: Survey, held_out: Survey) -> None:
+    """What is learnt from and validated with must be other patients: else validation measures memory."""
     digests = {_digest(case): case.name for case in reversed(taught.cases)}
     for case in held_out.cases:
         if (name := digests.get(_digest(case))) is not None:
             raise DataError(
                 f"{taught.folder}/{name} and {held_out.folder}/{case.name} are one CT: expected other patients to "
-                f"validate with; remove it from one of them"
+                "validate with; remove it from one of them"
             )
 
 

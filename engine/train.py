@@ -37,7 +37,7 @@ from anatomynet.engine.region import RegionFinder
 from anatomynet.engine.region_runtime import EmbeddedRegionFinder
 from anatomynet.engine.resolution import draw_reduced
 from anatomynet.engine.runtime import TorchRuntime, available_cores
-from anatomynet.engine.survey import check_apart, summary_lines, survey_cases, write_survey
+from anatomynet.engine.survey import summary_lines, survey_archive, write_survey
 from anatomynet.engine.training import Training
 
 # Threads that make samples. One is enough for two cores, where a sample takes 8 ms, a phantom 0.23 s and a step half a
@@ -327,11 +327,10 @@ def main(
     output = output or Path("runs") / f"{model.name}.safetensors"
     _prepare_output(output, overwrite=resume or overwrite)  # before an hour of training, not after
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    surveys = [survey_cases(data / name, model, alias_file=aliases, strict=strict) for name in ("train", "validation")]
+    surveys = survey_archive(data, model, alias_file=aliases, strict=strict)
     write_survey(output.with_suffix(".cases.csv"), surveys)
     for survey in surveys:
         click.echo("\n".join(summary_lines(survey, model)))
-    check_apart(*surveys)
     cases, held_out = [cut_to_body(cut_to_head_and_neck(case)) for case in surveys[0].cases], surveys[1].cases
     training = Training(dataclasses.replace(model, patients=patient_counts(cases)), train, device)
     if begin_with:

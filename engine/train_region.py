@@ -43,7 +43,7 @@ from anatomynet.engine.region import (
 )
 from anatomynet.engine.region_network import RegionNetwork, ServedRegion, box_of, input_from_coarse
 from anatomynet.engine.resolution import enlarged
-from anatomynet.engine.survey import survey_cases
+from anatomynet.engine.survey import survey_archive
 from anatomynet.engine.train import phantom_case
 from anatomynet.engine.volume import HounsfieldArray
 
@@ -304,11 +304,8 @@ def main(data: Path, checkpoint: Path | None, output: Path, steps: int) -> None:
     config = RegionConfig(model.structures, COARSE_SPACING, HU_WINDOW, threshold=0.0, margin=(0, 0, 0))
     output.parent.mkdir(parents=True, exist_ok=True)
     train, validation = (
-        [
-            (case, drawn_mask(case, network, model))
-            for case in tqdm(survey_cases(data / name, model).cases, desc="drawing", unit="case")
-        ]
-        for name in ("train", "validation")
+        [(case, drawn_mask(case, network, model)) for case in tqdm(survey.cases, desc="drawing", unit="case")]
+        for survey in survey_archive(data, model)
     )
     cases = [training_case(*pair) for pair in train]
     phantoms = []

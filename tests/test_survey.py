@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import DataError
 from anatomynet.engine.geometry import VolumeGeometry
-from anatomynet.engine.survey import check_apart, summary_lines, survey_cases, write_survey
+from anatomynet.engine.survey import summary_lines, survey_archive, survey_cases, write_survey
 from anatomynet.engine.volume_files import read_volume, write_nrrd
 from tests.openkbp import OPENKBP, requires_openkbp
 
@@ -148,9 +148,8 @@ def test_one_ct_under_two_names_is_told(data: Path) -> None:
 
 def test_a_patient_to_learn_from_and_to_validate_with_is_refused(data: Path) -> None:
     write_case(data.parent / "validation" / "x", {"Parotid_L": LEFT})
-    surveys = [survey_cases(data.parent / name, MODEL) for name in ("train", "validation")]
     with pytest.raises(DataError, match="train/a_good and validation/x are one CT: expected other patients"):
-        check_apart(*surveys)
+        survey_archive(data.parent, MODEL)
 
 
 def test_a_name_that_is_no_text_is_written_all_the_same(data: Path, tmp_path: Path) -> None:
