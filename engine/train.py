@@ -337,7 +337,7 @@ def main(
         training.begin_with(None if begin_with == SHIPPED_NAME else Path(begin_with))
     if resume:
         training.restore(_state_of(output))
-        if not output.is_file():  # what comes may be worse, and would not be written
+        if training.validated and not output.is_file():  # what comes may be worse, and would not be written
             raise OutputError(f"{output}, the best of this run so far, is not there: put it back, or begin anew")
     else:
         _forget_run(output)

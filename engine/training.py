@@ -30,6 +30,7 @@ from anatomynet.engine.precision import in_bfloat16
 LARGEST_GRADIENT = 12.0
 MOMENTUM = 0.9  # of the paper's second stage (section 3.1)
 MAY_CHANGE = ("steps", "steps_per_epoch")  # when a run is resumed
+NOT_VALIDATED = -1.0  # below the worst DSC: the first validation always writes a checkpoint
 FINAL_RATE = 0.01  # share of the learning rate that is left at the end
 
 
@@ -64,7 +65,7 @@ class Training:
         self.step = 0
         self.losses: list[Tensor] = []  # of the epoch's steps so far, on the device
         self.optimiser = self._new_optimiser()
-        self.best = -1.0  # below the worst DSC: the first validation always writes a checkpoint
+        self.best = NOT_VALIDATED  # DSC
 
     def begin_with(self, path: Path | None) -> None:
         """Takes the weights of a checkpoint instead of random ones; None is the shipped one.
@@ -134,6 +135,11 @@ class Training:
                 self._recorded[key] = cast(nn.Module, torch.cuda.make_graphed_callables(plain, (image.clone(),)))
             self.network.load_state_dict(before)
         return self._recorded[key]
+
+    @property
+    def validated(self) -> bool:
+        """Whether there is a best checkpoint by now."""
+        return self.best > NOT_VALIDATED
 
     @property
     def _statistics_are_frozen(self) -> bool:

@@ -279,6 +279,21 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(data: Path, trained: 
     assert log.read_bytes() == trained.with_suffix(".csv").read_bytes()  # the loss of the broken epoch too
 
 
+def test_a_run_interrupted_before_its_first_validation_goes_on(
+    data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is a state by then, and no best checkpoint yet."""
+    output = tmp_path / "tiny.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr("anatomynet.engine.train._Interruptible.asked", True)
+        assert train(data, output).exit_code != 0
+    assert not output.exists()
+    assert state_of(output.with_suffix(".state.safetensors"))[0] == 1
+    resumed = train(data, output, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert output.read_bytes() == trained.read_bytes()
+
+
 def test_a_finished_run_has_nothing_to_resume(data: Path, trained: Path) -> None:
     before = trained.read_bytes()
     assert train(data, trained, "--resume").exit_code == 0
