@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 from anatomynet import __version__
 from anatomynet.engine.errors import ModelError
@@ -51,8 +51,8 @@ def check_repository(repository: Path) -> None:
         raise ModelError(f"no model in {repository}: {found}; write one with `anatomynet-export --fp16`")
     if not (repository / MODEL_NAME).is_dir():
         raise ModelError(
-            f"no model {MODEL_NAME} in {repository}, only {', '.join(folder.name for folder in folders)}: an export may "
-            f"have been ended in the middle; {EXPORT_AGAIN}"
+            f"no model {MODEL_NAME} in {repository}, only {', '.join(folder.name for folder in folders)}: an export "
+            f"may have been ended in the middle; {EXPORT_AGAIN}"
         )
     for folder in folders:
         check_files(folder)
@@ -100,7 +100,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _is_manifest(found: Any) -> bool:
+def _is_manifest(found: Any) -> TypeGuard[dict[str, Any]]:
     if not isinstance(found, dict) or not KEYS.issubset(found):
         return False
     plan, needs = found["plan"], found["needs"]

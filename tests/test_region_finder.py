@@ -133,7 +133,10 @@ def shipped_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shipped")
     onnx_file = shipped_weights(".onnx")
     config = load_runtime(onnx_file).model
-    models = [python_model(config, [onnx_file]), *region_form(None, config, folder, backend="python")]
+    models = [
+        python_model(config, [onnx_file]),
+        *region_form(load_region_checkpoint(), config, folder, backend="python"),
+    ]
     write_repository(folder / "triton_repo", models)
     return folder / "triton_repo"
 
@@ -221,7 +224,7 @@ def test_the_manifest_lists_the_finder_and_an_export_without_one_takes_it_away(t
 
 def test_a_model_with_more_structures_gets_no_finder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     oar9, _ = load_config("oar9")
-    assert region_form(None, oar9, tmp_path, backend="python") == []
+    assert region_form(load_region_checkpoint(), oar9, tmp_path, backend="python") == []
     assert "without a region finder: it does not know Chiasm" in capsys.readouterr().out
 
 
