@@ -72,6 +72,9 @@ class ModelConfig:
     patients: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        # A checkpoint from elsewhere names the files it is exported to: nothing in it may lead to another folder.
+        if not self.name or self.name[0] == "." or not self.name.isprintable() or set(self.name) & set('/\\"'):
+            raise ModelError(f"name of a configuration: expected one that a file can have, found {self.name!r}")
         structures_by_name(self.structures)
         if not self.structures or len(set(self.structures)) != len(self.structures):
             raise ModelError(f"structures of {self.name}: expected one or more, each once, found {self.structures}")
