@@ -380,9 +380,11 @@ def test_a_port_that_does_not_speak_grpc(triton_server: RunningServer) -> None:
         TritonRuntime(f"127.0.0.1:{triton_server.http_port}")
 
 
-@pytest.mark.parametrize("url", ["http://localhost:8000", "localhost:port", "localhost/v2", ":8001", "", " ", "a b:8001", "[::1"])
+@pytest.mark.parametrize(
+    "url", ["http://localhost:8000", "localhost:port", "localhost/v2", ":8001", "", " ", "a b:8001", "[::1"]
+)
 def test_what_is_no_address(url: str) -> None:
-    with pytest.raises(ServerError, match="expected HOST:PORT"):
+    with pytest.raises(ServerError, match="is no address of a server: expected HOST:PORT"):
         TritonRuntime(url)
 
 
