@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from anatomynet.client.study import read_ct_series, volume_from_series
 from anatomynet.engine.checkpoint import load_checkpoint
+from anatomynet.engine.command import reports_errors
 from anatomynet.engine.network import AnatomyNet, ServedNetwork
 from anatomynet.engine.preprocess import prepare
 from anatomynet.engine.runtime import CPU_PROVIDER, CUDA_PROVIDER, PROVIDER_OPTIONS, available_cores
@@ -40,7 +41,10 @@ Engine = Callable[[], Logits]
 
 @click.command()
 @click.option("--study", type=click.Path(path_type=Path, exists=True), help="A CT study; the phantom if not given.")
-@click.option("--repeats", default=3, show_default=True, help="Timed runs each, after one to warm up.")
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Timed runs each, after one to warm up."
+)
+@reports_errors
 def main(study: Path | None, repeats: int) -> None:
     """Time the network in every engine."""
     network, model = load_checkpoint()

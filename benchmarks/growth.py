@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from anatomynet.client.ct_writer import write_ct_series
 from anatomynet.client.triton import TritonRuntime
+from anatomynet.engine.command import reports_errors
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.phantom import PLANNING_SPACING
 from anatomynet.engine.preprocess import prepare
@@ -48,19 +49,47 @@ EXPONENTS = np.arange(0.5, 2.51, 0.01)
 Point = dict[str, float]
 
 
+def whole_numbers(_context: click.Context, _parameter: click.Parameter, text: str) -> list[int]:
+    """Of an option, with commas between, the smallest first."""
+    try:
+        numbers = sorted(map(int, text.split(",")))
+    except ValueError as error:
+        raise click.BadParameter(f"expected whole numbers with commas between, found {text!r}") from error
+    if numbers[0] < 1:
+        raise click.BadParameter(f"expected 1 or more, found {numbers[0]}")
+    return numbers
+
+
 @click.command()
-@click.option("--slices", default="64,128,192,256,320", show_default=True, help="Of 512 x 512.")
-@click.option("--sides", default="256,384,512,640,768", show_default=True, help="Of each of 178 slices, in pixels.")
-@click.option("--clients", default="1,2,4,8", show_default=True, help="At once, on 178 x 512 x 512.")
-@click.option("--repeats", default=2, show_default=True, help="Timed runs each, after one to warm up.")
-@click.option("--scale", default=1.0, show_default=True, help="Of the side 512 and the 178 slices: smaller is sooner.")
-def main(slices: str, sides: str, clients: str, repeats: int, scale: float) -> None:
+@click.option("--slices", callback=whole_numbers, default="64,128,192,256,320", show_default=True, help="Of 512 x 512.")
+@click.option(
+    "--sides",
+    callback=whole_numbers,
+    default="256,384,512,640,768",
+    show_default=True,
+    help="Of each of 178 slices, in pixels.",
+)
+@click.option(
+    "--clients", callback=whole_numbers, default="1,2,4,8", show_default=True, help="At once, on 178 x 512 x 512."
+)
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=2, show_default=True, help="Timed runs each, after one to warm up."
+)
+@click.option(
+    "--scale",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Of the side 512 and the 178 slices: smaller is sooner.",
+)
+@reports_errors
+def main(slices: list[int], sides: list[int], clients: list[int], repeats: int, scale: float) -> None:
     """Measure every curve, fit it, and draw it."""
     depth, height, width = (round(side * scale) for side in WHOLE)
     hu = phantom_hu((depth, height, width))
     shapes = {
-        "slices": {count: (count, height, width) for count in whole_numbers(slices)},
-        "pixels": {side**2: (depth, side, side) for side in whole_numbers(sides)},
+        "slices": {count: (count, height, width) for count in slices},
+        "pixels": {side**2: (depth, side, side) for side in sides},
     }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -74,7 +103,7 @@ def main(slices: str, sides: str, clients: str, repeats: int, scale: float) -> N
         }
         curves["clients"] = [
             {"x": count, **time_clients(count, hu, repository, repeats)}
-            for count in tqdm(whole_numbers(clients), desc=AXES["clients"])
+            for count in tqdm(clients, desc=AXES["clients"])
         ]
     fits = {
         axis: {name: fit(points, name) for name in QUANTITIES if name in points[0]} for axis, points in curves.items()
@@ -82,11 +111,6 @@ def main(slices: str, sides: str, clients: str, repeats: int, scale: float) -> N
     tell(fits)
     draw(curves, fits)
     write_result("growth", {"machine": machine(), "repeats": repeats, "scale": scale, "curves": curves, "fits": fits})
-
-
-def whole_numbers(text: str) -> list[int]:
-    """Of an option, with commas between."""
-    return sorted(map(int, text.split(",")))
 
 
 def stretched(hu: HounsfieldArray, shape: tuple[int, int, int]) -> CTVolume:

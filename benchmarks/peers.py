@@ -22,6 +22,7 @@ import click
 import numpy as np
 from tqdm import tqdm
 
+from anatomynet.engine.command import reports_errors
 from anatomynet.engine.metrics import dice
 from benchmarks.common import machine, run_and_measure, study_or_phantom, table_lines, write_result
 from benchmarks.one_peer import OVERLAP, ROI, WINDOWS_AT_ONCE
@@ -42,10 +43,11 @@ Row = dict[str, Any]
 
 @click.command()
 @click.option("--study", type=click.Path(path_type=Path, exists=True), help="A CT study; the phantom if not given.")
-@click.option("--repeats", default=3, show_default=True, help="Timed runs each.")
-@click.option("--warm-ups", default=1, show_default=True, help="Runs each before them.")
-@click.option("--tiles", default=2, show_default=True, help="Of nnU-Net, timed.")
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Timed runs each.")
+@click.option("--warm-ups", type=click.IntRange(min=0), default=1, show_default=True, help="Runs each before them.")
+@click.option("--tiles", type=click.IntRange(min=1), default=2, show_default=True, help="Of nnU-Net, timed.")
 @click.option("--roi", type=int, nargs=3, default=ROI, show_default=True, help="Of MONAI's window, z y x.")
+@reports_errors
 def main(study: Path | None, repeats: int, warm_ups: int, tiles: int, roi: tuple[int, int, int]) -> None:
     """Time each peer on one study."""
     not_measured: dict[str, str] = {}

@@ -24,6 +24,7 @@ from anatomynet.client.contours import trace_contours
 from anatomynet.client.ct_writer import write_ct_series
 from anatomynet.client.rtstruct import write_rtstruct
 from anatomynet.client.study import CTSeries, read_ct_series, volume_from_series
+from anatomynet.engine.command import reports_errors
 from anatomynet.engine.config import load_config
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.phantom import PLANNING_SHAPE, PLANNING_SPACING, make_phantom
@@ -39,8 +40,11 @@ Row = dict[str, Any]
 
 
 @click.command()
-@click.option("--repeats", default=5, show_default=True, help="Timed runs each, after one to warm up.")
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timed runs each, after one to warm up."
+)
 @click.option("--shape", type=int, nargs=3, default=PLANNING_SHAPE, show_default=True, help="Of the phantom, z y x.")
+@reports_errors
 def main(repeats: int, shape: tuple[int, int, int]) -> None:
     """Time reading, writing and starting."""
     spacing = np.multiply(PLANNING_SPACING, PLANNING_SHAPE[::-1]) / shape[::-1]

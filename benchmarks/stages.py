@@ -15,6 +15,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from anatomynet.engine.command import reports_errors
 from benchmarks.common import BIN, KIB_PER_GB, machine, run_and_measure, study_or_phantom, table_lines, write_result
 from benchmarks.served import write_shipped_repository
 from tests.triton_servers import running_server
@@ -24,7 +25,10 @@ STAGES = ("read", "connect", "infer", "check", "contours", "write")
 
 @click.command()
 @click.option("--study", type=click.Path(path_type=Path), help="A CT study; the phantom if not given.")
-@click.option("--repeats", default=5, show_default=True, help="Timed runs each, after one to warm up.")
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timed runs each, after one to warm up."
+)
+@reports_errors
 def main(study: Path | None, repeats: int) -> None:
     """Time `anatomynet-client segment` by stage."""
     with tempfile.TemporaryDirectory() as temporary, study_or_phantom(study) as study:

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from anatomynet.client.shared_memory import SHARED_MEMORY_FOLDER, SharedRegion
 from anatomynet.client.triton import TritonRuntime
+from anatomynet.engine.command import reports_errors
 from anatomynet.engine.config import shipped_weights
 from anatomynet.engine.runtime import load_runtime
 from anatomynet.engine.volume import HounsfieldArray
@@ -64,8 +65,17 @@ Seconds = dict[str, dict[str, float]]
 
 
 @click.command()
-@click.option("--repeats", default=5, show_default=True, help="Timed runs each, after one to warm up.")
-@click.option("--scale", default=1.0, show_default=True, help="Of every side: smaller is sooner.")
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Timed runs each, after one to warm up."
+)
+@click.option(
+    "--scale",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Of every side: smaller is sooner.",
+)
+@reports_errors
 def main(repeats: int, scale: float) -> None:
     """Time every way for every volume."""
     whole = np.random.default_rng(0).integers(-1000, 2000, scaled(WHOLE, scale), dtype=np.int16)

@@ -54,10 +54,10 @@ def address_from_url(url: str) -> ServerAddress:
         host, port = parts.hostname or "", default_port if parts.port is None else parts.port
     except ValueError:  # a port that is none, a bracket that does not close
         host, port = "", 0
-    if not host or "/" in target or "@" in target:
+    if not host or "/" in target or "@" in target or any(map(str.isspace, target)):
         raise ServerError(
-            f"{_without_password(url)} is no address of a server: expected HOST:PORT of its gRPC service, as "
-            f"{DEFAULT_URL}, or https://HOST:PORT"
+            f"{_without_password(url) or 'an empty word'} is no address of a server: expected HOST:PORT of its gRPC "
+            f"service, as {DEFAULT_URL}, or https://HOST:PORT"
         )
     return ServerAddress(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", host, port, bool(scheme))
 

@@ -17,6 +17,7 @@ from anatomynet.client.triton_region import common_region_finder
 from anatomynet.client.triton_server import Answer, SharedMemory, TritonServer
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import ServerError
+from anatomynet.engine.runtime import check_input
 from anatomynet.engine.volume import HounsfieldArray
 
 # For one volume: a full queue of whole volumes on two CPU cores.
@@ -96,10 +97,11 @@ class TritonRuntime:
         """See Runtime; may be called from several threads at once.
 
         Raises:
-            GeometryError: a volume larger than a server takes; nothing is sent.
+            GeometryError: an array of another type, too small, or larger than a server takes; nothing is sent.
             ServerError: no server answered in time, one refused a volume that none would take, an answer does not fit
                 the volume, or the model changed meanwhile; a ServerBusyError where a queue was full to the end.
         """
+        check_input(hu, self.model)  # copied into shared memory, another type's numbers would wrap around
         self.check_size(hu.shape)
         deadline = time.monotonic() + self._timeout_s
         given_up: set[TritonServer] = set()

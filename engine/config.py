@@ -78,6 +78,7 @@ class ModelConfig:
     patients: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        # A checkpoint from elsewhere names the files it is exported to: nothing in it may lead to another folder.
         if not NAME.fullmatch(self.name):
             raise ModelError(
                 f"name: expected letters, digits, _ . and -, since files are named by it, found {self.name!r}"

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from anatomynet.engine.errors import ModelError
+from anatomynet.engine.errors import GeometryError, ModelError
+from anatomynet.engine.limits import MemoryGuard
 from anatomynet.engine.region import REGION_METADATA_KEY, region_config_from_json
 from anatomynet.engine.runtime import (
     CPU_PROVIDER,
@@ -25,6 +26,7 @@ from anatomynet.engine.volume import HounsfieldArray
 
 Find = Callable[[HounsfieldArray], NDArray[np.int64]]
 INPUT_NAME, OUTPUT_NAME = "CT_COARSE", "BOX"
+BYTES_A_VOXEL = 300  # measured: OpenVINO takes 220, ONNX Runtime 280
 
 
 def shipped_region(suffix: str) -> Path:
@@ -60,10 +62,22 @@ class EmbeddedRegionFinder:
             raise ModelError(f"{path} is no region finder: expected the metadata '{REGION_METADATA_KEY}' in it")
         self.config = region_config_from_json(text)
         self._lock = threading.Lock()
+        self._memory = MemoryGuard(BYTES_A_VOXEL)
 
     def find(self, coarse: HounsfieldArray) -> NDArray[np.int64]:
-        """See RegionFinder; may be called from several threads at once."""
+        """See RegionFinder; may be called from several threads at once.
+
+        Raises:
+            GeometryError: an array of another type, or an empty one.
+            ModelError: too little memory for it, as for a whole CT that was not averaged.
+        """
+        if coarse.dtype != np.int16 or coarse.ndim != 3 or not coarse.size:
+            raise GeometryError(
+                f"expected a coarse CT, int16 of at least (1, 1, 1) voxels (z, y, x), found {coarse.dtype} of shape "
+                f"{coarse.shape}"
+            )
         with self._lock:
+            self._memory.check(coarse.shape)
             return self._find(np.ascontiguousarray(coarse))
 
 

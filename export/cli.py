@@ -6,6 +6,7 @@ Nothing reaches the repository before everything is proven; a run that fails lea
 """
 
 import importlib.util
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,9 +16,10 @@ import click
 
 from anatomynet.engine.command import reports_errors
 from anatomynet.engine.errors import ExportError
+from anatomynet.engine.output import write_whole
 
 if TYPE_CHECKING:
-    from anatomynet.export.forms import Source
+    from anatomynet.export.forms import FinderCheckpoint, Source
 
 NEEDED = ("torch", "safetensors", "onnx", "onnxscript", "onnxruntime")
 BACKENDS = ("python", "onnxruntime", "tensorrt")
@@ -75,27 +77,30 @@ def main(
     """
     if backend == "tensorrt" and not fp16:
         raise click.UsageError("a TensorRT plan is FP16: give --fp16 too")
-    if onnx_file and rtx:
+    if onnx_file and rtx is not None:
         raise click.UsageError("--onnx and --rtx each write one thing: give one of them")
-    architectures = [name.strip().lower() for name in rtx.split(",")] if rtx else []
+    architectures = [] if rtx is None else [name.strip().lower() for name in rtx.split(",")]
+    check_place(onnx_file or (plans_of(output) if architectures else output), is_file=onnx_file is not None)
     check_installed(backend, architectures)
+    from anatomynet.engine.checkpoint import load_region_checkpoint
     from anatomynet.export import forms
 
+    finder = load_region_checkpoint(region)
     source = forms.read_source(checkpoint, parity_input)
     with tempfile.TemporaryDirectory(prefix="anatomynet-export-") as folder:
         if onnx_file:
-            copy_in_place(forms.onnx_file(source, Path(folder), fp16=fp16), onnx_file)
+            write_whole(onnx_file, forms.onnx_file(source, Path(folder), fp16=fp16).read_bytes(), overwrite=True)
             click.echo(onnx_file)
         elif architectures:
             click.echo(
                 move_in_place(forms.rtx_form(source, Path(folder), architectures=architectures), plans_of(output))
             )
         else:
-            fill_repository(source, output, Path(folder), backend=backend, fp16=fp16, region=region)
+            fill_repository(source, output, Path(folder), backend=backend, fp16=fp16, finder=finder)
 
 
 def fill_repository(
-    source: "Source", output: Path, folder: Path, *, backend: str, fp16: bool, region: Path | None
+    source: "Source", output: Path, folder: Path, *, backend: str, fp16: bool, finder: "FinderCheckpoint"
 ) -> None:
     """Exports to `folder`, proves it, and hands all of it to the repository `output` at once, the region finder too.
 
@@ -106,7 +111,7 @@ def fill_repository(
     from anatomynet.export import forms
     from anatomynet.export.repository import write_repository
 
-    beside = forms.region_form(region, source.config, folder, backend=backend)
+    beside = forms.region_form(finder, source.config, folder, backend=backend)
     if backend == "tensorrt":
         models = forms.tensorrt_form(source, folder, timing_cache_folder=plans_of(output))
     elif backend == "onnxruntime":
@@ -132,25 +137,24 @@ def check_installed(backend: str, architectures: list[str]) -> None:
         forms.require_tensorrt()
 
 
+def check_place(place: Path, *, is_file: bool) -> None:
+    """Raises ExportError where nothing can be written: a proof takes minutes, and all of them would be lost."""
+    place = place.absolute()
+    if is_file and place.is_dir():
+        raise ExportError(f"{place} is a folder: expected the name of an ONNX file to write")
+    if is_file and not place.parent.is_dir():
+        raise ExportError(f"{place}: its folder does not exist; make it, or give another")
+    # What is missing of a repository's path is made.
+    folder = place.parent if is_file else next(path for path in (place, *place.parents) if os.path.lexists(path))
+    if not folder.is_dir():
+        raise ExportError(f"could not write {place}: {folder} is no folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ExportError(f"could not write {place}: {folder} is read-only here; give another folder")
+
+
 def plans_of(output: Path) -> Path:
     """Beside the repository, where a server takes every folder for a model."""
     return output.with_name(f"{output.name}.plans")
-
-
-def copy_in_place(file: Path, place: Path) -> None:
-    """Copies beside `place`, then renames: never half a file.
-
-    Raises:
-        ExportError: a place that cannot be written.
-    """
-    beside = place.with_name(f".{place.name}.part")
-    try:
-        shutil.copyfile(file, beside)
-        beside.replace(place)
-    except OSError as error:
-        raise ExportError(f"could not write {place}: {error.strerror}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def move_in_place(folder: Path, home: Path) -> Path:

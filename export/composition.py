@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import ExportError
 from anatomynet.engine.limits import check_size
+from anatomynet.engine.output import write_whole
 from anatomynet.engine.runtime import CPU_PROVIDER, available_cores
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
 from anatomynet.export.onnx import crop_model, plan_model, prepare_model
@@ -71,12 +72,13 @@ def write_part(model: onnx.ModelProto, path: Path) -> Path:
 
     Raises:
         ExportError: it is not valid ONNX.
+        OutputError: it cannot be written.
     """
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"{path.name} is not valid ONNX: {error}") from error
-    path.write_bytes(model.SerializeToString())
+    write_whole(path, model.SerializeToString(), overwrite=True)
     return path
 
 

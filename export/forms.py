@@ -21,14 +21,17 @@ import click
 import onnx
 import torch
 
-from anatomynet.engine.checkpoint import load_checkpoint, load_region_checkpoint
+from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.config import ModelConfig, shipped_weights
 from anatomynet.engine.data import read_case
 from anatomynet.engine.errors import ExportError
 from anatomynet.engine.gpu_runtime import has_gpu, load_gpu_runtime
 from anatomynet.engine.limits import IN_PLANE_VOXELS, largest_slices
+from anatomynet.engine.output import write_whole
 from anatomynet.engine.phantom import make_phantom
 from anatomynet.engine.preprocess import prepare
+from anatomynet.engine.region import RegionConfig
+from anatomynet.engine.region_network import RegionNetwork
 from anatomynet.engine.runtime import OnnxRuntime, Runtime, load_runtime
 from anatomynet.engine.volume import HounsfieldArray
 from anatomynet.export.composition import ComposedRuntime, PlanParts, plan_parts, write_part
@@ -56,6 +59,8 @@ from anatomynet.export.triton_models import (
 
 PHANTOM_SEED = 0
 RTX_MODULE = "tensorrt_rtx_bindings"
+
+FinderCheckpoint = tuple[RegionNetwork, RegionConfig]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +113,7 @@ def onnx_file(
     Raises:
         ExportError: a graph that does not run.
         ParityError: it does not draw what the checkpoint draws.
+        OutputError: a temporary folder that is full.
     """
     precision = "fp16" if fp16 else "fp32"
     path = folder / f"{source.config.name}-{precision}.onnx"
@@ -133,15 +139,15 @@ def onnxruntime_form(source: Source, folder: Path, *, fp16: bool) -> list[Triton
     return [onnxruntime_model(source.config, onnx_file(source, folder, fp16=fp16, runtime_of=OnnxRuntime))]
 
 
-def region_form(checkpoint: Path | None, config: ModelConfig, folder: Path, *, backend: str) -> list[TritonModel]:
+def region_form(finder: FinderCheckpoint, config: ModelConfig, folder: Path, *, backend: str) -> list[TritonModel]:
     """The region finder, where it knows all that the model draws; see `export_region` for what it raises.
 
     Args:
-        checkpoint: of the finder; None is the shipped one.
+        finder: what `load_region_checkpoint` gave.
         config: of the model.
         backend: of the model; a plan's repository has ONNX Runtime's at hand.
     """
-    network, region = load_region_checkpoint(checkpoint)
+    network, region = finder
     unknown = sorted(set(config.structures) - set(region.structures))
     if unknown:
         click.echo(f"without a region finder: it does not know {', '.join(unknown)}")
@@ -170,7 +176,7 @@ def tensorrt_form(source: Source, folder: Path, *, timing_cache_folder: Path) ->
     on_gpu = PlanOnGpu(trt, plan)
     convolutions = check_engine_precision(on_gpu.layer_information())
     path = folder / f"{source.config.name}-fp16-{label}.plan"
-    path.write_bytes(plan)
+    write_whole(path, plan, overwrite=True)
     click.echo(f"{path.name}, {len(plan) / 1e6:.1f} MB; the engine names {convolutions} convolutions, none in FP32")
     _prove(source, ComposedRuntime(parts, source.config, middle=on_gpu, description=on_gpu.description), fp16=True)
     prepare_file, finish_file = _written_around(parts, folder)
@@ -195,7 +201,7 @@ def rtx_form(source: Source, folder: Path, *, architectures: Sequence[str]) -> P
     label = "-".join((source.config.name, "fp16", f"rtx{plan_version(plan)}", *architectures))
     home = folder / label
     home.mkdir()
-    (home / f"{label}.plan").write_bytes(plan)
+    write_whole(home / f"{label}.plan", plan, overwrite=True)
     _written_around(parts, home)
     click.echo(f"{label}.plan, {len(plan) / 1e6:.1f} MB; its graph is proven, the plan itself has not run here")
     write_manifest(home)

@@ -245,6 +245,11 @@ def _drop_bytecode(repository: Path) -> None:
 
 
 def _values(arguments: Sequence[str], option: str) -> list[str]:
-    """What an option was given, as `--option VALUE` or `--option=VALUE`."""
-    apart = [value for name, value in itertools.pairwise(arguments) if name == option]
-    return apart + [name.removeprefix(f"{option}=") for name in arguments if name.startswith(f"{option}=")]
+    """What an option was given, as `--option VALUE` or `--option=VALUE`, or abbreviated, as the server takes it too."""
+    apart = [value for name, value in itertools.pairwise(arguments) if _names(name, option)]
+    joined = [argument.partition("=") for argument in arguments]
+    return apart + [value for name, equals, value in joined if equals and _names(name, option)]
+
+
+def _names(given: str, option: str) -> bool:
+    return given.startswith("--") and len(given) > 2 and option.startswith(given)

@@ -10,18 +10,19 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 from anatomynet import __version__
 from anatomynet.engine.errors import ModelError
 from anatomynet.export.gpu import tensorrt_version, visible_gpus
-from anatomynet.export.triton_models import MODEL_SOURCE, shipped_model_source
+from anatomynet.export.triton_models import MODEL_NAME, MODEL_SOURCE, shipped_model_source
 
 MANIFEST_NAME = "manifest.json"
 # A backend's name can stand for a library in the model's own folder, so no other kind of file is served.
 SERVED_SUFFIXES = (".onnx", ".plan", ".safetensors")
 CONFIG_NAME = "config.pbtxt"
 KEYS = {"anatomynet_version", "needs", "plan", "sha256"}
+PLAN_KEYS = ("tensorrt_version", "compute_capability")
 EXPORT_AGAIN = "write it anew with `anatomynet-export`"
 REBUILD = "build it on this machine, with `anatomynet-export --fp16 --backend tensorrt`"
 OTHER_BACKEND = "serve it on the machine it was built for, or export with `--backend python`"
@@ -42,12 +43,17 @@ def check_repository(repository: Path) -> None:
     """Whether every model in a repository is whole, ours, and can run here, and none is missing that another calls.
 
     Raises:
-        ModelError: no model at all, one that anatomynet-export did not write, or that cannot run on this machine.
+        ModelError: no model `anatomynet`, one that anatomynet-export did not write, or that cannot run on this machine.
     """
     folders = sorted(path for path in repository.iterdir() if path.is_dir()) if repository.is_dir() else []
     if not folders:
         found = "an empty one" if repository.is_dir() else "no such folder"
         raise ModelError(f"no model in {repository}: {found}; write one with `anatomynet-export --fp16`")
+    if not (repository / MODEL_NAME).is_dir():
+        raise ModelError(
+            f"no model {MODEL_NAME} in {repository}, only {', '.join(folder.name for folder in folders)}: an export "
+            f"may have been ended in the middle; {EXPORT_AGAIN}"
+        )
     for folder in folders:
         check_files(folder)
         _check_nothing_added(folder)
@@ -87,11 +93,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} has no {MANIFEST_NAME}: expected a model that this package's anatomynet-export wrote, and "
             f"nothing else in the repository; {EXPORT_AGAIN}, or move the folder elsewhere"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read ({type(error).__name__}): {EXPORT_AGAIN}") from error
-    if not isinstance(manifest, dict) or not KEYS.issubset(manifest):
+    if not _is_manifest(manifest):
         raise ModelError(f"{path} is no manifest: expected {', '.join(sorted(KEYS))}; {EXPORT_AGAIN}")
     return manifest
+
+
+def _is_manifest(found: Any) -> TypeGuard[dict[str, Any]]:
+    if not isinstance(found, dict) or not KEYS.issubset(found):
+        return False
+    plan, needs = found["plan"], found["needs"]
+    return (
+        isinstance(found["sha256"], dict)
+        and isinstance(needs, list)
+        and all(isinstance(name, str) for name in needs)
+        and (plan is None or (isinstance(plan, dict) and all(isinstance(plan.get(key), str) for key in PLAN_KEYS)))
+    )
 
 
 def _check_nothing_added(folder: Path) -> None:

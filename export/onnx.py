@@ -26,6 +26,7 @@ from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import ExportError, ModelError
 from anatomynet.engine.folding import folded
 from anatomynet.engine.network import AnatomyNet
+from anatomynet.engine.output import write_whole
 from anatomynet.engine.runtime import METADATA_KEY, OnnxRuntime
 from anatomynet.export.onnx_text import BOX_OF_FOREGROUND, HEADER, IR_VERSION, OPSET, border_confidence_nodes
 from anatomynet.export.slabs import slab_finish_model, split_network
@@ -42,6 +43,7 @@ def export_onnx(network: AnatomyNet, config: ModelConfig, path: Path, *, fp16: b
 
     Raises:
         ExportError: a graph that is not valid, or that does not run.
+        OutputError: it cannot be written.
     """
     write_onnx(served_model(network_model(network), config, fp16=fp16), path)
 
@@ -51,6 +53,7 @@ def write_onnx(model: onnx.ModelProto, path: Path) -> None:
 
     Raises:
         ExportError: a graph that is not valid, or that does not run.
+        OutputError: it cannot be written.
     """
     try:
         onnx.checker.check_model(model, full_check=True)
@@ -59,7 +62,7 @@ def write_onnx(model: onnx.ModelProto, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
     try:
-        beside.write_bytes(model.SerializeToString())
+        write_whole(beside, model.SerializeToString(), overwrite=True)
         _run_once(beside)
         beside.replace(path)
     finally:

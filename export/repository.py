@@ -9,10 +9,12 @@
 Written beside and swapped in, so that a server never finds half a model.
 """
 
+import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from anatomynet.engine.errors import ExportError
@@ -40,7 +42,8 @@ def write_repository(output: Path, models: Sequence[TritonModel]) -> None:
             old.mkdir()
             for model in models:
                 _write_model(new / model.name, model)
-            _swap_in(new, output, old)
+            with _alone_in(output):
+                _swap_in(new, output, old)
     except OSError as error:
         raise ExportError(f"could not write {output}: {error.strerror}: {error.filename}") from error
 
@@ -63,6 +66,18 @@ def _folder_beside(output: Path) -> Path:
     around = output.absolute().parent
     same_file_system = around.stat().st_dev == output.stat().st_dev
     return around if same_file_system and os.access(around, os.W_OK) else output
+
+
+@contextmanager
+def _alone_in(output: Path) -> Iterator[None]:
+    """Two exports that swap at once would leave models of both: the second waits for the first."""
+    descriptor = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _swap_in(new: Path, output: Path, old: Path) -> None:

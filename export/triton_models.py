@@ -120,7 +120,8 @@ LABEL_MAP = _Tensor("LABEL_MAP", "UINT8", VOLUME)
 CT_COARSE = _Tensor("CT_COARSE", "INT16", VOLUME)
 BOX = _Tensor("BOX", "INT64", (6,))
 
-CONTRACT = """# CT: Hounsfield units [z, y, x], any size; z to the head, y to the back, x to the patient's left.
+CONTRACT = """# CT: Hounsfield units [z, y, x]; z to the head, y to the back, x to the patient's left; sides of 8 voxels
+# or more, in plane of 8 times the stride.
 # LABEL_MAP: 0 background, 1..n the structures, in the order of the parameter "structures".
 # CONFIDENCE: mean top probability over each structure's border voxels; 0 where absent."""
 

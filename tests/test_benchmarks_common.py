@@ -1,9 +1,11 @@
 """What benchmarks share: a command's own time and memory, whatever started it; tables."""
 
+import importlib
 import sys
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from benchmarks.common import run_and_measure, table_lines
 
@@ -32,3 +34,23 @@ def test_a_table_is_markdown() -> None:
         "| ours   | 1    |",
         "| a peer | 10.5 |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        *(
+            (name, ["--repeats", "0"])
+            for name in ("engines", "growth", "peers", "reading_writing", "stages", "transport")
+        ),
+        ("growth", ["--slices", "64,many"]),
+        ("growth", ["--clients", "0,1"]),
+        ("growth", ["--scale", "0"]),
+        ("peers", ["--tiles", "0"]),
+    ],
+)
+def test_what_cannot_be_measured_is_wrong_usage(name: str, arguments: list[str]) -> None:
+    """Told at once: a median of nothing would be a traceback, minutes later."""
+    main = importlib.import_module(f"benchmarks.{name}").main
+    run = CliRunner().invoke(main, arguments)
+    assert run.exit_code == 2, run.output

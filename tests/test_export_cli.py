@@ -1,5 +1,6 @@
 """`anatomynet-export` as a user runs it: what it writes, what it says, and what it leaves alone when it fails."""
 
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 from anatomynet.engine.checkpoint import load_checkpoint, save_checkpoint
 from anatomynet.engine.runtime import load_runtime
 from anatomynet.export.cli import main
+from tests.full_disk import largest_file
 from tests.random_network import (
     CALIBRATION_SHAPE,
     changed_network,
@@ -116,6 +118,48 @@ def test_missing_input_is_told_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "a_file"], "a_file is no folder"),
+        (["--output", "a_file/repo"], "a_file is no folder"),
+        (["--output", "read_only/deep/repo"], "read_only is read-only here"),
+        (["--rtx", "sm89", "--output", "a_file/repo"], "a_file is no folder"),
+        (["--onnx", "none/model.onnx"], "its folder does not exist"),
+        (["--onnx", "folder"], "is a folder"),
+        (["--region", "none.safetensors"], "no checkpoint none.safetensors"),
+        (["--onnx", "read_only/model.onnx"], "read_only is read-only here"),
+    ],
+)
+def test_what_would_fail_at_the_end_is_told_before_anything_is_computed(
+    arguments: list[str], message: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("anatomynet.export.forms.read_source", lambda *given: pytest.fail("the proof began"))
+    (tmp_path / "a_file").write_text("kept")
+    for folder in ("folder", "read_only"):
+        (tmp_path / folder).mkdir()
+    access = os.access  # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: "read_only" not in str(path) and access(path, mode))
+    run = CliRunner().invoke(main, [str(checkpoint), *arguments])
+    assert run.exit_code == 1
+    assert message in run.stderr
+    assert run.stderr.count("\n") == 1
+    assert contents(tmp_path) == {"a_file": b"kept"}
+
+
+@pytest.mark.usefixtures("_graph_of_the_session")
+def test_a_full_temporary_folder_is_told_in_one_line(checkpoint: Path, case: Path, tmp_path: Path) -> None:
+    with largest_file(1_000_000):
+        run = CliRunner().invoke(
+            main, [str(checkpoint), "--output", str(tmp_path / "repo"), "--parity-input", str(case)]
+        )
+    assert run.exit_code == 1
+    assert re.match(r"error: .*openkbp7-fp32.* could not be written: File too large", run.stderr)
+    assert run.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else object())
     run = CliRunner().invoke(main, [])
@@ -159,9 +203,10 @@ def test_rtx_plan_without_a_gpu(checkpoint: Path, case: Path, tmp_path: Path) ->
     assert not output.exists()
 
 
-def test_unknown_gpu_is_told_before_anything_is_computed(checkpoint: Path) -> None:
+@pytest.mark.parametrize("names", ["sm90", "sm89,", ""])
+def test_unknown_gpu_is_told_before_anything_is_computed(checkpoint: Path, names: str) -> None:
     pytest.importorskip("tensorrt_rtx_bindings", reason="needs pip install 'anatomynet[tensorrt-rtx]'")
-    run = CliRunner().invoke(main, [str(checkpoint), "--rtx", "sm90"])
+    run = CliRunner().invoke(main, [str(checkpoint), "--rtx", names])
     assert run.exit_code == 1
     assert run.stderr.startswith("error: TensorRT-RTX")
     assert "proof on" not in run.stdout

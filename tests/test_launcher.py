@@ -223,7 +223,10 @@ def test_numpy_2_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         launcher.server_command([], environment_with())
 
 
-@pytest.mark.parametrize("form", ["--model-repository={}", "--model-repository {}", "--model-store={}"])
+@pytest.mark.parametrize(
+    "form",
+    ["--model-repository={}", "--model-repository {}", "--model-store={}", "--model-repo={}", "--model-s {}"],
+)
 @pytest.mark.parametrize("exists", [False, True], ids=["missing", "empty"])
 def test_no_repository(tmp_path: Path, form: str, exists: bool) -> None:
     repository = tmp_path / "triton_repo"

@@ -57,6 +57,14 @@ def foreign_library(model: Path) -> None:
     relisted(model)
 
 
+def said_otherwise(**values: object) -> Callable[[Path], object]:
+    def change(model: Path) -> None:
+        path = model / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return change
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "damaged": (lambda model: (model / "1" / "network.onnx").write_bytes(b"the netwprk"), r"network\.onnx is damaged"),
     "missing": (lambda model: (model / "1" / "network.onnx").unlink(), r"network\.onnx is missing"),
@@ -65,6 +73,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda model: (model / "manifest.json").unlink(), r"no manifest\.json"),
     "half a manifest": (lambda model: (model / "manifest.json").write_text("{"), r"cannot be read"),
     "no such manifest": (lambda model: (model / "manifest.json").write_text("[]"), r"is no manifest"),
+    "deep manifest": (lambda model: (model / "manifest.json").write_text("[" * 200_000), r"cannot be read"),
+    "files no table": (said_otherwise(sha256=["config.pbtxt"]), r"is no manifest"),
+    "no files": (said_otherwise(sha256=None), r"is no manifest"),
+    "needs no list": (said_otherwise(needs=3), r"is no manifest"),
+    "needs no names": (said_otherwise(needs=[1]), r"is no manifest"),
+    "plan no table": (said_otherwise(plan="10.13"), r"is no manifest"),
+    "half a plan": (said_otherwise(plan={"tensorrt_version": "10.13.0.35"}), r"is no manifest"),
     "foreign code": (foreign_code, r"model\.py is not that of the installed anatomynet"),
     "foreign library": (foreign_library, r"libtriton_python\.so is not what"),
     "foreign model": (lambda model: (model.parent / "other" / "1").mkdir(parents=True), r"other has no manifest"),
@@ -78,6 +93,13 @@ def test_refused_in_one_line(repository: Path, damage: Callable[[Path], object],
     with pytest.raises(ModelError, match=message) as caught:
         check_repository(repository)
     assert "\n" not in str(caught.value)
+
+
+def test_half_a_repository_is_not_served(repository: Path) -> None:
+    """What an export leaves that is killed between the region finder and the model: READY, and good for nothing."""
+    (repository / "anatomynet").rename(repository / "anatomynet_region")
+    with pytest.raises(ModelError, match=r"no model anatomynet in .*, only anatomynet_region"):
+        check_repository(repository)
 
 
 def test_the_launcher_refuses_before_a_server_starts(repository: Path) -> None:

@@ -24,7 +24,7 @@ from anatomynet.engine.checkpoint import (  # noqa: E402
     save_region_checkpoint,
 )
 from anatomynet.engine.config import load_config, shipped_weights  # noqa: E402
-from anatomynet.engine.errors import ModelError, ParityError  # noqa: E402
+from anatomynet.engine.errors import GeometryError, ModelError, ParityError  # noqa: E402
 from anatomynet.engine.geometry import VolumeGeometry  # noqa: E402
 from anatomynet.engine.phantom import make_phantom  # noqa: E402
 from anatomynet.engine.region import RegionConfig, coarse_factors, coarse_from_hu, region_config_from_json  # noqa: E402
@@ -113,6 +113,22 @@ def test_nothing_is_found_in_air() -> None:
     assert not EmbeddedRegionFinder().find(np.full((40, 30, 50), -1000, np.int16)).any()
 
 
+WRONG = [np.zeros((0, 4, 4), np.int16), np.zeros((4, 4), np.int16), np.zeros((4, 4, 4), np.float32)]
+
+
+@pytest.mark.parametrize("coarse", WRONG, ids=["empty", "2-D", "float"])
+def test_another_array_is_refused_in_one_line(coarse: NDArray[Any]) -> None:
+    with pytest.raises(GeometryError, match="expected a coarse CT") as caught:
+        EmbeddedRegionFinder().find(coarse)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_ct_that_was_not_averaged_is_refused_before_memory_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anatomynet.engine.limits.available_memory", lambda: 2**30)
+    with pytest.raises(ModelError, match=r"takes about 14\.0 GB of memory"):
+        EmbeddedRegionFinder().find(np.zeros((178, 512, 512), np.int16))
+
+
 @pytest.mark.parametrize("kept", [slice(None), slice(30, None), slice(0, 85)])
 def test_every_structure_of_a_phantom_is_inside(kept: slice, phantom: tuple[CTVolume, LabelMap]) -> None:
     """The whole scan; no trunk; a scan that ends at the base of the skull."""
@@ -133,7 +149,10 @@ def shipped_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shipped")
     onnx_file = shipped_weights(".onnx")
     config = load_runtime(onnx_file).model
-    models = [python_model(config, [onnx_file]), *region_form(None, config, folder, backend="python")]
+    models = [
+        python_model(config, [onnx_file]),
+        *region_form(load_region_checkpoint(), config, folder, backend="python"),
+    ]
     write_repository(folder / "triton_repo", models)
     return folder / "triton_repo"
 
@@ -160,6 +179,22 @@ def test_server_and_embedded_engine_draw_the_same(
     assert whole.computed_share is not None
     assert served.computed_share < 0.5 * whole.computed_share
     assert set(np.unique(served.labels)) == set(np.unique(truth.labels)) == set(np.unique(whole.labels))
+
+
+def test_a_server_refuses_an_empty_coarse_ct_in_one_line_and_serves_on(shipped_server: RunningServer) -> None:
+    from tritonclient.grpc import InferenceServerClient, InferInput
+    from tritonclient.utils import InferenceServerException
+
+    def asked(coarse: NDArray[Any]) -> Any:
+        tensor = InferInput("CT_COARSE", coarse.shape, "INT16")
+        tensor.set_data_from_numpy(coarse)
+        with InferenceServerClient(shipped_server.url) as client:
+            return client.infer("anatomynet_region", [tensor]).as_numpy("BOX")
+
+    with pytest.raises(InferenceServerException, match="expected a coarse CT") as caught:
+        asked(np.zeros((0, 4, 4), np.int16))
+    assert "\n" not in caught.value.message()
+    assert asked(np.full((1, 1, 1), -1000, np.int16)).tolist() == [0] * 6
 
 
 def test_a_server_without_a_finder_is_told_and_draws_on_the_whole(
@@ -221,7 +256,7 @@ def test_the_manifest_lists_the_finder_and_an_export_without_one_takes_it_away(t
 
 def test_a_model_with_more_structures_gets_no_finder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     oar9, _ = load_config("oar9")
-    assert region_form(None, oar9, tmp_path, backend="python") == []
+    assert region_form(load_region_checkpoint(), oar9, tmp_path, backend="python") == []
     assert "without a region finder: it does not know Chiasm" in capsys.readouterr().out
 
 

@@ -1,7 +1,10 @@
 """export/repository.py: what lands on disk, and how a repository is replaced."""
 
 import dataclasses
+import itertools
 import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -115,6 +118,28 @@ def test_the_old_models_come_back_where_the_swap_fails(
     with pytest.raises(ExportError, match="No space left"):
         write_repository(repository, [model])
     assert files_in(repository) == before
+
+
+def test_two_exports_at_once_leave_the_models_of_one(
+    tmp_path: Path, config: ModelConfig, onnx_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server would take the region finder of one for that of the other."""
+    rename = Path.rename
+
+    def slow_rename(self: Path, target: Path) -> Path:
+        time.sleep(0.02)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", slow_rename)
+    plan = PlanFile(onnx_file, "10.13.0.35", "9.0", (1022, 512, 512))
+    exports = [
+        tensorrt_models(config, prepare=onnx_file, plan=plan, finish=onnx_file),
+        (python_model(config, [onnx_file]),),
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write_repository, itertools.repeat(tmp_path / "repo"), exports))
+    left = {path.name for path in (tmp_path / "repo").iterdir()}
+    assert left in [{model.name for model in models} for models in exports]
 
 
 def test_a_file_in_the_way(tmp_path: Path, model: TritonModel) -> None:

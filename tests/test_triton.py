@@ -192,6 +192,29 @@ def test_reads_the_model_config(triton_server: RunningServer, random_model_confi
         assert triton_server.url in runtime.description
 
 
+WRONG = {
+    "int32": np.full((8, 32, 32), 70_000, np.int32),  # a copy to int16 would make 4464 HU of it
+    "uint16": np.zeros((8, 32, 32), np.uint16),
+    "float": np.zeros((8, 32, 32), np.float32),
+    "big-endian": np.zeros((8, 32, 32), ">i2"),
+    "2-D": np.zeros((32, 32), np.int16),
+    "4-D": np.zeros((1, 8, 32, 32), np.int16),
+    "empty": np.zeros((0, 32, 32), np.int16),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("hu", WRONG.values(), ids=WRONG)
+def test_another_array_is_refused_as_by_every_runtime(
+    triton_server: RunningServer, embedded: Runtime, hu: NDArray[Any], way: Way
+) -> None:
+    with pytest.raises(GeometryError) as expected:
+        embedded.infer(hu)
+    with TritonRuntime(triton_server.url, shared_memory=way) as runtime, pytest.raises(GeometryError) as caught:
+        runtime.infer(hu)
+    assert str(caught.value) == str(expected.value)
+
+
 def test_a_view_is_sent_as_it_looks(triton_server: RunningServer, embedded: Runtime) -> None:
     hu = smooth_hu(SHAPES[2])[::-1, :, ::2]
     for way in WAYS:
@@ -357,9 +380,11 @@ def test_a_port_that_does_not_speak_grpc(triton_server: RunningServer) -> None:
         TritonRuntime(f"127.0.0.1:{triton_server.http_port}")
 
 
-@pytest.mark.parametrize("url", ["http://localhost:8000", "localhost:port", "localhost/v2", ":8001", "", "[::1"])
+@pytest.mark.parametrize(
+    "url", ["http://localhost:8000", "localhost:port", "localhost/v2", ":8001", "", " ", "a b:8001", "[::1"]
+)
 def test_what_is_no_address(url: str) -> None:
-    with pytest.raises(ServerError, match="expected HOST:PORT"):
+    with pytest.raises(ServerError, match="is no address of a server: expected HOST:PORT"):
         TritonRuntime(url)
 
 
@@ -432,14 +457,14 @@ def test_study_that_is_too_large_is_refused_before_a_voxel_is_read(
 
 
 def test_one_slice_and_two_thousand(triton_server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused in one line, the large one before it is sent, and the server goes on."""
+    """Refused in one line before they are sent, and the server goes on."""
     with TritonRuntime(triton_server.url) as runtime:
         with monkeypatch.context() as without:
             without.delattr(TritonServer, "infer")
             with pytest.raises(GeometryError, match="1022 slices of 512 x 512") as large:
                 runtime.infer(np.zeros((2000, 512, 512), np.int16))
-        with pytest.raises(ServerError, match=r"at least \(8, 32, 32\) voxels") as small:
-            runtime.infer(np.zeros((1, 512, 512), np.int16))
+            with pytest.raises(GeometryError, match=r"at least \(8, 32, 32\) voxels") as small:
+                runtime.infer(np.zeros((1, 512, 512), np.int16))
         assert all("\n" not in str(caught.value) for caught in (large, small))
         assert runtime.infer(smooth_hu(SHAPES[0]))[0].shape == SHAPES[0]
 
