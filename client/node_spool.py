@@ -240,14 +240,16 @@ def read_record(folder: Path) -> JobRecord:
     Raises:
         FileNotFoundError: no such file.
     """
-    text = (folder / RECORD_NAME).read_bytes()
+    path = folder / RECORD_NAME
+    text = path.read_bytes()
     try:
         values = json.loads(text)
         known: dict[str, Any] = {each.name: values[each.name] for each in fields(JobRecord)}
+        for name in ("notes", "delivered"):
+            known[name] = tuple(known[name])
     except (ValueError, KeyError, TypeError):
-        return JobRecord(problem=f"{RECORD_NAME} was damaged")
-    for name in ("notes", "delivered"):
-        known[name] = tuple(known[name])
+        written = datetime.fromtimestamp(path.stat().st_mtime, UTC)  # its age still counts
+        return JobRecord(since=written.isoformat(), problem=f"{RECORD_NAME} was damaged")
     return JobRecord(**known)
 
 

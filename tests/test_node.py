@@ -4,6 +4,7 @@ import os
 import signal
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -363,6 +364,24 @@ def test_what_is_old_enough_is_deleted(series: list[Path], tmp_path: Path) -> No
     bench.node.step()
     assert not bench.jobs(SENT)
     assert not list((bench.spool.folder / TRASH).iterdir())
+
+
+def test_a_damaged_record_does_not_keep_the_node_from_tidying(series: list[Path], tmp_path: Path) -> None:
+    """Once it ended the node, and every one started after it."""
+    bench = Bench(tmp_path, keep_days=1.0, keep_parked_days=1.0)
+    bench.receive(series)
+    bench.work()
+    (job,) = bench.jobs(SENT)
+    for text in ('{"source":', '{"notes": null}'):
+        (job.folder / "job.json").write_text(text)
+        bench.node = Node(bench.config, bench.spool, bench.arrivals)
+        bench.node.step()
+        assert [kept.record.problem for kept in bench.jobs(SENT)] == ["job.json was damaged"]
+    long_ago = time.time() - 2 * 24 * 3600
+    os.utime(job.folder / "job.json", (long_ago, long_ago))
+    bench.node = Node(bench.config, bench.spool, bench.arrivals)
+    bench.node.step()
+    assert not bench.jobs(SENT)
 
 
 def test_retry_of_nothing_is_told(tmp_path: Path) -> None:
