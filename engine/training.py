@@ -143,11 +143,7 @@ class Training:
 
     @property
     def _statistics_are_frozen(self) -> bool:
-        return self.step >= self._frozen_from
-
-    @property
-    def _frozen_from(self) -> int:
-        return round(self.train.steps * (1 - self.train.frozen_norm_share))
+        return self.step >= frozen_from(self.train)
 
     def _new_optimiser(self) -> torch.optim.Optimizer:
         """That of the stage which the step lies in, without a memory."""
@@ -165,7 +161,7 @@ class Training:
         With one volume a batch, a layer that normalises by the batch sees each volume by its own statistics, which the
         served network does not have. What freezing gains has not been measured by itself.
         """
-        if self.step == self._frozen_from:
+        if self.step == frozen_from(self.train):
             self.network.load_state_dict(self.average.state_dict())
         frozen = self._statistics_are_frozen
         if frozen != self._set_frozen:  # asking every module takes longer than many a kernel
@@ -217,9 +213,20 @@ class Training:
         self.step, self.best = int(metadata["step"]), float(metadata["best"])
         losses = json.loads(metadata.get("losses", "[]"))  # states older than that lack them
         self.losses[:] = [torch.tensor(loss, device=self.device) for loss in losses]
+        self._go_on_after(json.loads(metadata["train"])["steps"] if "train" in metadata else self.train.steps, tensors)
+
+    def _go_on_after(self, steps: int, tensors: dict[str, Tensor]) -> None:
+        """Finds the place in this recipe of a run that was planned for so many steps.
+
+        With another number of steps a run may lie in its other stage, or have its statistics frozen by now.
+        """
+        before = dataclasses.replace(self.train, steps=steps)
+        if frozen_from(self.train) < self.step <= frozen_from(before):
+            self.network.load_state_dict(self.average.state_dict())
         self.optimiser = self._new_optimiser()
-        if self.step == second_stage_start(self.train):
-            return  # what was saved is the first stage's memory, of no use to the second
+        # At a stage's start what was saved is the memory of the one before.
+        if (self.step > second_stage_start(before)) != (self.step >= second_stage_start(self.train)):
+            return  # of no use to this one
         saved = self.optimiser.state_dict()
         saved["state"] = {
             i: _with_prefix(tensors, f"optimiser.{i}") for i in range(len(list(self.network.parameters())))
@@ -279,6 +286,11 @@ def _check_recipe(saved: str | None, train: TrainConfig, path: Path) -> None:
     if changed:
         told = ", ".join(f"{name} {before[name]} then, {now.get(name)} now" for name in changed)
         raise ModelError(f"{path} was trained otherwise ({told}): nobody could repeat such a run; start a new output")
+
+
+def frozen_from(train: TrainConfig) -> int:
+    """The step from which batch normalisation keeps its statistics."""
+    return round(train.steps * (1 - train.frozen_norm_share))
 
 
 def second_stage_start(train: TrainConfig) -> int:

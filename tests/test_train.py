@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import nrrd
@@ -666,6 +666,36 @@ def test_either_stage_goes_on_where_it_was_left(tmp_path: Path, stop: int) -> No
         resumed.learn(sample)
     expected, found = whole.network.state_dict(), resumed.network.state_dict()
     assert [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])] == []
+
+
+@pytest.mark.parametrize("steps", [6, 12])
+def test_a_run_resumed_with_another_number_of_steps_may_lie_in_its_other_stage(tmp_path: Path, steps: int) -> None:
+    """Saved in the first stage of 8 steps it lies in the second of 6, saved in the second in the first of 12."""
+    saved_after = 5 if steps == 6 else 7
+    begun = Training(MODEL, TWO_STAGES, torch.device("cpu"))
+    for sample in islice(samples(uniform_cases(), MODEL, TWO_STAGES, first=0), saved_after):
+        begun.learn(sample)
+    begun.save(tmp_path / "state.safetensors")
+    plan = replace(TWO_STAGES, steps=steps)
+    resumed = Training(MODEL, plan, torch.device("cpu"))
+    resumed.restore(tmp_path / "state.safetensors")
+    assert not resumed.optimiser.state_dict()["state"], "the other stage's memory is of no use to it"
+    for sample in samples(uniform_cases(), MODEL, plan, first=saved_after):
+        assert torch.isfinite(resumed.learn(sample))
+    assert resumed.step == steps
+
+
+def test_statistics_frozen_by_a_resumption_are_the_averaged_ones(tmp_path: Path) -> None:
+    """A run of fewer steps freezes them earlier; what serves has averaged ones."""
+    plan = replace(PLAN, steps=8, frozen_norm_share=0.25)  # from step 6 on
+    begun = Training(MODEL, plan, torch.device("cpu"))
+    for sample in islice(samples(uniform_cases(), MODEL, plan, first=0), 5):
+        begun.learn(sample)
+    begun.save(tmp_path / "state.safetensors")
+    resumed = Training(MODEL, replace(plan, steps=6), torch.device("cpu"))  # from step 4 on
+    resumed.restore(tmp_path / "state.safetensors")
+    found, averaged = resumed.network.state_dict(), begun.average.state_dict()
+    assert [name for name, tensor in found.items() if not torch.equal(tensor, averaged[name])] == []
 
 
 def test_a_gpu_records_every_size_of_crop_before_and_after_the_statistics_freeze(
