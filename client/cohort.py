@@ -80,7 +80,7 @@ def segment_studies(
         The outcomes, in the order of the studies.
 
     Raises:
-        StudyError: no study, or one series of many studies is asked for.
+        StudyError: no study, or one series of many studies, or of all series, is asked for.
         ServerError, ModelError: nothing that computes the model; a structure that it does not know.
         OutputError: one file is asked for where there are many studies; two studies would be written to one file; the
             folder cannot be made.
@@ -99,7 +99,7 @@ def segment_found(
     runtime: Runtime | None = None,
 ) -> Iterator[StudyOutcome]:
     """See `segment_studies`, of which this is all but the search; what is asked is checked at once."""
-    _check_options(found, options)
+    _check_options(found, options, all_series=all_series)
     table = load_structure_table(options.structure_table)
     names = _output_names(found, options, output_folder)
 
@@ -117,11 +117,17 @@ def segment_found(
     return outcomes()
 
 
-def _check_options(found: Sequence[FoundStudy], options: SegmentOptions) -> None:
+def _check_options(found: Sequence[FoundStudy], options: SegmentOptions, *, all_series: bool) -> None:
     if not found:
         raise StudyError("no study was named; expected a folder or a zip file, or several")
-    if options.series:
+    if options.series and all_series:
+        raise StudyError("--series chooses one series, --all-series takes every one: give one of them")
+    if options.series and len(found) > 1:
         raise StudyError(f"--series chooses within one study, and there are {len(found)}; give one, or leave it out")
+    if options.output and len(found) == 1:
+        raise OutputError(
+            "--output names one file; --all-series and --csv are of several: give --output-folder, or only --output"
+        )
     if options.output:
         listed = ", ".join(study.path.name for study in found[:3]) + (", ..." if len(found) > 3 else "")
         raise OutputError(
@@ -180,7 +186,7 @@ class _Run:
                     folder = stack.enter_context(opened_study(study.path))
                     every = list_ct_series(folder) if self.all_series else ()
                 if not self.all_series:
-                    return [self._segment_series(study, folder, name, clock=clock)]
+                    return [self._segment_series(study, folder, name, uid=self.task.options.series, clock=clock)]
                 return [
                     self._segment_series(
                         study, folder, name.with_name(f"{name.name.removesuffix('.zip')}.{tail}"), uid=uid, tail=tail

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from pydicom import dcmread
 
 from anatomynet.client import SegmentOptions, segment_studies
 from anatomynet.client.cli import main
 from anatomynet.client.cohort import IN_FLIGHT
 from anatomynet.client.cohort_table import HEADER
 from anatomynet.client.ct_writer import write_ct_series
-from anatomynet.client.study import CTSeries, volume_from_series
+from anatomynet.client.structure_set import read_structure_set
+from anatomynet.client.study import CTSeries, read_ct_series, volume_from_series
 from anatomynet.client.study_search import find_studies
 from anatomynet.engine.errors import ModelError, OutputError
 from anatomynet.engine.geometry import VolumeGeometry
@@ -143,6 +145,27 @@ def test_every_series_of_a_study(tmp_path: Path) -> None:
     result = run(study, "--all-series")
     assert result.exit_code == 0, result.output
     assert len(list(tmp_path.glob("study.*.rtstruct.dcm"))) == 2
+
+
+@pytest.mark.usefixtures("embedded")
+def test_one_series_of_a_study_into_a_folder(tmp_path: Path) -> None:
+    study, results = tmp_path / "study", tmp_path / "results"
+    for path in two(study):
+        for file in path.iterdir():
+            edit(file, StudyInstanceUID="1.2.3", PatientID="one")
+    uid = str(dcmread(next((study / "second").iterdir())).SeriesInstanceUID)
+    result = run(study, "--series", uid, "--output-folder", results)
+    assert result.exit_code == 0, result.output
+    drawn = read_ct_series(study, series_instance_uid=uid)
+    read_structure_set(results / "study.rtstruct.dcm", drawn)  # refuses another series' frame of reference
+    both = run(study, "--series", uid, "--all-series", "--output-folder", results)
+    assert "--series chooses one series, --all-series takes every one: give one of them" in both.stderr
+
+
+def test_one_file_beside_a_table_is_refused(tmp_path: Path) -> None:
+    study, _ = two(tmp_path / "both")
+    with pytest.raises(OutputError, match=r"--output names one file; .*: give --output-folder"):
+        segment_studies([study], SegmentOptions(output=tmp_path / "rs.dcm"))
 
 
 def test_two_patients_never_become_one_study(tmp_path: Path) -> None:
