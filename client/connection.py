@@ -61,7 +61,7 @@ def choose_runtime(server: ServerOptions) -> Runtime:
     """
     access = access_to(server)
     if not server.urls:
-        return probe_local() or _embedded()
+        return probe_local(retries=server.retries) or _embedded()
     return TritonRuntime(
         *server.urls,
         shared_memory=server.shared_memory,

@@ -217,12 +217,12 @@ class TritonRuntime:
         return [server for server in servers if server not in without]
 
 
-def probe_local(url: str = DEFAULT_URL) -> TritonRuntime | None:
+def probe_local(url: str = DEFAULT_URL, *, retries: bool = True) -> TritonRuntime | None:
     """The server on this machine where it has a READY model `anatomynet`, else None; at once if nothing listens."""
     address = address_from_url(url)
     try:
         socket.create_connection((address.host, address.port), timeout=PROBE_TIMEOUT_S).close()
-        return TritonRuntime(url, connect_timeout_s=PROBE_TIMEOUT_S)
+        return TritonRuntime(url, connect_timeout_s=PROBE_TIMEOUT_S, retries=retries)
     except (OSError, ServerError):
         return None
 

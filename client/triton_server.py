@@ -103,7 +103,7 @@ class TritonServer:
         from tritonclient.utils import InferenceServerException
 
         try:
-            self.version = self._client.get_server_metadata(client_timeout=self._answer_timeout_s).version
+            version = self._client.get_server_metadata(client_timeout=self._answer_timeout_s).version
         except InferenceServerException as error:
             raise attempt_error(
                 error,
@@ -121,6 +121,7 @@ class TritonServer:
         if self.shares:
             free_abandoned_regions(self._client, self._answer_timeout_s)
         self._begin_to_connect_for_volumes()
+        self.version = version  # last: who has one can be asked to draw
         return model
 
     def _begin_to_connect_for_volumes(self) -> None:

@@ -16,6 +16,7 @@ from anatomynet.client.cli import main
 from anatomynet.client.connection import ServerOptions
 from anatomynet.client.health import LOWEST_DSC, Status, check_health, phantom_geometry, probe_runtime
 from anatomynet.engine.config import ModelConfig, load_config, shipped_weights
+from anatomynet.engine.errors import ServerError
 from anatomynet.engine.runtime import Runtime, load_runtime
 from anatomynet.export.repository import write_repository
 from anatomynet.export.triton_models import python_model
@@ -170,6 +171,19 @@ def test_check_of_a_busy_server_is_a_warning(triton_server: RunningServer) -> No
         for client in clients:
             client.join()
     assert Status.WARNING in found
+
+
+def test_check_asks_a_server_found_on_this_machine_but_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that was named: a probe that waits for a busy server is a probe that fails."""
+    asked: list[bool] = []
+
+    def probe(*, retries: bool) -> Runtime | None:
+        asked.append(retries)
+        raise ServerError("stop here")
+
+    monkeypatch.setattr("anatomynet.client.connection.probe_local", probe)
+    assert check_health(ServerOptions()).status is Status.CRITICAL
+    assert asked == [False]
 
 
 def test_check_tells_of_a_model_that_died_while_the_server_says_ready(tmp_path: Path) -> None:

@@ -168,16 +168,32 @@ def test_one_whose_model_has_died_is_gone_round(
 
 
 @pytest.fixture(scope="module")
-def finding_servers(
-    start_server: ServerStarter, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[RunningServer, RunningServer]]:
-    """Two with the shipped network and its region finder."""
+def finding_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped network and its region finder."""
     repository = tmp_path_factory.mktemp("finding") / "repo"
     onnx_file, region_file = shipped_weights(".onnx"), shipped_region(".onnx")
     region = region_model(EmbeddedRegionFinder(region_file).config, region_file, backend="python")
     write_repository(repository, [python_model(load_runtime(onnx_file).model, [onnx_file]), region])
-    with start_server(repository) as first, start_server(repository) as second:
+    return repository
+
+
+@pytest.fixture(scope="module")
+def finding_servers(
+    start_server: ServerStarter, finding_repository: Path
+) -> Iterator[tuple[RunningServer, RunningServer]]:
+    """Two with a region finder."""
+    with start_server(finding_repository) as first, start_server(finding_repository) as second:
         yield first, second
+
+
+def test_a_server_whose_models_are_not_ready_takes_the_region_finder_from_none(
+    finding_servers: tuple[RunningServer, RunningServer], start_server: ServerStarter, finding_repository: Path
+) -> None:
+    with (
+        start_server(finding_repository, "--model-control-mode=explicit") as loading,
+        TritonRuntime(finding_servers[0].url, loading.url) as runtime,
+    ):
+        assert runtime.region_finder is not None
 
 
 @pytest.mark.parametrize("way", ["nginx", "round robin"])
