@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from anatomynet.client.study_search import FoundStudy
     from anatomynet.engine.regions import Region
 
+TABLE_NAME = "anatomynet-segment.csv"
 URL_HELP = (
     "Triton server, HOST:PORT of its gRPC, or https://HOST:PORT; several times for several in turn. Without it: "
     "localhost, if a model answers there, else this machine."
@@ -100,7 +101,7 @@ def split_names(_context: click.Context, _parameter: click.Parameter, text: str 
     "--csv",
     "csv_path",
     type=click.Path(path_type=Path),
-    help="What happened to each study; anatomynet-segment.csv in --output-folder.",
+    help=f"What happened to each study; {TABLE_NAME} in --output-folder.",
 )
 @click.option(
     "--output-type",
@@ -154,7 +155,7 @@ def segment(
     if len(found) == 1 and not (output_folder or all_series or csv_path):
         echo_result(segment_study(found[0].path, options, announce=click.echo))
     else:
-        csv_path = csv_path or (output_folder and output_folder / "anatomynet-segment.csv")
+        csv_path = csv_path or (output_folder and output_folder / TABLE_NAME)
         segment_many(found, options, output_folder=output_folder, all_series=all_series, csv_path=csv_path)
 
 

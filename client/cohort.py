@@ -164,7 +164,7 @@ def _output_names(found: Sequence[FoundStudy], options: SegmentOptions, folder: 
 
 
 def _outputs(name: Path, options: SegmentOptions) -> dict[str, Path]:
-    return output_paths(",".join(options.output_types), name, output=None, overwrite=True)
+    return output_paths(options.output_types, name, output=None, overwrite=True)
 
 
 @dataclass(eq=False)

@@ -11,7 +11,6 @@ from anatomynet.client.cohort import StudyOutcome
 from anatomynet.engine.errors import OutputError
 from anatomynet.engine.output import refuse_existing, write_whole
 
-CSV_NAME = "anatomynet-segment.csv"
 COLUMNS = ("study", "series", "status", "seconds", "look_at", "output", "error")
 HEADER = ",".join(COLUMNS)
 

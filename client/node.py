@@ -190,7 +190,7 @@ def write_results(job: Job, config: NodeConfig, clock: StageClock) -> str:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     options = replace(_options(config), report=part / "report.json")
-    outputs = output_paths(",".join(config.output_types), part / "contours", output=None, overwrite=False)
+    outputs = output_paths(config.output_types, part / "contours", output=None, overwrite=False)
     with clock.stage("read"):
         series = read_ct_series(job.ct)
     with connected(options.server) as runtime:
@@ -244,7 +244,7 @@ def check_settings(config: NodeConfig) -> None:
     """
     options = _options(config)
     access_to(options.server)
-    output_paths(",".join(config.output_types), config.spool / "contours", output=None, overwrite=False)
+    output_paths(config.output_types, config.spool / "contours", output=None, overwrite=False)
     table = load_structure_table(options.structure_table)
     try:
         with connected(options.server) as runtime:

@@ -20,6 +20,7 @@ from anatomynet.client.node_spool import (
     PARKED,
     READY,
     RECEIVED,
+    RECORD_NAME,
     SEGMENTED,
     SENT,
     Job,
@@ -89,7 +90,7 @@ class Arrivals:
             for part in folder.glob("**/.*.part"):  # never acknowledged
                 part.unlink()
             names = {path.name for path in (folder / "ct").glob("*.dcm")}
-            if names and (folder / "job.json").is_file():
+            if names and (folder / RECORD_NAME).is_file():
                 broken = (folder / UNRELEASED).exists()
                 self._arriving[folder.name] = _Arriving(names, time.monotonic(), broken=broken)
             else:
@@ -206,7 +207,7 @@ class Arrivals:
         if not (folder / "ct").is_dir():
             (folder / "ct").mkdir(parents=True, exist_ok=True)
             sync_folder(folder.parent)
-        if not (folder / "job.json").is_file():
+        if not (folder / RECORD_NAME).is_file():
             write_record(folder, JobRecord(source=source, since=now_text()))
         if not marked:
             (folder / UNRELEASED).touch()

@@ -64,7 +64,7 @@ LONGEST_UID = 64
 def listening(config: NodeConfig, arrivals: Arrivals) -> Iterator[tuple[str, int]]:
     """Receives in threads of its own for as long as the block lasts; then lets open associations end.
 
-    Returns:
+    Yields:
         Address and port.
 
     Raises:

@@ -20,11 +20,11 @@ ENDINGS = {"rtstruct": ".rtstruct.dcm", "seg": ".seg.dcm", "nifti": ".nii.gz"}
 LIBRARIES: dict[str, Callable[[], object]] = {"seg": seg_library, "nifti": nifti_library}
 
 
-def output_paths(types: str, study: Path, *, output: Path | None, overwrite: bool) -> dict[str, Path]:
+def output_paths(types: Sequence[str], study: Path, *, output: Path | None, overwrite: bool) -> dict[str, Path]:
     """The file of each type.
 
     Args:
-        types: "rtstruct", "seg" and "nifti", with commas between.
+        types: some of "rtstruct", "seg" and "nifti".
         study: files without a name of their own are called after it, beside it.
         output: of the first type; the others lie beside it, with their own endings.
         overwrite: files that are there may be replaced.
@@ -32,8 +32,8 @@ def output_paths(types: str, study: Path, *, output: Path | None, overwrite: boo
     Raises:
         OutputError: an unknown type, a package that a type needs and is missing, a file that is there.
     """
-    wanted = list(dict.fromkeys(part.strip().lower() for part in types.split(",")))
-    unknown = [kind for kind in wanted if kind not in ENDINGS]
+    wanted = list(dict.fromkeys(kind.strip().lower() for kind in types))
+    unknown = [kind for kind in wanted or [""] if kind not in ENDINGS]
     if unknown:
         raise OutputError(f"unknown output type {unknown[0]!r}; expected some of {', '.join(ENDINGS)}")
     for kind in wanted:

@@ -166,7 +166,7 @@ def segment_study(
         OutputError: files that are there, or cannot be written.
     """
     study = Path(study)
-    outputs = output_paths(",".join(options.output_types), study, output=options.output, overwrite=options.overwrite)
+    outputs = output_paths(options.output_types, study, output=options.output, overwrite=options.overwrite)
     options.validate()
     clock = StageClock()
     with ExitStack() as stack:

@@ -86,7 +86,7 @@ def remarks_on(structure: Structure, findings: Sequence[Finding], notes: Sequenc
 
 def _check_grid(found: StructureContours, series: CTSeries) -> None:
     ours, theirs = series.geometry, found.geometry
-    if ours.shape != theirs.shape or not np.allclose(ours.affine, theirs.affine, rtol=0, atol=1e-3):
+    if not ours.is_same_grid(theirs):
         raise GeometryError(
             f"contours of {found.structure.name} were traced on a grid of {theirs.shape} (z, y, x) at {theirs.origin}; "
             f"expected the series' own, {ours.shape} at {ours.origin}"
@@ -111,7 +111,7 @@ def _structure_set(series: CTSeries, model_description: str) -> Dataset:
         ManufacturerModelName="AnatomyNet",
         SoftwareVersions=__version__,
         StructureSetLabel=LABEL,
-        StructureSetDescription=model_description[:1024] or None,
+        StructureSetDescription=model_description[:LONGEST_DESCRIPTION] or None,
         StructureSetDate=date,
         StructureSetTime=time,
         ApprovalStatus="UNAPPROVED",

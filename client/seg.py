@@ -81,7 +81,7 @@ def write_seg(
             there, a full disk.
     """
     highdicom = seg_library()
-    if label_map.geometry != series.geometry:
+    if not label_map.geometry.is_same_grid(series.geometry):
         raise GeometryError(f"expected a label map on the series' own grid, {series.geometry.shape} (z, y, x)")
     structures, labels = _found(label_map)
     if not structures:

@@ -1,6 +1,6 @@
 """TritonRegionFinder: the model `anatomynet_region` of a Triton server; TritonRuntime brings it where it is READY.
 
-A coarse CT is a few hundred kilobytes, so it goes by gRPC, of whatever server answers first.
+A coarse CT is a few hundred kilobytes, so it goes by gRPC, to the first server that answers.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,6 @@
-"""VolumeGeometry: where a voxel lies in the patient. The only place where indices become millimetres.
+"""VolumeGeometry: where a voxel lies in the patient. Here indices become millimetres, and millimetres indices.
+
+Contours alone do so elsewhere (client/rtstruct.py, client/structure_set.py): theirs lie at each slice's own position.
 
 Arrays are (z, y, x); points and everything of the geometry but `shape` are LPS (x, y, z) in mm: x to the patient's
 left, y to the back, z to the head (DICOM PS3.3 C.7.6.2.1.1).
@@ -18,6 +20,7 @@ IDENTITY: Direction = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 # Cosine of the largest angle at which an axis still counts as aligned with the patient's: 0.06 degrees, which moves
 # the far corner of a 512 mm slice by half a millimetre.
 ALIGNED_COSINE = 1 - 5e-7
+SAME_PLACE_MM = 1e-3  # a grid that was written to a file and read again is as near
 CUBIC_MM_PER_ML = 1000.0
 
 
@@ -62,6 +65,10 @@ class VolumeGeometry:
         matrix[:3, :3] = np.array(self.direction) * np.array(self.spacing)
         matrix[:3, 3] = self.origin
         return matrix
+
+    def is_same_grid(self, other: "VolumeGeometry") -> bool:
+        """Whether both have the same voxels in the same places, to SAME_PLACE_MM."""
+        return self.shape == other.shape and np.allclose(self.affine, other.affine, rtol=0, atol=SAME_PLACE_MM)
 
     def points_from_indices(self, indices: ArrayLike) -> NDArray[np.float64]:
         """Continuous indices (..., 3) in (x, y, z) order -> LPS mm (..., 3); whole numbers are voxel centres."""

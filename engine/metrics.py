@@ -173,8 +173,8 @@ def diagonal_mm(geometry: VolumeGeometry) -> float:
 
 
 def check_same_grid(first: VolumeGeometry, second: VolumeGeometry) -> None:
-    """Raises GeometryError unless two grids have the same voxels in the same places, to 0.001 mm."""
-    if first.shape != second.shape or not np.allclose(first.affine, second.affine, rtol=0, atol=1e-3):
+    """Raises GeometryError unless two grids have the same voxels in the same places."""
+    if not first.is_same_grid(second):
         raise GeometryError(
             f"expected two label maps on one grid, found {first.shape} (z, y, x) of {first.spacing} mm at "
             f"{first.origin} and {second.shape} of {second.spacing} mm at {second.origin}"

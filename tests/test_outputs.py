@@ -196,13 +196,14 @@ def test_a_package_that_is_missing_is_named(
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(OutputError, match=rf"{package}: pip install 'anatomynet\[formats\]'"):
-        output_paths(kind, tmp_path / "study", output=None, overwrite=False)
+        output_paths([kind], tmp_path / "study", output=None, overwrite=False)
 
 
 def test_names_of_the_files(tmp_path: Path) -> None:
     def names(types: str, output: str | None) -> list[str]:
         path = tmp_path / output if output else None
-        return [p.name for p in output_paths(types, tmp_path / "pat.1", output=path, overwrite=False).values()]
+        paths = output_paths(types.split(","), tmp_path / "pat.1", output=path, overwrite=False)
+        return [path.name for path in paths.values()]
 
     assert names("rtstruct", None) == ["pat.1.rtstruct.dcm"]
     assert names("rtstruct,seg, NIfTI", None) == ["pat.1.rtstruct.dcm", "pat.1.seg.dcm", "pat.1.nii.gz"]

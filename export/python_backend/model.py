@@ -32,15 +32,15 @@ class TritonPythonModel:
         home = Path(args["model_repository"])
         folder = home / args["model_version"]
         parameters = json.loads(args["model_config"])["parameters"]
+        values = {key: value["string_value"] for key, value in parameters.items()}
         try:
             check_files(home)
             self.runtime = fastest_runtime(folder)
-            if self.runtime.model != model_config_from_json(parameters["model_config"]["string_value"]):
+            if self.runtime.model != model_config_from_json(values["model_config"]):
                 raise ModelError("config.pbtxt and what lies beside it are of two models: run anatomynet-export")
+            self.size_limit = size_limit_from_parameters(values, self.runtime.model)
         except AnatomyNetError as error:
             raise pb_utils.TritonModelException(str(error)) from error
-        values = {key: value["string_value"] for key, value in parameters.items()}
-        self.size_limit = size_limit_from_parameters(values, self.runtime.model)
         if visible_gpus():  # on a CPU the network takes so long, and so much memory, that it would not pay
             keep_freed_memory()
         pb_utils.Logger.log_info(f"anatomynet runs on {self.runtime.description}")
