@@ -17,14 +17,18 @@ from anatomynet.engine.region import REGION_METADATA_KEY, region_config_from_jso
 from anatomynet.engine.runtime import (
     CPU_PROVIDER,
     INSTALL_HINT,
-    available_cores,
     check_file,
     damaged_file,
+    failed,
+    onnxruntime_failures,
+    onnxruntime_options,
     openvino_graph,
+    openvino_options,
 )
 from anatomynet.engine.volume import HounsfieldArray
 
 Find = Callable[[HounsfieldArray], NDArray[np.int64]]
+Failures = tuple[type[Exception], ...]
 INPUT_NAME, OUTPUT_NAME = "CT_COARSE", "BOX"
 BYTES_A_VOXEL = 300  # measured: OpenVINO takes 220, ONNX Runtime 280
 
@@ -52,7 +56,7 @@ class EmbeddedRegionFinder:
         check_file(path)
         for opened in (_opened_by_openvino, _opened_by_onnxruntime):
             try:
-                self._find, text = opened(path)
+                self._find, text, self._failures = opened(path)
                 break
             except ImportError:
                 continue
@@ -69,7 +73,7 @@ class EmbeddedRegionFinder:
 
         Raises:
             GeometryError: an array of another type, or an empty one.
-            ModelError: too little memory for it, as for a whole CT that was not averaged.
+            ModelError: it cannot be computed, as for want of memory for a whole CT that was not averaged.
         """
         if coarse.dtype != np.int16 or coarse.ndim != 3 or not coarse.size:
             raise GeometryError(
@@ -78,40 +82,33 @@ class EmbeddedRegionFinder:
             )
         with self._lock:
             self._memory.check(coarse.shape)
-            return self._find(np.ascontiguousarray(coarse))
+            try:
+                return self._find(np.ascontiguousarray(coarse))
+            except self._failures as error:
+                raise failed(coarse, "the region finder", error) from error
 
 
-def _opened_by_openvino(path: Path) -> tuple[Find, str]:
-    """What runs the file, and its configuration as JSON; "" where it has none."""
+def _opened_by_openvino(path: Path) -> tuple[Find, str, Failures]:
+    """What runs the file; its configuration as JSON, "" where it has none; what running it may raise."""
     import openvino
-    from openvino import properties
 
     graph = openvino_graph(path)
     key = ["framework", REGION_METADATA_KEY]
-    options = {
-        # On CPUs with AMX or AVX512-BF16 the default is bfloat16, which would move the box.
-        properties.hint.inference_precision(): openvino.Type.f32,
-        properties.hint.performance_mode(): properties.hint.PerformanceMode.LATENCY,
-        properties.inference_num_threads(): available_cores(),
-    }
     try:
-        request = openvino.Core().compile_model(graph, "CPU", options).create_infer_request()
+        request = openvino.Core().compile_model(graph, "CPU", openvino_options()).create_infer_request()
     except RuntimeError as error:
         raise damaged_file(path, error) from error
     text = graph.get_rt_info(key).value if graph.has_rt_info(key) else ""
-    return lambda coarse: request.infer({INPUT_NAME: coarse})[OUTPUT_NAME].copy(), text
+    return lambda coarse: request.infer({INPUT_NAME: coarse})[OUTPUT_NAME].copy(), text, (RuntimeError,)
 
 
-def _opened_by_onnxruntime(path: Path) -> tuple[Find, str]:
+def _opened_by_onnxruntime(path: Path) -> tuple[Find, str, Failures]:
     import onnxruntime
-    from onnxruntime.capi import onnxruntime_pybind11_state as states
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = available_cores()
-    options.log_severity_level = 4  # fatal: errors are raised, and told once
+    failures = onnxruntime_failures()
     try:
-        session = onnxruntime.InferenceSession(path, options, providers=[CPU_PROVIDER])
-    except (states.Fail, states.InvalidGraph, states.InvalidProtobuf, states.NotImplemented) as error:
+        session = onnxruntime.InferenceSession(path, onnxruntime_options(), providers=[CPU_PROVIDER])
+    except failures as error:
         raise damaged_file(path, error) from error
     text = session.get_modelmeta().custom_metadata_map.get(REGION_METADATA_KEY, "")
-    return lambda coarse: session.run([OUTPUT_NAME], {INPUT_NAME: coarse})[0], text
+    return lambda coarse: session.run([OUTPUT_NAME], {INPUT_NAME: coarse})[0], text, failures

@@ -29,6 +29,7 @@ from anatomynet.engine.preprocess import SMALLEST_NETWORK_SIDE
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
 
 if TYPE_CHECKING:
+    import onnxruntime
     import openvino
     import torch
 
@@ -117,18 +118,11 @@ class OpenVinoRuntime:
 
     def __init__(self, path: Path) -> None:
         import openvino
-        from openvino import properties
 
         graph = openvino_graph(path)
         key = ["framework", METADATA_KEY]  # where OpenVINO keeps an ONNX file's metadata
         self.model = _config_from_metadata(path, graph.get_rt_info(key).value if graph.has_rt_info(key) else None)
-        threads = available_cores()
-        self._options = {
-            properties.hint.performance_mode(): properties.hint.PerformanceMode.LATENCY,
-            # On CPUs with AMX or AVX512-BF16 the default is bfloat16, which moves contours.
-            properties.hint.inference_precision(): openvino.Type.f32,
-            properties.inference_num_threads(): threads,
-        }
+        self._options = openvino_options()
         self._core = openvino.Core()
         self._path, self._graph = path, graph
         one_size = self.model.in_plane_stride == 1
@@ -138,7 +132,7 @@ class OpenVinoRuntime:
         # Compiled in a thread, beside the reading of the first volume.
         self._thread = ThreadPoolExecutor(1)
         self._any_size = None if one_size else self._thread.submit(self._compiled, graph)
-        self.description = f"OpenVINO {openvino.__version__.split('-')[0]} on {threads} CPU threads"
+        self.description = f"OpenVINO {openvino.__version__.split('-')[0]} on {available_cores()} CPU threads"
         self._lock = threading.Lock()
 
     @property
@@ -204,20 +198,9 @@ class OnnxRuntime:
 
     def __init__(self, path: Path, *, providers: Sequence[str] | None = None) -> None:
         import onnxruntime
-        from onnxruntime.capi import onnxruntime_pybind11_state as states
 
         check_file(path)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = available_cores()
-        options.log_severity_level = 4  # fatal: errors are raised, and told once
-        self._failures = (
-            states.Fail,
-            states.InvalidArgument,
-            states.InvalidGraph,
-            states.InvalidProtobuf,
-            states.NotImplemented,
-            states.RuntimeException,
-        )
+        options, self._failures = onnxruntime_options(), onnxruntime_failures()
         wanted = [(name, PROVIDER_OPTIONS.get(name, {})) for name in providers or (CPU_PROVIDER,)]
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=wanted)
@@ -336,6 +319,43 @@ def openvino_graph(path: Path) -> openvino.Model:
         return reader.convert(reader.load(str(path)))
     except (RuntimeError, *failures) as error:  # the failures are no RuntimeErrors
         raise damaged_file(path, error) from error
+
+
+def openvino_options() -> dict[str, object]:
+    """How OpenVINO compiles a graph for one volume at a time."""
+    import openvino
+    from openvino import properties
+
+    return {
+        properties.hint.performance_mode(): properties.hint.PerformanceMode.LATENCY,
+        # On CPUs with AMX or AVX512-BF16 the default is bfloat16, which moves contours.
+        properties.hint.inference_precision(): openvino.Type.f32,
+        properties.inference_num_threads(): available_cores(),
+    }
+
+
+def onnxruntime_options() -> onnxruntime.SessionOptions:
+    """How ONNX Runtime opens a graph."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = available_cores()
+    options.log_severity_level = 4  # fatal: errors are raised, and told once
+    return options
+
+
+def onnxruntime_failures() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises for a file that it cannot read, or a volume that it cannot compute."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as states
+
+    return (
+        states.Fail,
+        states.InvalidArgument,
+        states.InvalidGraph,
+        states.InvalidProtobuf,
+        states.NotImplemented,
+        states.RuntimeException,
+    )
 
 
 def check_file(path: Path) -> None:

@@ -18,7 +18,7 @@ from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import ExportError
 from anatomynet.engine.limits import check_size
 from anatomynet.engine.output import write_whole
-from anatomynet.engine.runtime import CPU_PROVIDER, available_cores
+from anatomynet.engine.runtime import CPU_PROVIDER, onnxruntime_options
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
 from anatomynet.export.onnx import crop_model, plan_model, prepare_model
 
@@ -93,7 +93,4 @@ def _on_cpu(network: onnx.ModelProto) -> Middle:
 
 
 def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = available_cores()
-    options.log_severity_level = 4  # fatal: errors are raised, and told once
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[CPU_PROVIDER])
+    return onnxruntime.InferenceSession(model.SerializeToString(), onnxruntime_options(), providers=[CPU_PROVIDER])

@@ -83,7 +83,7 @@ def test_both_engines_find_what_pytorch_finds(shape: tuple[int, int, int], opene
     hu = np.random.default_rng(SEED).integers(-1500, 1500, shape, dtype=np.int16)
     network, config = random_finder(hu)
     (tmp_path / "region.onnx").write_bytes(region_graph(network, config).SerializeToString())
-    find, text = opened(tmp_path / "region.onnx")
+    find, text, _ = opened(tmp_path / "region.onnx")
     assert region_config_from_json(text) == config
     for given in (hu, np.full(shape, -1000, np.int16)):
         expected = ServedRegion(network, config)(torch.from_numpy(given)).tolist()
@@ -120,6 +120,17 @@ WRONG = [np.zeros((0, 4, 4), np.int16), np.zeros((4, 4), np.int16), np.zeros((4,
 def test_another_array_is_refused_in_one_line(coarse: NDArray[Any]) -> None:
     with pytest.raises(GeometryError, match="expected a coarse CT") as caught:
         EmbeddedRegionFinder().find(coarse)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("opened", [_opened_by_openvino, _opened_by_onnxruntime])
+def test_an_engine_that_fails_is_told_in_one_line(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    finder = EmbeddedRegionFinder()
+    find, _, failures = opened(shipped_region(".onnx"))
+    monkeypatch.setattr(finder, "_find", lambda _: find(np.zeros((0, 4, 4), np.int16)))  # which fails for real
+    monkeypatch.setattr(finder, "_failures", failures)
+    with pytest.raises(ModelError, match="the region finder could not compute a volume") as caught:
+        finder.find(np.zeros((4, 4, 4), np.int16))
     assert "\n" not in str(caught.value)
 
 
