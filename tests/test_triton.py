@@ -230,7 +230,9 @@ def test_several_threads_share_a_runtime(triton_server: RunningServer, embedded:
         np.testing.assert_array_equal(labels, embedded.infer(hu)[0])
 
 
-def test_refusal_is_one_line(triton_server: RunningServer) -> None:
+def test_a_servers_refusal_is_one_line(triton_server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses what this client would not have sent, too."""
+    monkeypatch.setattr("anatomynet.client.triton.check_input", lambda hu, model: None)
     for way in WAYS:
         with TritonRuntime(triton_server.url, shared_memory=way) as runtime:
             with pytest.raises(ServerError, match=r"at least \(8, 32, 32\)") as caught:
