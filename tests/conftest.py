@@ -19,6 +19,16 @@ if find_spec("triton") and find_spec("torch"):
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """PyTorch's sums are in one order, so that runs can be compared bit by bit."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def random_model_config() -> ModelConfig:
     """Of the model with random weights; stride 4."""

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,10 @@ from torch import Tensor
 
 from tests.test_train import WAIT_S, refusal, train, write_archive
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STATE = "tiny.state.safetensors"
 EVENTS = "tiny.tensorboard"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums in one order, so that runs can be compared bit by bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
