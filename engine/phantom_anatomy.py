@@ -300,18 +300,21 @@ def _brain(person: Person) -> Iterator[Part]:
     white_matter = Ellipsoid((29, 8, 98), (24, 58, 26))
     lateral_ventricle = Tube(((9, -22, 102, 5), (11, 8, 106, 4), (22, 42, 98, 6), (26, 24, 84, 3)))
     third_ventricle = Tube(((0, 0, 92, 2.5), (0, 24, 88, 2.5)))
-    fourth_ventricle = Loft(((36, 0, 40, 6, 4), (44, 0, 37, 8, 5), (54, 0, 32, 4, 4)))
+    # Fluid shows the stem's borders: before it, behind it, and round the midbrain up to its end.
     cistern = Loft(((10, 0, 24, 14, 10), (30, 0, 20, 17, 12), (50, 0, 15, 19, 14), (74, 0, 8, 17, 14)))
-    tentorium = Ellipsoid((0, 58, 64), (36, 28, 2))
+    cisterna_magna = Loft(((20, 0, 30, 14, 13), (34, 0, 29, 12, 9)))
+    fourth_ventricle = Loft(((30, 0, 33, 8, 5), (38, 0, 34, 12, 6.5), (46, 0, 33, 13, 6.5), (58, 0, 30, 10, 5)))
+    ambient_cistern = Loft(((54, 0, 19, 18.5, 16), (74, 0, 17, 18, 15)))
+    tentorium = Ellipsoid((0, 58, 64), (36, 28, 2))  # the midbrain lies in its notch
     stem = Loft((
         (12.2, 0, 26, 7.9, 7), (20, 0, 26, 9.2, 7.9), (30, 0, 24.5, 10.4, 9.4), (38, 0, 22.5, 13.4, 11.2),
         (50, 0, 19, 15.6, 13.3), (61, 0, 16.5, 16, 13.8), (73, 0, 16, 14.8, 12.4),
     ))  # fmt: skip
     yield from _both(white_matter, ((0, WHITE_MATTER),), grain=4)
     yield from _both(lateral_ventricle, ((0, CSF),))
-    for space in (third_ventricle, fourth_ventricle, cistern):
-        yield Part(space, ((0, CSF),))
     yield Part(tentorium, ((0, BRAIN + 10),))
+    for space in (third_ventricle, cistern, cisterna_magna, fourth_ventricle, ambient_cistern):
+        yield Part(space, ((0, CSF),))
     yield Part(stem, ((0, STEM),), "BrainStem")
 
 

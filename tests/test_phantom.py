@@ -54,6 +54,7 @@ SMALL_VOLUME_TOLERANCE = 0.25  # of organs about as thin as a voxel of the latte
 SMALL_ML = 2.0
 CENTROID_TOLERANCE_MM = 2.0  # half a voxel of the latter
 LEAST_ASYMMETRY = 0.03  # of the paired glands' volumes
+STEM_CONTRAST_HU = 10  # against what lies round it: fluid has 25 HU less than it, the brain 4 more, voxels hold both
 
 
 @pytest.fixture(scope="module", params=SEEDS)
@@ -133,6 +134,18 @@ def test_cord_goes_on_where_the_brain_stem_ends(phantom: tuple[CTVolume, LabelMa
     stem, cord = (np.flatnonzero(found[n].any(axis=(1, 2))) for n in ("BrainStem", "SpinalCord"))
     assert abs(int(stem[0]) - int(cord[-1]) - 1) <= 2
     assert cord[0] == 0, "a scan to the carina ends within the cord"
+
+
+@pytest.mark.parametrize("side", ["before", "behind", "left", "right"])
+def test_fluid_shows_the_brain_stem_from_medulla_to_midbrain(phantom: tuple[CTVolume, LabelMap], side: str) -> None:
+    volume, truth = phantom
+    stem = masks(truth)["BrainStem"]
+    axis, step = {"before": (1, -1), "behind": (1, 1), "left": (2, 1), "right": (2, -1)}[side]
+    rim = np.roll(stem, step, axis) & ~stem
+    slices = np.flatnonzero(stem.any(axis=(1, 2)))
+    for part in np.array_split(slices[2:-2], 4):  # its ends are rounded off by the head's flexion
+        inside = volume.hu[part][stem[part]].mean()
+        assert inside - volume.hu[part][rim[part]].mean() > STEM_CONTRAST_HU, f"slices {part[0]} to {part[-1]}"
 
 
 def test_head_is_whole_and_lies_on_the_couch(phantom: tuple[CTVolume, LabelMap]) -> None:
