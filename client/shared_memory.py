@@ -39,9 +39,10 @@ REGION_PREFIX = "anatomynet-"
 # So long after its time-out a cancelled request may still write to its region.
 REGION_GRACE_S = 600
 LARGEST_READ = 2**30  # one call reads 2 GiB at most
-# What one of the threads copies at a time that share a mapping's work, and how many at most.
-SLICES_A_COPY = 16
-COPIERS = 8
+# What one of the threads copies at a time that share a mapping's work, and how many at most. Small shares, so that all
+# threads end together.
+SLICES_A_COPY = 4
+COPIERS = 16
 # No structure has this label. It stands on each page of the label map's memory until the server has written that: else,
 # if it did not, an earlier volume's labels would be taken for its answer.
 UNWRITTEN = 255

@@ -29,7 +29,7 @@ from anatomynet.engine.volume import HounsfieldArray, LabelArray
 
 # What the head takes of a voxel of its own resolution, and how much of the free memory it may have.
 HEAD_BYTES, HEAD_SHARE = 200, 0.6
-COPIERS, SLICES_A_COPY = 8, 16
+COPIERS, SLICES_A_COPY = 16, 4
 TUNE = False  # of what is served: a first volume of a new size would wait for seconds
 SLICES_AT_ONCE = 64  # of logits that are interpolated to the CT's grid
 
