@@ -3,7 +3,7 @@
 Every point is placed by its own slice's ImagePositionPatient and the orientation that all slices share.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from io import BytesIO
 from pathlib import Path
@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.tag import Tag
 from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
 
 from anatomynet import __version__
 from anatomynet.client.contours import Contour, StructureContours
+from anatomynet.client.explicit_vr import encoded, put_encoded_sequences
 from anatomynet.client.quiet import quiet_libraries
 from anatomynet.client.structure_table import RoiStyle, StructureTable, load_structure_table
 from anatomynet.client.study import CTSeries, CTSlice
@@ -30,7 +29,6 @@ from anatomynet.engine.structures import Structure
 DECIMALS = 3
 LABEL = "AnatomyNet"
 DETACHED_STUDY_MANAGEMENT = "1.2.840.10008.3.1.2.3.1"  # retired, and what RT objects still refer to (PS3.3 C.8.8.5)
-CONTOUR_DATA = Tag("ContourData")
 LONGEST_DESCRIPTION = 1024  # characters of an ST value (PS3.5 6.2)
 
 
@@ -69,11 +67,16 @@ def write_rtstruct(
     dataset = _structure_set(series, model_description)
     styles = load_structure_table() if table is None else table
     for number, found in enumerate(contours, start=1):
-        _add_roi(dataset, series, found, number=number, style=styles[found.structure.name])
+        _add_roi(dataset, series, number=number, style=styles[found.structure.name])
         if remarks := remarks_on(found.structure, findings, notes):
             dataset.StructureSetROISequence[-1].ROIDescription = remarks
     buffer = BytesIO()
     with quiet_libraries():
+        put_encoded_sequences(
+            dataset,
+            ReferencedFrameOfReferenceSequence=[_referenced_frame_of_reference(series)],
+            ROIContourSequence=_roi_contours(series, contours, styles),
+        )
         dataset.save_as(buffer, enforce_file_format=True)
     write_whole(path, buffer.getvalue(), overwrite=overwrite)
 
@@ -94,7 +97,7 @@ def _check_grid(found: StructureContours, series: CTSeries) -> None:
 
 
 def _structure_set(series: CTSeries, model_description: str) -> Dataset:
-    """Everything but the structures (PS3.3 C.7.1.1 to C.7.5.1, C.8.8.5)."""
+    """Everything but the structures and the images (PS3.3 C.7.1.1 to C.7.5.1, C.8.8.5)."""
     now = datetime.now()
     date, time = now.strftime("%Y%m%d"), now.strftime("%H%M%S")
     dataset = _dataset(
@@ -115,9 +118,7 @@ def _structure_set(series: CTSeries, model_description: str) -> Dataset:
         StructureSetDate=date,
         StructureSetTime=time,
         ApprovalStatus="UNAPPROVED",
-        ReferencedFrameOfReferenceSequence=[_referenced_frame_of_reference(series)],
         StructureSetROISequence=[],
-        ROIContourSequence=[],
         RTROIObservationsSequence=[],
     )
     copy_patient_and_study(series, dataset)
@@ -158,45 +159,38 @@ def _dataset(**values: Any) -> Dataset:
     return dataset
 
 
-def _referenced_frame_of_reference(series: CTSeries) -> Dataset:
+def _referenced_frame_of_reference(series: CTSeries) -> bytes:
     by_file: dict[str, list[CTSlice]] = {}
     for ct_slice in series.slices:
         by_file.setdefault(ct_slice.sop_instance_uid, []).append(ct_slice)
     images = [_referenced_image(*slices) for slices in by_file.values()]
-    referenced_series = _dataset(SeriesInstanceUID=series.series_instance_uid, ContourImageSequence=images)
-    referenced_study = _dataset(
+    referenced_series = encoded(SeriesInstanceUID=series.series_instance_uid, ContourImageSequence=images)
+    referenced_study = encoded(
         ReferencedSOPClassUID=DETACHED_STUDY_MANAGEMENT,
         ReferencedSOPInstanceUID=series.study_instance_uid,
         RTReferencedSeriesSequence=[referenced_series],
     )
-    return _dataset(FrameOfReferenceUID=series.frame_of_reference_uid, RTReferencedStudySequence=[referenced_study])
+    return encoded(FrameOfReferenceUID=series.frame_of_reference_uid, RTReferencedStudySequence=[referenced_study])
 
 
-def _referenced_image(*slices: CTSlice) -> Dataset:
+def _referenced_image(*slices: CTSlice) -> bytes:
     """One file of which these are slices, with the numbers of its frames unless they are all (PS3.3 table 10-3)."""
     image = slices[0]
-    return _dataset(
+    return encoded(
         ReferencedSOPClassUID=image.sop_class_uid,
         ReferencedSOPInstanceUID=image.sop_instance_uid,
         ReferencedFrameNumber=sorted(s.frame for s in slices) if len(slices) < image.frame_count else None,
     )
 
 
-def _add_roi(dataset: Dataset, series: CTSeries, found: StructureContours, *, number: int, style: RoiStyle) -> None:
-    """One structure: its name, its contours, and that it is an organ (PS3.3 C.8.8.5, C.8.8.6, C.8.8.8)."""
+def _add_roi(dataset: Dataset, series: CTSeries, *, number: int, style: RoiStyle) -> None:
+    """One structure: its name, and that it is an organ (PS3.3 C.8.8.5, C.8.8.8)."""
     dataset.StructureSetROISequence.append(
         _dataset(
             ROINumber=number,
             ReferencedFrameOfReferenceUID=series.frame_of_reference_uid,
             ROIName=style.name,
             ROIGenerationAlgorithm="AUTOMATIC",
-        )
-    )
-    dataset.ROIContourSequence.append(
-        _dataset(
-            ROIDisplayColor=list(style.colour),
-            ReferencedROINumber=number,
-            ContourSequence=[_contour_item(series, c, n) for n, c in enumerate(found.contours, start=1)],
         )
     )
     dataset.RTROIObservationsSequence.append(
@@ -210,23 +204,48 @@ def _add_roi(dataset: Dataset, series: CTSeries, found: StructureContours, *, nu
     )
 
 
-def _contour_item(series: CTSeries, contour: Contour, number: int) -> Dataset:
-    image = series.slices[contour.slice_index]
-    item = _dataset(
-        ContourImageSequence=[_referenced_image(image)],
-        ContourGeometricType="CLOSED_PLANAR",
-        NumberOfContourPoints=len(contour.points),
-        ContourNumber=number,
-    )
-    text = "\\".join(map("%.7g".__mod__, _points_in_patient(series, contour).ravel().tolist()))
-    # As one text: pydicom would make an object of every number, which takes ten times as long.
-    item[CONTOUR_DATA] = DataElement(CONTOUR_DATA, "DS", text, already_converted=True)
-    return item
+def _roi_contours(series: CTSeries, contours: Sequence[StructureContours], styles: StructureTable) -> list[bytes]:
+    """The contours of each structure (PS3.3 C.8.8.6)."""
+    drawn_on = {contour.slice_index for found in contours for contour in found.contours}
+    # What the contours of one slice have in common, and begin with: their elements are written in this order.
+    starts = {
+        k: encoded(ContourImageSequence=[_referenced_image(series.slices[k])], ContourGeometricType="CLOSED_PLANAR")
+        for k in drawn_on
+    }
+    return [
+        encoded(
+            ROIDisplayColor=styles[found.structure.name].colour,
+            ReferencedROINumber=number,
+            ContourSequence=_contour_items(series, found.contours, starts),
+        )
+        for number, found in enumerate(contours, start=1)
+    ]
 
 
-def _points_in_patient(series: CTSeries, contour: Contour) -> NDArray[np.float64]:
-    """LPS mm (n, 3) of a contour's points, to DECIMALS."""
-    axes = np.array(series.geometry.direction)[:, :2] * np.array(series.geometry.spacing[:2])
-    points = contour.points @ axes.T + np.array(series.slices[contour.slice_index].position)
-    rounded: NDArray[np.float64] = points.round(DECIMALS) + 0.0  # + 0.0: no "-0"
+def _contour_items(series: CTSeries, contours: Sequence[Contour], starts: Mapping[int, bytes]) -> list[bytes]:
+    texts = _point_texts(series, contours)
+    return [
+        starts[contour.slice_index]
+        + encoded(NumberOfContourPoints=len(contour.points), ContourNumber=number, ContourData=text)
+        for number, (contour, text) in enumerate(zip(contours, texts, strict=True), start=1)
+    ]
+
+
+def _point_texts(series: CTSeries, contours: Sequence[Contour]) -> list[str]:
+    """The points of each contour as a ContourData: LPS mm, to DECIMALS."""
+    # Few coordinates differ: points lie on the grid of half voxels.
+    values, places = np.unique(_points_in_patient(series, contours).ravel(), return_inverse=True)
+    texts = np.array([f"{value:.7g}" for value in values.tolist()], dtype=object)[places]
+    ends = np.cumsum([3 * len(contour.points) for contour in contours])
+    return ["\\".join(part.tolist()) for part in np.split(texts, ends[:-1])]
+
+
+def _points_in_patient(series: CTSeries, contours: Sequence[Contour]) -> NDArray[np.float64]:
+    """LPS mm (n, 3) of the points of all these contours, to DECIMALS."""
+    along_x, along_y = (np.array(series.geometry.direction)[:, :2] * np.array(series.geometry.spacing[:2])).T
+    points = np.concatenate([contour.points for contour in contours])
+    positions = np.array([series.slices[contour.slice_index].position for contour in contours])
+    in_plane = points[:, :1] * along_x + points[:, 1:] * along_y
+    placed = in_plane + positions.repeat([len(contour.points) for contour in contours], axis=0)
+    rounded: NDArray[np.float64] = placed.round(DECIMALS) + 0.0  # + 0.0: no "-0"
     return rounded

@@ -39,7 +39,7 @@ from tests.dicom_studies import (
 )
 from tests.enhanced_studies import Frames, write_enhanced
 from tests.test_codecs import compress
-from tests.test_rtstruct import CATALOGUE, SHAPE, hard_labels, traced
+from tests.test_rtstruct import CATALOGUE, SHAPE, by_pydicom, hard_labels, traced
 
 # Slices as a scanner may give them: neither from the feet nor from the head.
 MIXED = (3, 1, 0, 2, 10, 9, 8, 4, 5, 6, 7)
@@ -114,6 +114,7 @@ def test_the_rtstruct_is_that_of_the_classic_twin_but_names_frames(tmp_path: Pat
         series = read_ct_series(tmp_path / name)
         write_rtstruct(tmp_path / f"{name}.dcm", series, traced(series, hard_labels()))
         rtstructs.append(pydicom.dcmread(tmp_path / f"{name}.dcm"))
+        assert (tmp_path / f"{name}.dcm").read_bytes() == by_pydicom(tmp_path / f"{name}.dcm")
     frames = frames_by_pydicom(path)
     pairs = 0
     for roi, twin in zip(*(r.ROIContourSequence for r in rtstructs), strict=True):
@@ -258,6 +259,7 @@ def test_a_stack_of_a_file_is_referred_to_by_its_frames(tmp_path: Path) -> None:
     write_rtstruct(tmp_path / "rs.dcm", series, traced(series, hard_labels()[:6]))
     (image,) = _series_reference(pydicom.dcmread(tmp_path / "rs.dcm")).ContourImageSequence
     assert list(image.ReferencedFrameNumber) == [6, 7, 8, 9, 10, 11]
+    assert (tmp_path / "rs.dcm").read_bytes() == by_pydicom(tmp_path / "rs.dcm")
     assert complaints("dciodvfy", tmp_path / "rs.dcm") == []
     pytest.importorskip("highdicom")
     write_seg(tmp_path / "seg.dcm", series, LabelMap(hard_labels()[:6], series.geometry, CATALOGUE))

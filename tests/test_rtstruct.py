@@ -2,16 +2,19 @@
 
 import re
 import resource
+import warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
 from numpy.typing import NDArray
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from scipy import ndimage
 
-from anatomynet.client.contours import StructureContours, trace_contours
+from anatomynet.client.contours import Contour, StructureContours, trace_contours
 from anatomynet.client.rtstruct import write_rtstruct
 from anatomynet.client.study import CTSeries, read_ct_series
 from anatomynet.engine.errors import GeometryError, OutputError
@@ -185,6 +188,50 @@ def test_the_same_input_writes_the_same_but_for_identifiers_and_times(tmp_path: 
     assert files[0].SOPInstanceUID != files[1].SOPInstanceUID
     assert files[0].SeriesInstanceUID != files[1].SeriesInstanceUID
     assert comparable(files[0]) == comparable(files[1])
+
+
+def circle(points: int, series: CTSeries) -> StructureContours:
+    angles = np.linspace(0, 2 * np.pi, points, endpoint=False)
+    around = 20 + 15.123 * np.column_stack([np.cos(angles), np.sin(angles)])
+    return StructureContours(CATALOGUE[0], (Contour(3, around),), series.geometry)
+
+
+def by_pydicom(path: Path) -> bytes:
+    """A file as pydicom writes it once all it holds has been put into new datasets."""
+
+    def anew(dataset: Dataset) -> Dataset:
+        copy = Dataset()
+        for element in dataset:
+            value = [anew(item) for item in element.value] if element.VR == "SQ" else element.value
+            copy.add(DataElement(element.tag, element.VR, value))
+        return copy
+
+    source, buffer = pydicom.dcmread(path), BytesIO()
+    copy = anew(source)
+    copy.file_meta = source.file_meta
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of contours that are too long for their VR
+        copy.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("points", [0, 3, 9000])
+def test_pydicom_would_write_the_same_file(tmp_path: Path, series: CTSeries, points: int) -> None:
+    contours = [circle(points, series)] if points else traced(series, hard_labels())
+    write_rtstruct(tmp_path / "rs.dcm", series, contours, notes=["Resampled."], model_description="oar9")
+    assert (tmp_path / "rs.dcm").read_bytes() == by_pydicom(tmp_path / "rs.dcm")
+
+
+def test_a_contour_too_long_for_its_vr_is_whole(tmp_path: Path, series: CTSeries) -> None:
+    found = circle(9000, series)
+    write_rtstruct(tmp_path / "rs.dcm", series, [found])
+    item = pydicom.dcmread(tmp_path / "rs.dcm").ROIContourSequence[0].ContourSequence[0]
+    assert item["ContourData"].VR == "UN"  # PS3.5 6.2.2; pydicom leaves its bytes as they are
+    points = np.array(item.ContourData.split(b"\\")).astype(float).reshape(-1, 3)
+    indices = np.column_stack([found.contours[0].points, np.full(9000, 3)])
+    expected = series.geometry.points_from_indices(indices)
+    np.testing.assert_allclose(points, expected, rtol=0, atol=POINT_TOLERANCE_MM)
+    assert complaints("dciodvfy", tmp_path / "rs.dcm") == []
 
 
 @pytest.mark.parametrize(
