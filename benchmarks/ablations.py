@@ -1,12 +1,19 @@
 """What does each part of the paper give on this data? Its ablations, with seeds, in one table.
 
-    python -m benchmarks.ablations --data OPENKBP --steps 7000 --seeds 3 --jobs 8 # for a GPU
+    python -m benchmarks.ablations --data OPENKBP                                                # for a GPU
+    python -m benchmarks.ablations --data OPENKBP --recipe paper --config openkbp7               # the paper's own loss
     python -m benchmarks.ablations --phantoms 4 --steps 5 --seeds 2 --name ""                    # does it run?
 
 Zhu et al. compare squeeze-and-excitation, residual blocks, one or more down-samplings, the losses, and masks. Every
-variant changes one thing of AnatomyNet with the paper's loss (Dice + 0.5 x focal, masked); the rest of the recipe is
-the configuration's, so a variant is as good as these steps make it. All variants run with the first seed, then with
-the next; benchmarks/results/ablations.json is written anew after every run, so that one cut short leaves what is done.
+variant changes one thing of a recipe, and is as good as these steps make it:
+
+    configured    all of the configuration, here ablations.toml: the marginal loss with lambda 20, which has learnt
+                  most structures after a thousand steps, so that there is something to compare
+    paper         the configuration with the paper's loss, Dice + 0.5 x focal, masked: that takes far longer
+
+All variants run with the first seed, then with the next; benchmarks/results/ablations.json is written anew after every
+run, so that one cut short leaves what is done. A network that learns crops as the region finder's is validated in its
+boxes.
 """
 
 import pickle
@@ -15,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,7 +41,7 @@ from anatomynet.engine.data import Case, cut_to_body, cut_to_head_and_neck
 from anatomynet.engine.errors import DataError
 from anatomynet.engine.network import AnatomyNet, ResidualBlock, SqueezeExcitation
 from anatomynet.engine.survey import survey_archive
-from anatomynet.engine.train import phantom_case, validate
+from anatomynet.engine.train import finder_for, phantom_case, validate
 from benchmarks.common import machine, write_result
 from benchmarks.oar9_phantoms import FIRST_UNSEEN_SEED, device_name, trained, with_structures_withheld
 
@@ -102,22 +109,58 @@ class TwoDownSamplings(AnatomyNet):
         return logits
 
 
-VARIANTS = (
-    Variant("as published"),
+CHANGES = (
     Variant("no squeeze-and-excitation", without_squeeze_excitation),
     Variant("no residuals", without_residuals),
     Variant("two down-samplings", TwoDownSamplings),
     Variant("Dice alone", train={"focal_weight": 0.0}),
     Variant("Dice + cross-entropy", train={"focal_gamma": 0.0}),
     Variant("no masks", blind=True),
-    Variant("masks, the rest background", train={"missing": "marginal"}),
 )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Where every variant begins.
+
+    Attributes:
+        train: what of the configuration's TrainConfig is otherwise.
+        variants: the recipe itself, and each change of it.
+    """
+
+    train: dict[str, Any]
+    variants: tuple[Variant, ...]
+
+
+RECIPES = {
+    "configured": Recipe(
+        {},
+        (
+            Variant("as configured"),
+            *CHANGES,
+            Variant("masks, the background with them", train={"missing": "mask"}),
+            Variant("the paper's lambda, 0.5", train={"focal_weight": PAPER["focal_weight"]}),
+        ),
+    ),
+    "paper": Recipe(
+        PAPER,
+        (
+            Variant("as published"),
+            *CHANGES,
+            Variant("masks, the rest background", train={"missing": "marginal"}),
+        ),
+    ),
+}
+CONFIG = Path(__file__).with_suffix(".toml")
 
 
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), help="Folder with train/ and validation/.")
 @click.option("--phantoms", type=click.IntRange(min=2), help="Instead: so many phantoms, structures withheld.")
-@click.option("--config", default="openkbp7", show_default=True, help="A shipped configuration, or a TOML file.")
+@click.option(
+    "--config", default=str(CONFIG), help="A shipped configuration, or a TOML file; ablations.toml beside this."
+)
+@click.option("--recipe", type=click.Choice(list(RECIPES)), default="configured", show_default=True)
 @click.option("--steps", type=click.IntRange(min=1), help="Instead of the configuration's.")
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Runs of each variant.")
 @click.option("--jobs", default=1, show_default=True, type=click.IntRange(min=1), help="Runs at once, a process each.")
@@ -128,6 +171,7 @@ def main(
     data: Path | None,
     phantoms: int | None,
     config: str,
+    recipe: str,
     steps: int | None,
     seeds: int,
     jobs: int,
@@ -136,13 +180,15 @@ def main(
 ) -> None:
     """Train every variant with every seed, and compare them on the validation cases."""
     model, train = load_config(config)
-    train = replace(train, steps=steps or train.steps, **PAPER, **PATIENTS)
-    variants = [variant.name for variant in variants_named(chosen)]
+    train = replace(train, steps=steps or train.steps, **RECIPES[recipe].train, **PATIENTS)
+    variants = variants_named(chosen, RECIPES[recipe])
     taught, held_out = cases_of(data, phantoms, model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = {"data": str(data.resolve().name) if data else f"{phantoms} phantoms", "steps": train.steps}
+    about |= {"recipe": recipe, "train": asdict(train)}
     result = {**machine(), "device": device_name(device), **about, "cases": len(taught), "jobs": jobs}
     planned = [(variant, seed) for seed in range(train.seed, train.seed + seeds) for variant in variants]
+    names = [variant.name for variant in variants]
     done: list[dict[str, Any]] = []
     for run in finished_runs(Task(taught, held_out, model, train, device), planned, jobs):
         done.append(run)
@@ -150,22 +196,22 @@ def main(
         if name:
             state = {"complete": len(done) == len(planned), "planned": len(planned), "done": len(done)}
             failed = [run for run in done if "failed" in run]
-            write_result(name, {**result, **state, "failed": failed, "variants": rows_of(done, variants)})
-    for row in rows_of(done, variants):
+            write_result(name, {**result, **state, "failed": failed, "variants": rows_of(done, names)})
+    for row in rows_of(done, names):
         click.echo(table_line(row, model))
 
 
-def variants_named(names: Sequence[str]) -> list[Variant]:
-    """Those of these names; all where there is none.
+def variants_named(names: Sequence[str], recipe: Recipe) -> list[Variant]:
+    """Those of a recipe that have these names; all where there is none.
 
     Raises:
         DataError: a name that is none of them.
     """
-    known = {variant.name: variant for variant in VARIANTS}
+    known = {variant.name: variant for variant in recipe.variants}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise DataError(f"no variant {unknown[0]!r}: expected one of {', '.join(known)}")
-    return [known[name] for name in names] if names else list(VARIANTS)
+    return [known[name] for name in names or known]
 
 
 def cases_of(data: Path | None, phantoms: int | None, model: ModelConfig) -> tuple[list[Case], list[Case]]:
@@ -198,7 +244,7 @@ class Task:
     device: torch.device
 
 
-Planned = tuple[str, int]  # a variant's name and a seed
+Planned = tuple[Variant, int]  # and the seed
 
 
 def finished_runs(task: Task, planned: Sequence[Planned], jobs: int) -> Iterator[dict[str, Any]]:
@@ -242,13 +288,13 @@ def _task_of(file: Path) -> Task:
 
 def run_of(task: Task, one: Planned) -> dict[str, Any]:
     """One run: variant, seed, seconds, and the mean DSC of each structure; or why it failed, as CUDA tells it."""
-    (name, seed), start = one, time.perf_counter()
+    (variant, seed), start = one, time.perf_counter()
     told: dict[str, Any]
     try:
-        told = {"dice": scores_of(variants_named([name])[0], task, seed)}
+        told = {"dice": scores_of(variant, task, seed)}
     except RuntimeError as error:
         told = {"failed": str(error).splitlines()[0]}
-    return {"variant": name, "seed": seed, "seconds": round(time.perf_counter() - start), **told}
+    return {"variant": variant.name, "seed": seed, "seconds": round(time.perf_counter() - start), **told}
 
 
 def scores_of(variant: Variant, task: Task, seed: int) -> dict[str, float]:
@@ -257,7 +303,8 @@ def scores_of(variant: Variant, task: Task, seed: int) -> dict[str, float]:
     if variant.blind:
         taught = [replace(case, annotated=(True,) * len(case.annotated)) for case in taught]
     training = trained(taught, task.model, train, task.device, new_network=variant.new_network)
-    scores = validate(training.average, task.model, task.held_out, task.device)
+    finder = finder_for(train)
+    scores = validate(training.average, task.model, task.held_out, task.device, region_finder=finder)
     return {name: round(float(np.mean(values)), 4) for name, values in scores.items() if values}
 
 

@@ -143,6 +143,11 @@ def validate(
     return {name: [scores[name] for scores in measured if name in scores] for name in model.structures}
 
 
+def finder_for(train: TrainConfig) -> RegionFinder | None:
+    """The region finder for weights that learn crops as its boxes: they are validated in what they will be shown."""
+    return EmbeddedRegionFinder() if train.region_share else None
+
+
 def fit(training: Training, cases: list[Case], held_out: list[Case], output: Path) -> None:
     """Trains to the last step; saves state, logs and best checkpoint beside `output` after every epoch.
 
@@ -189,11 +194,8 @@ def _finite_mean(losses: list[Tensor], step: int) -> float:
 
 
 def keep_best(training: Training, held_out: list[Case], output: Path, *, loss: float) -> dict[str, float]:
-    """Validates the averaged weights, writes them if they are the best so far; the log's row.
-
-    Weights that learn crops as the region finder's are chosen by its boxes, which they will be shown.
-    """
-    finder = EmbeddedRegionFinder() if training.train.region_share else None
+    """Validates the averaged weights, writes them if they are the best so far; the log's row."""
+    finder = finder_for(training.train)
     scores = validate(training.average, training.model, held_out, training.device, region_finder=finder)
     means = {name: float(np.mean(values)) if values else math.nan for name, values in scores.items()}
     mean = float(np.nanmean(list(means.values())))

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,15 @@ from anatomynet.engine.data import Case
 from anatomynet.engine.errors import DataError
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.network import AnatomyNet
+from anatomynet.engine.region_runtime import EmbeddedRegionFinder
+from anatomynet.engine.train import finder_for
 from anatomynet.engine.volume import CTVolume
 from benchmarks import ablations, common
 from benchmarks.ablations import (
+    CONFIG,
     PAPER,
-    VARIANTS,
+    RECIPES,
+    Recipe,
     Task,
     TwoDownSamplings,
     Variant,
@@ -39,6 +43,7 @@ from benchmarks.ablations import (
 )
 
 MODEL = ModelConfig("test", ("Parotid_L", "Parotid_R"), 1, (1.0, 1.0, 2.0), (2.0, 2.0, 3.0), (-250.0, 550.0))
+VARIANTS = list({variant.name: variant for recipe in RECIPES.values() for variant in recipe.variants}.values())
 TRAIN = TrainConfig(steps=2, crop=(8, 12, 12), whole_share=0.0, phantom_share=0.0, warmup_steps=0, **PAPER)
 
 
@@ -54,10 +59,29 @@ def case() -> Case:
     return Case("case", CTVolume(hu.astype(np.int16), geometry), labels, (True, False))
 
 
-def test_the_papers_loss_is_where_every_variant_begins() -> None:
+def test_the_papers_recipe_has_the_papers_loss() -> None:
     assert PAPER == {"focal_weight": 0.5, "focal_gamma": 2.0, "missing": "mask", "class_weights": ()}
-    assert VARIANTS[0] == Variant("as published")
-    assert len({variant.name for variant in VARIANTS}) == len(VARIANTS)
+    assert RECIPES["paper"].train == PAPER
+    assert load_config(str(CONFIG))[1].missing == "marginal"  # which it replaces by the paper's masks
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_a_recipes_first_variant_changes_nothing_and_each_other_one_thing(recipe: Recipe) -> None:
+    nothing = Variant("")
+    configured = asdict(replace(load_config(str(CONFIG))[1], **recipe.train))
+    first, *others = recipe.variants
+    assert replace(first, name="") == nothing
+    for variant in others:
+        assert all(configured[key] != value for key, value in variant.train.items())
+        changed = (variant.new_network is not AnatomyNet) + len(variant.train) + variant.blind
+        assert changed == 1, variant.name
+    assert len({variant.name for variant in recipe.variants}) == len(recipe.variants)
+
+
+def test_weights_that_learn_the_region_finders_boxes_are_validated_in_them() -> None:
+    assert load_config(str(CONFIG))[1].region_share == 1
+    assert isinstance(finder_for(load_config(str(CONFIG))[1]), EmbeddedRegionFinder)
+    assert finder_for(TRAIN) is None
 
 
 def test_what_is_left_out_has_no_weights() -> None:
@@ -108,9 +132,9 @@ def test_mean_and_spread_by_hand() -> None:
 
 
 def test_an_unknown_variant_is_refused() -> None:
-    assert variants_named(["no masks"])[0].blind
+    assert variants_named(["no masks"], RECIPES["paper"])[0].blind
     with pytest.raises(DataError, match="no variant 'no mask': expected one of as published"):
-        variants_named(["no mask"])
+        variants_named(["no mask"], RECIPES["paper"])
 
 
 def test_seeds_that_not_all_variants_have_are_not_counted() -> None:
@@ -129,7 +153,7 @@ def test_a_run_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     monkeypatch.setattr(ablations, "scores_of", full)
-    failed = run_of(task(), ("no masks", 7))
+    failed = run_of(task(), (Variant("no masks"), 7))
     assert failed == {"variant": "no masks", "seed": 7, "seconds": 0, "failed": "CUDA out of memory."}
     assert run_line(failed) == "no masks, seed 7, 0 s: CUDA out of memory."
     assert rows_of([failed], ["no masks"]) == []
@@ -144,7 +168,15 @@ def test_sigterm_unwinds_the_stack() -> None:
 
 
 NAMES = ["as published", "Dice alone"]
-ARGUMENTS = ["--phantoms", "2", "--seeds", "2", *(part for name in NAMES for part in ("--variant", name))]
+ARGUMENTS = [
+    "--recipe",
+    "paper",
+    "--phantoms",
+    "2",
+    "--seeds",
+    "2",
+    *(part for name in NAMES for part in ("--variant", name)),
+]
 
 
 @pytest.fixture
@@ -156,8 +188,8 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_is_cut_short_leaves_what_is_done(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cut_short(_: Task, planned: list[tuple[str, int]], __: int) -> Iterator[dict[str, Any]]:
-        yield from (run(name, seed, {"Larynx": 0.5}) for name, seed in planned[:3])
+    def cut_short(_: Task, planned: list[tuple[Variant, int]], __: int) -> Iterator[dict[str, Any]]:
+        yield from (run(variant.name, seed, {"Larynx": 0.5}) for variant, seed in planned[:3])
         raise SystemExit(143)
 
     monkeypatch.setattr(ablations, "finished_runs", cut_short)
@@ -185,4 +217,3 @@ def test_phantoms_or_a_folder() -> None:
         outcome = CliRunner().invoke(ablations.main, arguments)
         assert outcome.exit_code == 1
         assert "expected --data FOLDER or --phantoms N" in outcome.stderr
-    assert load_config("openkbp7")[1].missing == "marginal"  # which the ablations replace by the paper's masks
