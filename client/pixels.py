@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom.dataelem import RawDataElement
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from anatomynet.client.codecs import EncodedFrame, decode_frame
 from anatomynet.client.decoder_process import DecoderProcesses
-from anatomynet.client.headers import DAMAGED, TAGS, CTHeader
+from anatomynet.client.headers import DAMAGED, CTHeader
 from anatomynet.engine.errors import StudyError
 from anatomynet.engine.volume import HounsfieldArray
 
@@ -90,8 +91,15 @@ def _check_image(header: CTHeader) -> None:
         raise StudyError(f"{header.name}: RescaleSlope is not above zero; export the series again")
 
 
+def _pixel_element(header: CTHeader) -> RawDataElement:
+    element = header.file.by_keyword["PixelData"]
+    if not isinstance(element, RawDataElement):
+        raise StudyError(f"{header.path.name} is damaged: its pixels are a sequence; export the series again")
+    return element
+
+
 def _raw_pixel_offset(header: CTHeader) -> int | None:
-    element: Any = header.dataset.get_item(TAGS["PixelData"], keep_deferred=True)
+    element = _pixel_element(header)
     if header.transfer_syntax_uid not in (ImplicitVRLittleEndian, ExplicitVRLittleEndian):
         return None
     size = 2 * header.word("Rows") * header.word("Columns")
@@ -102,7 +110,7 @@ def _raw_pixel_offset(header: CTHeader) -> int | None:
             f"{header.path.name} is damaged: expected {expected} bytes of pixels, found {present}; "
             "export the series again"
         )
-    return int(element.value_tell) + size * max(0, header.frame - 1)
+    return element.value_tell + size * max(0, header.frame - 1)
 
 
 def _encoded_frame(header: CTHeader) -> EncodedFrame | None:
@@ -110,11 +118,10 @@ def _encoded_frame(header: CTHeader) -> EncodedFrame | None:
         if header.frame:
             raise StudyError(f"{header.path.name} is an enhanced CT deflated as a whole; export it uncompressed")
         return None
-    element: Any = header.dataset.get_item(TAGS["PixelData"], keep_deferred=True)
     return EncodedFrame(
         path=str(header.path),
         transfer_syntax_uid=header.transfer_syntax_uid,
-        start=int(element.value_tell),
+        start=_pixel_element(header).value_tell,
         index=max(0, header.frame - 1),
         count=header.frame_count,
         rows=header.word("Rows"),
