@@ -11,7 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -199,19 +199,30 @@ class CTHeader:
     @cached_property
     def normal(self) -> NDArray[np.float64]:
         """Unit normal of the slice, LPS: row direction x column direction."""
-        cosines = np.array(self.numbers("ImageOrientationPatient", 6))
-        normal: NDArray[np.float64] = np.cross(cosines[:3], cosines[3:])
-        length = np.linalg.norm(normal)
-        if abs(length - 1) > 1e-3:
+        normal = _unit_normal(self.numbers("ImageOrientationPatient", 6))
+        if normal is None:
             raise GeometryError(
                 f"{self.name}: ImageOrientationPatient is not two unit vectors at right angles; export the series again"
             )
-        return normal / length
+        return normal
 
     @cached_property
     def position(self) -> NDArray[np.float64]:
         """LPS mm of the first voxel's centre."""
         return np.array(self.numbers("ImagePositionPatient", 3))
+
+
+@lru_cache(maxsize=16)
+def _unit_normal(cosines: tuple[float, ...]) -> NDArray[np.float64] | None:
+    """Row direction x column direction, read-only; None where they are no unit vectors at right angles."""
+    with np.errstate(all="ignore"):
+        normal: NDArray[np.float64] = np.cross(cosines[:3], cosines[3:])
+        length = np.linalg.norm(normal)
+    if not abs(length - 1) <= 1e-3:  # where they are too long it is no number
+        return None
+    normal /= length
+    normal.setflags(write=False)  # slices of one orientation share it
+    return normal
 
 
 def read_headers(study_dir: Path) -> tuple[list[CTHeader], Counter[str]]:

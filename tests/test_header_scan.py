@@ -38,11 +38,45 @@ INPUTS = int(os.environ.get("ANATOMYNET_FUZZ", "600"))
 STEP = 1 if "ANATOMYNET_FUZZ" in os.environ else 5
 SHAPE = (2, 4, 6)
 COMPRESSIBLE_SHAPE = (2, 32, 40)
-ITEM, ITEM_END = b"\xfe\xff\x00\xe0", b"\xfe\xff\x0d\xe0\0\0\0\0"
-SEQUENCE_END = b"\xfe\xff\xdd\xe0\0\0\0\0"
-UNDEFINED = b"\xff\xff\xff\xff"
 PIXELS = b"\xe0\x7f\x10\x00"
 PLAIN = (ExplicitVRLittleEndian, ImplicitVRLittleEndian)
+# What an element that is no sequence, or a sequence's parts, look like in a file.
+WORD = b"\x21\0\x10\x10US\2\0\7\0"
+IMPLICIT_WORD = b"\x21\0\x10\x10\2\0\0\0\7\0"
+SEQUENCE, UNKNOWN, BYTES = (b"\x21\0\x11\x10" + vr + b"\0\0\xff\xff\xff\xff" for vr in (b"SQ", b"UN", b"OB"))
+ITEM, OPEN_ITEM, ITEM_OF_10 = (b"\xfe\xff\0\xe0" + length for length in (bytes(4), b"\xff" * 4, b"\x0a\0\0\0"))
+ITEM_END, SEQUENCE_END = b"\xfe\xff\x0d\xe0\0\0\0\0", b"\xfe\xff\xdd\xe0\0\0\0\0"
+CHARACTER_SET = b"\x08\0\5\0CS\x0a\0"
+# Name -> what stands before the pixels, and whether it is scanned.
+PECULIAR: dict[str, tuple[bytes, bool]] = {
+    "empty sequence": (SEQUENCE + SEQUENCE_END, True),
+    "items of both kinds": (SEQUENCE + ITEM + ITEM_OF_10 + WORD + OPEN_ITEM + WORD * 2 + ITEM_END + SEQUENCE_END, True),
+    "implicit items": (
+        UNKNOWN + ITEM_OF_10 + IMPLICIT_WORD + OPEN_ITEM + IMPLICIT_WORD + ITEM_END + SEQUENCE_END,
+        True,
+    ),
+    "a sequence in a sequence": ((SEQUENCE + OPEN_ITEM) * 2 + (ITEM_END + SEQUENCE_END) * 2, True),
+    "sequences too deep": ((SEQUENCE + OPEN_ITEM) * 100 + (ITEM_END + SEQUENCE_END) * 100, False),
+    "a long private value": (b"\x21\0\x12\x10OB\0\0\0\x80\0\0" + bytes(0x8000), True),
+    "a value longer than what is read at once": (b"\x21\0\x12\x10OB\0\0\0\0\1\0" + bytes(0x10000), False),
+    "fragments that are no pixels": (BYTES + ITEM + SEQUENCE_END, False),
+    "an item that is longer than its elements": (SEQUENCE + ITEM_OF_10 + WORD[:8] + SEQUENCE_END, False),
+    "an item that is shorter than its elements": (SEQUENCE + b"\xfe\xff\0\xe0\x09\0\0\0" + WORD + SEQUENCE_END, False),
+    "a character set of its own": (
+        SEQUENCE + OPEN_ITEM + CHARACTER_SET + b"ISO_IR 100" + ITEM_END + SEQUENCE_END,
+        False,
+    ),
+    "no item": (SEQUENCE + WORD + SEQUENCE_END, False),
+    "an unknown VR": (b"\x21\0\x13\x10ZZ\2\0\0\0", False),
+    "no VR": (b"\x21\0\x13\x10\2\0\0\0\0\0", False),
+    "the end of an item": (ITEM_END, False),
+    "an element twice": (b"\x28\0\x10\0US\2\0\7\0" * 2, True),
+    "another character set": (CHARACTER_SET + b"ISO_IR 100", True),
+    "character sets": (CHARACTER_SET[:-2] + b"\x18\0\\ISO 2022 IR 87\\GB18030 ", True),
+    "an unknown character set": (CHARACTER_SET + b"ISO_IR 999", False),
+    "a character set that is a number": (b"\x08\0\5\0US\x03\0abc", False),
+    "pixels twice": (b"\xe0\x7f\x10\0OW\0\0\2\0\0\0\0\0", False),
+}
 PYDICOMS = (ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
 
 
@@ -155,6 +189,15 @@ def test_every_kind_of_file_is_read_alike(whole: dict[str, bytes], outcomes: Cal
 def test_what_is_usual_is_scanned_and_the_rest_is_pydicoms(whole: dict[str, bytes]) -> None:
     scanned = {name for name, data in whole.items() if understood(data)}
     assert set(whole) - scanned == {syntax.name for syntax in PYDICOMS} | {"no preamble", "trailing padding"}
+
+
+@pytest.mark.parametrize("name", PECULIAR)
+def test_peculiar_elements(name: str, whole: dict[str, bytes], outcomes: Callable[[bytes], list[object]]) -> None:
+    element, is_scanned = PECULIAR[name]
+    data = before_pixels(whole[ExplicitVRLittleEndian.name], element)
+    ours, pydicoms = outcomes(data)
+    assert ours == pydicoms
+    assert understood(data) == is_scanned
 
 
 @pytest.mark.parametrize("syntax", PLAIN, ids=lambda uid: uid.name)
