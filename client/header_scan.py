@@ -99,7 +99,7 @@ def _scan_file_meta(head: bytes) -> tuple[str, str, int]:
 
 
 def _scan_elements(head: bytes, at: int, *, implicit: bool) -> tuple[dict[str, RawDataElement], RawDataElement]:
-    """The wanted elements up to the pixels, and these."""
+    """The wanted elements up to the pixels, and these. A value that ends beyond what was read is the last."""
     found: dict[str, RawDataElement] = {}
     while True:
         tag, vr, length, start = _element_at(head, at, implicit=implicit)
@@ -109,7 +109,7 @@ def _scan_elements(head: bytes, at: int, *, implicit: bool) -> tuple[dict[str, R
             if tag == PIXEL_DATA:
                 found[keyword] = RawDataElement(known, vr, length, None, start, implicit, True)
                 return found, found[keyword]
-            if at > len(head) or (tag == CHARACTER_SET and not _is_character_set(vr, head[start:at])):
+            if tag == CHARACTER_SET and not _is_character_set(vr, head[start:at]):
                 raise UnusualError
             value = head[start:at] or EMPTY_VALUES[vr]
             found[keyword] = RawDataElement(known, vr, length, value, start, implicit, True)
@@ -168,15 +168,13 @@ def _end_of_item(head: bytes, at: int, length: int, *, implicit: bool, depth: in
     """Where a sequence's next item begins; those of an explicit file may be implicit (PS3.5 6.2.2)."""
     end = None if length == UNDEFINED else at + length
     implicit = implicit or not UPPER_CASE.match(head, at + 4)
-    while at != end:
+    while at != end:  # past it, only the end of what was read ends this
         if end is None and head[at : at + 8] == ITEM_END:
             return at + 8
         tag, vr, size, start = _element_at(head, at, implicit=implicit)
         if tag == CHARACTER_SET or tag[:2] == ITEM_GROUP:
             raise UnusualError
         at = _end_of_sequence(head, start, tag, vr, depth + 1) if size == UNDEFINED else start + size
-        if at > (len(head) if end is None else end):
-            raise UnusualError
     return at
 
 

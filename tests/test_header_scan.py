@@ -14,6 +14,7 @@ from pydicom.pixels.decoders.base import get_decoder
 from pydicom.sequence import Sequence
 from pydicom.uid import (
     UID,
+    CTImageStorage,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
@@ -70,12 +71,27 @@ PECULIAR: dict[str, tuple[bytes, bool]] = {
     "an unknown VR": (b"\x21\0\x13\x10ZZ\2\0\0\0", False),
     "no VR": (b"\x21\0\x13\x10\2\0\0\0\0\0", False),
     "the end of an item": (ITEM_END, False),
+    "the end of an item with a VR": (b"\xfe\xff\x0d\xe0US\0\0", False),
     "an element twice": (b"\x28\0\x10\0US\2\0\7\0" * 2, True),
     "another character set": (CHARACTER_SET + b"ISO_IR 100", True),
     "character sets": (CHARACTER_SET[:-2] + b"\x18\0\\ISO 2022 IR 87\\GB18030 ", True),
     "an unknown character set": (CHARACTER_SET + b"ISO_IR 999", False),
     "a character set that is a number": (b"\x08\0\5\0US\x03\0abc", False),
     "pixels twice": (b"\xe0\x7f\x10\0OW\0\0\2\0\0\0\0\0", False),
+}
+FIRST = b"\x08\0\5\0"
+CLASS = b"\2\0\2\0UI\x1a\0" + CTImageStorage.encode() + b"\0"
+# Name -> of which file which bytes are other bytes: it says something else than it is. None of them is scanned.
+MISTAKEN = {
+    "implicit that is explicit": (
+        "Explicit VR Little Endian",
+        b"\x14\x001.2.840.10008.1.2.1\0",
+        b"\x12\x001.2.840.10008.1.2\0",
+    ),
+    "implicit that looks explicit": ("Implicit VR Little Endian", FIRST, b"\x08\0\1\0AA\0\0" + bytes(0x4141) + FIRST),
+    "a command": ("Explicit VR Little Endian", FIRST, b"\0\0\0\0UL\4\0\0\0\0\0" + FIRST),
+    "a class that is a word": ("Explicit VR Little Endian", CLASS, CLASS.replace(b"UI", b"SH")[:-1] + b" "),
+    "fragments of unknown VR": ("RLE Lossless", PIXELS + b"OB", PIXELS + b"UN"),
 }
 PYDICOMS = (ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
 
@@ -198,6 +214,16 @@ def test_peculiar_elements(name: str, whole: dict[str, bytes], outcomes: Callabl
     ours, pydicoms = outcomes(data)
     assert ours == pydicoms
     assert understood(data) == is_scanned
+
+
+@pytest.mark.parametrize("name", MISTAKEN)
+def test_mistaken_files(name: str, whole: dict[str, bytes], outcomes: Callable[[bytes], list[object]]) -> None:
+    kind, old, new = MISTAKEN[name]
+    assert old in whole[kind]
+    data = whole[kind].replace(old, new, 1)
+    ours, pydicoms = outcomes(data)
+    assert ours == pydicoms
+    assert not understood(data)
 
 
 @pytest.mark.parametrize("syntax", PLAIN, ids=lambda uid: uid.name)
