@@ -191,7 +191,7 @@ def _convert_to_hu(words: HounsfieldArray, pixels: StoredPixels) -> None:
     if unused:  # bits above may hold anything; the sign is the highest stored bit
         stored <<= unused
         stored >>= unused
-    if pixels.slope == 1 and pixels.intercept.is_integer() and _fits(stored, int(pixels.intercept)):
+    if pixels.slope == 1 and pixels.intercept.is_integer() and _fits(stored, pixels):
         words += np.array(int(pixels.intercept)).astype(np.int16)  # wraps around to the right value
     else:
         words[...] = np.clip(np.rint(stored * np.float64(pixels.slope) + pixels.intercept), *INT16_RANGE)
@@ -199,5 +199,14 @@ def _convert_to_hu(words: HounsfieldArray, pixels: StoredPixels) -> None:
         words[padding] = AIR_HU
 
 
-def _fits(stored: NDArray[Any], intercept: int) -> bool:
-    return bool(INT16_RANGE[0] <= int(stored.min()) + intercept and int(stored.max()) + intercept <= INT16_RANGE[1])
+def _fits(stored: NDArray[Any], pixels: StoredPixels) -> bool:
+    """Whether every value plus the intercept is an int16: by what the bits can hold, else by what they do hold."""
+    lowest = -1 << pixels.bits_stored - 1 if pixels.signed else 0
+    intercept = int(pixels.intercept)
+    return _is_int16(lowest + intercept, lowest + (1 << pixels.bits_stored) - 1 + intercept) or _is_int16(
+        int(stored.min()) + intercept, int(stored.max()) + intercept
+    )
+
+
+def _is_int16(lowest: int, highest: int) -> bool:
+    return INT16_RANGE[0] <= lowest and highest <= INT16_RANGE[1]
