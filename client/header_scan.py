@@ -113,10 +113,10 @@ def _scan_elements(head: bytes, at: int, *, implicit: bool) -> tuple[dict[str, R
                 raise UnusualError
             value = head[start:at] or EMPTY_VALUES[vr]
             found[keyword] = RawDataElement(known, vr, length, value, start, implicit, True)
-        elif length == UNDEFINED:
-            at = _end_of_sequence(head, start, tag, vr)
         elif tag[:2] == ITEM_GROUP:
             raise UnusualError
+        elif length == UNDEFINED:
+            at = _end_of_sequence(head, start, tag, vr)
 
 
 def _element_at(head: bytes, at: int, *, implicit: bool) -> Element:

@@ -72,6 +72,7 @@ PECULIAR: dict[str, tuple[bytes, bool]] = {
     "no VR": (b"\x21\0\x13\x10\2\0\0\0\0\0", False),
     "the end of an item": (ITEM_END, False),
     "the end of an item with a VR": (b"\xfe\xff\x0d\xe0US\0\0", False),
+    "the end of an item that is a sequence": (b"\xfe\xff\x0d\xe0" + SEQUENCE[4:] + SEQUENCE_END, False),
     "an element twice": (b"\x28\0\x10\0US\2\0\7\0" * 2, True),
     "another character set": (CHARACTER_SET + b"ISO_IR 100", True),
     "character sets": (CHARACTER_SET[:-2] + b"\x18\0\\ISO 2022 IR 87\\GB18030 ", True),
