@@ -11,7 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -19,11 +19,10 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.datadict import dictionary_VR
-from pydicom.dataelem import RawDataElement
-from pydicom.dataset import Dataset, FileDataset
+from pydicom.dataelem import RawDataElement, convert_raw_data_element
+from pydicom.dataset import Dataset
 from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.filereader import _read_file_meta_info, read_preamble
-from pydicom.tag import Tag
 from pydicom.uid import (
     UID,
     CTImageStorage,
@@ -35,67 +34,19 @@ from pydicom.uid import (
     MediaStorageDirectoryStorage,
 )
 
+from anatomynet.client.header_elements import LONGEST_HEADER_VALUE, PATIENT_AND_STUDY_KEYWORDS, TAGS, FileElements
+from anatomynet.client.header_scan import HEAD_BYTES, scan_header
 from anatomynet.engine.errors import GeometryError, StudyError
 
-# Copied into an RTSTRUCT as they stand (PS3.3 C.7.1.1, C.7.2.1, C.7.4.1), never logged.
-PATIENT_AND_STUDY_KEYWORDS = (
-    "SpecificCharacterSet",
-    "TimezoneOffsetFromUTC",
-    "PatientName",
-    "PatientID",
-    "IssuerOfPatientID",
-    "PatientBirthDate",
-    "PatientSex",
-    "PatientIdentityRemoved",
-    "DeidentificationMethod",
-    "DeidentificationMethodCodeSequence",
-    "StudyInstanceUID",
-    "StudyDate",
-    "StudyTime",
-    "ReferringPhysicianName",
-    "StudyID",
-    "AccessionNumber",
-    "StudyDescription",
-    "FrameOfReferenceUID",
-    "PositionReferenceIndicator",
-)
-IMAGE_KEYWORDS = (
-    "ImageType",
-    "SOPClassUID",
-    "SOPInstanceUID",
-    "SeriesInstanceUID",
-    "AcquisitionNumber",
-    "GantryDetectorTilt",
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
-    "SamplesPerPixel",
-    "PhotometricInterpretation",
-    "NumberOfFrames",
-    "Rows",
-    "Columns",
-    "PixelSpacing",
-    "BitsAllocated",
-    "BitsStored",
-    "HighBit",
-    "PixelRepresentation",
-    "PixelPaddingValue",
-    "PixelPaddingRangeLimit",
-    "RescaleIntercept",
-    "RescaleSlope",
-    "RescaleType",
-    "PixelData",
-)
-TAGS = {keyword: Tag(keyword) for keyword in (*PATIENT_AND_STUDY_KEYWORDS, *IMAGE_KEYWORDS)}
 FRAME_CLASSES = frozenset({EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage})
 CT_CLASSES = FRAME_CLASSES | {CTImageStorage}
-# A header has no longer value than this but the pixels, which stay on disk until they are asked for.
-LONGEST_HEADER_VALUE = 65536
 PREAMBLE_LENGTH = 128
 # Of a file that is deflated as a whole; a slice of 4096 x 4096 is half of it. Deflate makes at most 1032 bytes of one.
 LARGEST_INFLATED_BYTES = 64 << 20
 DEFLATE_RATIO = 1032
 INFLATED_CHUNK = 1 << 20
 UID_TAIL_LENGTH = 8
+UNREADABLE_HEADER = "its header cannot be read"
 # A UID that may stand in a message: in a damaged file anything may stand in its place.
 PLAIN_UID = re.compile(r"[0-9.]{1,64}")
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -124,15 +75,15 @@ class CTHeader:
 
     Attributes:
         path: of its file.
-        dataset: the elements of TAGS, the pixels left on disk.
+        file: the file's elements, the pixels left on disk.
         size: bytes of the file.
         frame: which of an enhanced CT's frames, from 1; 0 where the file is one slice.
-        of_frame: keyword -> value of what that frame alone says; it goes before the dataset.
+        of_frame: keyword -> value of what that frame alone says; it goes before the file's.
         part: of a series cut into several enhanced files: their common UID, this one's number, how many there are.
     """
 
     path: Path
-    dataset: FileDataset
+    file: FileElements
     size: int
     frame: int = 0
     of_frame: Mapping[str, bytes] = field(default_factory=dict)
@@ -200,12 +151,12 @@ class CTHeader:
             self._refuse(
                 f"{keyword} is missing; a CT slice must have it" if not value else f"{keyword} is not one number"
             )
-        return int.from_bytes(value, "little" if self.dataset.original_encoding[1] else "big")
+        return int.from_bytes(value, "little" if self.file.little_endian else "big")
 
-    @property
+    @cached_property
     def sop_class_uids(self) -> tuple[str, str]:
         """What the file is, as the image says and as the file's own header says; they may differ, or be empty."""
-        return self.text("SOPClassUID"), str(self.dataset.file_meta.get("MediaStorageSOPClassUID") or "")
+        return self.text("SOPClassUID"), self.file.media_class_uid
 
     @property
     def enhanced(self) -> bool:
@@ -215,14 +166,12 @@ class CTHeader:
     @property
     def has_pixels(self) -> bool:
         """Whether it gets as far as its pixels."""
-        return "PixelData" in self.dataset
+        return "PixelData" in self.file.by_keyword
 
     @property
     def transfer_syntax_uid(self) -> str:
-        """How the file is encoded; a file without a preamble need not say."""
-        uid = self.dataset.file_meta.get("TransferSyntaxUID")
-        implicit = self.dataset.original_encoding[0]
-        return str(uid or (ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian))
+        """How the file is encoded."""
+        return self.file.transfer_syntax_uid
 
     @property
     def image_type(self) -> frozenset[str]:
@@ -241,7 +190,7 @@ class CTHeader:
     def _bytes(self, keyword: str) -> bytes:
         if keyword in self.of_frame:
             return self.of_frame[keyword]
-        element = self.dataset.get_item(TAGS[keyword], keep_deferred=True)
+        element = self.file.by_keyword.get(keyword)
         return element.value or b"" if isinstance(element, RawDataElement) else b""
 
     def _refuse(self, problem: str) -> NoReturn:
@@ -250,19 +199,30 @@ class CTHeader:
     @cached_property
     def normal(self) -> NDArray[np.float64]:
         """Unit normal of the slice, LPS: row direction x column direction."""
-        cosines = np.array(self.numbers("ImageOrientationPatient", 6))
-        normal: NDArray[np.float64] = np.cross(cosines[:3], cosines[3:])
-        length = np.linalg.norm(normal)
-        if abs(length - 1) > 1e-3:
+        normal = _unit_normal(self.numbers("ImageOrientationPatient", 6))
+        if normal is None:
             raise GeometryError(
                 f"{self.name}: ImageOrientationPatient is not two unit vectors at right angles; export the series again"
             )
-        return normal / length
+        return normal
 
     @cached_property
     def position(self) -> NDArray[np.float64]:
         """LPS mm of the first voxel's centre."""
         return np.array(self.numbers("ImagePositionPatient", 3))
+
+
+@lru_cache(maxsize=16)
+def _unit_normal(cosines: tuple[float, ...]) -> NDArray[np.float64] | None:
+    """Row direction x column direction, read-only; None where they are no unit vectors at right angles."""
+    with np.errstate(all="ignore"):
+        normal: NDArray[np.float64] = np.cross(cosines[:3], cosines[3:])
+        length = np.linalg.norm(normal)
+    if not abs(length - 1) <= 1e-3:  # where they are too long it is no number
+        return None
+    normal /= length
+    normal.setflags(write=False)  # slices of one orientation share it
+    return normal
 
 
 def read_headers(study_dir: Path) -> tuple[list[CTHeader], Counter[str]]:
@@ -307,31 +267,45 @@ def read_header(path: Path) -> CTHeader | None:
     Raises:
         StudyError: a file that cannot be read, or is damaged.
     """
-    damage = "its header cannot be read"
-    header = None
+    damage = UNREADABLE_HEADER
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            head = file.read(PREAMBLE_LENGTH + 4)
-            has_preamble = head[PREAMBLE_LENGTH:] == b"DICM"
-            if has_preamble or _starts_without_preamble(head):
+            head = file.read(HEAD_BYTES)
+            start = head[: PREAMBLE_LENGTH + 4]
+            has_preamble = start[PREAMBLE_LENGTH:] == b"DICM"
+            found = scan_header(file, head, size)
+            if found is None and (has_preamble or _starts_without_preamble(start)):
                 if _inflates_well(file, size):
-                    header = _parse_header(path, file, size)
+                    found = _read_elements(file)
                 else:
                     damage = f"it does not inflate to at most {LARGEST_INFLATED_BYTES >> 20} MiB"
     except OSError as error:
         raise StudyError(f"{path.name} cannot be read: {error.strerror or error}") from error
-    if header and CT_CLASSES & {*header.sop_class_uids}:
-        if not header.has_pixels:
-            header, damage = None, "it ends before its pixels"
-        elif len({*header.sop_class_uids} - {""}) > 1:
-            header, damage = None, "it says both that it is a CT and that it is not"
-    if header is None and (has_preamble or _must_be_dicom(path, size)):
+    if found:
+        header = CTHeader(path, found, size)
+        damage = _damage_in(header)
+        if not damage:
+            return header
+    if has_preamble or _must_be_dicom(path, size):
         raise StudyError(
             f"{path.name} is damaged: {damage if size else 'it is empty'}; "
             "export the series again, or delete it if it is no slice"
         )
-    return header
+    return None
+
+
+def _damage_in(header: CTHeader) -> str:
+    """What shows that a file was cut or changed; empty where nothing does."""
+    # Only a DICOMDIR has its class in the file's own header alone; another file without one was cut.
+    if not header.has("SOPClassUID") and MediaStorageDirectoryStorage not in header.sop_class_uids:
+        return UNREADABLE_HEADER
+    if CT_CLASSES & {*header.sop_class_uids}:
+        if not header.has_pixels:
+            return "it ends before its pixels"
+        if len({*header.sop_class_uids} - {""}) > 1:
+            return "it says both that it is a CT and that it is not"
+    return ""
 
 
 def _inflates_well(file: BinaryIO, size: int) -> bool:
@@ -351,18 +325,22 @@ def _inflates_well(file: BinaryIO, size: int) -> bool:
     return left >= 0
 
 
-def _parse_header(path: Path, file: BinaryIO, size: int) -> CTHeader | None:
-    """The header of an open file; None where it is damaged."""
+def _read_elements(file: BinaryIO) -> FileElements | None:
+    """The wanted elements of an open file, as pydicom reads them; None where it is damaged."""
     file.seek(0)
     try:
         dataset = pydicom.dcmread(file, defer_size=LONGEST_HEADER_VALUE, specific_tags=list(TAGS.values()), force=True)
-        dataset.buffer = None  # of a file that was deflated: all of it
         list(dataset.file_meta)  # converts its values: what is damaged there shows here
     except DAMAGED:
         return None
-    header = CTHeader(path, dataset, size)
-    # Only a DICOMDIR has its class in the file's own header alone; another file without one was cut.
-    return header if header.has("SOPClassUID") or MediaStorageDirectoryStorage in header.sop_class_uids else None
+    found = {keyword: dataset.get_item(tag, keep_deferred=True) for keyword, tag in TAGS.items() if tag in dataset}
+    implicit, little_endian = dataset.original_encoding
+    # A file without a preamble need not say how it is encoded.
+    syntax = (
+        dataset.file_meta.get("TransferSyntaxUID") or (implicit and ImplicitVRLittleEndian) or ExplicitVRLittleEndian
+    )
+    media_class = dataset.file_meta.get("MediaStorageSOPClassUID") or ""
+    return FileElements(found, str(media_class), str(syntax), bool(little_endian))
 
 
 def _starts_without_preamble(head: bytes) -> bool:
@@ -389,9 +367,12 @@ def patient_and_study(header: CTHeader) -> Dataset:
     """
     copied = Dataset()
     for keyword in PATIENT_AND_STUDY_KEYWORDS:
-        if keyword in header.dataset:
-            element = header.dataset.get_item(keyword, keep_deferred=True)
-            if element.VR not in (None, "UN", dictionary_VR(TAGS[keyword])):
-                raise StudyError(f"{header.name} is damaged: {keyword} is of a wrong type; export the series again")
-            copied[keyword] = element
+        element = header.file.by_keyword.get(keyword)
+        if element is None:
+            continue
+        if element.VR not in (None, "UN", dictionary_VR(TAGS[keyword])):
+            raise StudyError(f"{header.name} is damaged: {keyword} is of a wrong type; export the series again")
+        if keyword == "SpecificCharacterSet" and isinstance(element, RawDataElement):
+            element = convert_raw_data_element(element)  # as pydicom's reader does
+        copied[keyword] = element
     return copied

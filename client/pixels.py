@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom.dataelem import RawDataElement
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from anatomynet.client.codecs import EncodedFrame, decode_frame
 from anatomynet.client.decoder_process import DecoderProcesses
-from anatomynet.client.headers import DAMAGED, TAGS, CTHeader
+from anatomynet.client.headers import DAMAGED, CTHeader
 from anatomynet.engine.errors import StudyError
 from anatomynet.engine.volume import HounsfieldArray
 
@@ -90,8 +91,15 @@ def _check_image(header: CTHeader) -> None:
         raise StudyError(f"{header.name}: RescaleSlope is not above zero; export the series again")
 
 
+def _pixel_element(header: CTHeader) -> RawDataElement:
+    element = header.file.by_keyword["PixelData"]
+    if not isinstance(element, RawDataElement):
+        raise StudyError(f"{header.path.name} is damaged: its pixels are a sequence; export the series again")
+    return element
+
+
 def _raw_pixel_offset(header: CTHeader) -> int | None:
-    element: Any = header.dataset.get_item(TAGS["PixelData"], keep_deferred=True)
+    element = _pixel_element(header)
     if header.transfer_syntax_uid not in (ImplicitVRLittleEndian, ExplicitVRLittleEndian):
         return None
     size = 2 * header.word("Rows") * header.word("Columns")
@@ -102,7 +110,7 @@ def _raw_pixel_offset(header: CTHeader) -> int | None:
             f"{header.path.name} is damaged: expected {expected} bytes of pixels, found {present}; "
             "export the series again"
         )
-    return int(element.value_tell) + size * max(0, header.frame - 1)
+    return element.value_tell + size * max(0, header.frame - 1)
 
 
 def _encoded_frame(header: CTHeader) -> EncodedFrame | None:
@@ -110,11 +118,10 @@ def _encoded_frame(header: CTHeader) -> EncodedFrame | None:
         if header.frame:
             raise StudyError(f"{header.path.name} is an enhanced CT deflated as a whole; export it uncompressed")
         return None
-    element: Any = header.dataset.get_item(TAGS["PixelData"], keep_deferred=True)
     return EncodedFrame(
         path=str(header.path),
         transfer_syntax_uid=header.transfer_syntax_uid,
-        start=int(element.value_tell),
+        start=_pixel_element(header).value_tell,
         index=max(0, header.frame - 1),
         count=header.frame_count,
         rows=header.word("Rows"),
@@ -184,7 +191,7 @@ def _convert_to_hu(words: HounsfieldArray, pixels: StoredPixels) -> None:
     if unused:  # bits above may hold anything; the sign is the highest stored bit
         stored <<= unused
         stored >>= unused
-    if pixels.slope == 1 and pixels.intercept.is_integer() and _fits(stored, int(pixels.intercept)):
+    if pixels.slope == 1 and pixels.intercept.is_integer() and _fits(stored, pixels):
         words += np.array(int(pixels.intercept)).astype(np.int16)  # wraps around to the right value
     else:
         words[...] = np.clip(np.rint(stored * np.float64(pixels.slope) + pixels.intercept), *INT16_RANGE)
@@ -192,5 +199,14 @@ def _convert_to_hu(words: HounsfieldArray, pixels: StoredPixels) -> None:
         words[padding] = AIR_HU
 
 
-def _fits(stored: NDArray[Any], intercept: int) -> bool:
-    return bool(INT16_RANGE[0] <= int(stored.min()) + intercept and int(stored.max()) + intercept <= INT16_RANGE[1])
+def _fits(stored: NDArray[Any], pixels: StoredPixels) -> bool:
+    """Whether every value plus the intercept is an int16: by what the bits can hold, else by what they do hold."""
+    lowest = -1 << pixels.bits_stored - 1 if pixels.signed else 0
+    intercept = int(pixels.intercept)
+    return _is_int16(lowest + intercept, lowest + (1 << pixels.bits_stored) - 1 + intercept) or _is_int16(
+        int(stored.min()) + intercept, int(stored.max()) + intercept
+    )
+
+
+def _is_int16(lowest: int, highest: int) -> bool:
+    return INT16_RANGE[0] <= lowest and highest <= INT16_RANGE[1]

@@ -244,11 +244,12 @@ def _spacing_in_words(headers: list[CTHeader]) -> str:
 
 def _across_and_along(headers: list[CTHeader]) -> tuple[list[CTHeader], list[CTHeader]]:
     """Images that stand across most others, and those that lie along with them."""
-    rounded: Counter[tuple[float, ...]] = Counter(tuple(np.abs(h.normal).round(1).tolist()) for h in headers)
-    commonest = rounded.most_common(1)[0][0]
-    reference = next(h.normal for h in headers if tuple(np.abs(h.normal).round(1).tolist()) == commonest)
-    across = [h for h in headers if abs(h.normal @ reference) < ACROSS_COSINE]
-    along = [h for h in headers if abs(h.normal @ reference) >= ACROSS_COSINE]
+    rounded = [tuple(row) for row in np.abs([h.normal for h in headers]).round(1).tolist()]
+    commonest = Counter(rounded).most_common(1)[0][0]
+    reference = headers[rounded.index(commonest)].normal
+    is_across = [abs(h.normal @ reference) < ACROSS_COSINE for h in headers]
+    across = [h for h, other in zip(headers, is_across, strict=True) if other]
+    along = [h for h, other in zip(headers, is_across, strict=True) if not other]
     return across, along
 
 

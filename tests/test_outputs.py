@@ -10,7 +10,7 @@ import pydicom
 import pytest
 
 from anatomynet.client.contours import exact_tolerance_mm, trace_contours
-from anatomynet.client.headers import PATIENT_AND_STUDY_KEYWORDS
+from anatomynet.client.header_elements import PATIENT_AND_STUDY_KEYWORDS
 from anatomynet.client.mask_files import read_structures
 from anatomynet.client.nifti import write_nifti
 from anatomynet.client.outputs import output_paths

@@ -294,6 +294,17 @@ def third(**changes: object) -> Callable[[Path, list[Path]], None]:
     return lambda _, paths: edit(paths[2], **changes)
 
 
+def last_has_endless_axes(_: Path, paths: list[Path]) -> None:
+    """Their cross product is infinity less infinity."""
+    edit(paths[-1], ImageOrientationPatient=["1e200", "1e200", "0", "1e200", "1e200", "0"])
+
+
+def third_has_a_sequence_of_pixels(_: Path, paths: list[Path]) -> None:
+    data = paths[2].read_bytes()
+    pixels = b"\xe0\x7f\x10\0SQ\0\0\xff\xff\xff\xff\xfe\xff\xdd\xe0\0\0\0\0"
+    paths[2].write_bytes(data[: data.index(pixels[:4])] + pixels)
+
+
 def lose(*numbers: int) -> Callable[[Path, list[Path]], None]:
     def damage(_: Path, paths: list[Path]) -> None:
         for number in numbers:
@@ -371,6 +382,11 @@ REFUSALS: dict[str, tuple[Callable[[Path, list[Path]], None], type[AnatomyNetErr
     "other patient": (third(PatientID="PID4711b"), GeometryError, r"differ in PatientID \("),
     "other study": (third(StudyInstanceUID="1.2.3"), GeometryError, r"differ in StudyInstanceUID \("),
     "not at right angles": (each(ImageOrientationPatient=[1, 0, 0, 0.5, 0.9, 0]), GeometryError, r"right angles"),
+    "axes without a cross product": (
+        last_has_endless_axes,
+        GeometryError,
+        r"CT0006.dcm: ImageOrientation.*right angles",
+    ),
     "position no number": (third(ImagePositionPatient=[1, 2]), StudyError, r"ImagePositionPatient is not 3 finite"),
     "two stacks": (two_stacks_in_one, GeometryError, r"20 slices of one orientation and 12 of another"),
     "one slice": (lose(0, 1, 2, 3, 4), StudyError, r"single slice"),
@@ -391,6 +407,11 @@ REFUSALS: dict[str, tuple[Callable[[Path, list[Path]], None], type[AnatomyNetErr
     ),
     "cut in the pixels": (cut(-10), StudyError, r"CT0003.dcm is damaged: expected 160 bytes of pixels, found 150"),
     "cut before the pixels": (cut(-175), StudyError, r"CT0003.dcm is damaged: it ends before its pixels"),
+    "pixels in a sequence": (
+        third_has_a_sequence_of_pixels,
+        StudyError,
+        r"CT0003.dcm is damaged: its pixels are a seq",
+    ),
     "cut in the header": (cut(300), StudyError, r"CT0003.dcm is damaged"),
     "empty file": (cut(0), StudyError, r"CT0003.dcm is damaged: it is empty"),
     "not DICOM": (overwrite_with_zeros, StudyError, r"CT0003.dcm is damaged: its header cannot be read"),
