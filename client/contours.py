@@ -5,15 +5,17 @@ touches a centre, and whatever reads it back at the centres finds the label map 
 touch by a corner are one island. A polygon's area falls short of its voxels' by half a voxel, however large it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from anatomynet.client.thinning import thinned_cycles
+from anatomynet.client.paths import Paths, paths_of
+from anatomynet.client.thinning import thinned_paths
 from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.regions import Region, regions_from_label_map
 from anatomynet.engine.structures import Structure
 from anatomynet.engine.volume import LabelMap
 
@@ -74,19 +76,39 @@ def trace_contours(label_map: LabelMap, *, tolerance_mm: float = 0.0) -> tuple[S
         tolerance_mm: how far a thinned contour may run beside the full one; less where it would cross itself or
             another. 0 keeps every point that cannot be dropped without moving the contour.
     """
-    corner, labels = _occupied(label_map.labels)
-    spacing = label_map.geometry.spacing[:2]
-    found = []
-    for label, structure in enumerate(label_map.structures, start=1):
-        start, mask = _occupied(labels == label)
-        if mask.size:
-            offset = np.add(corner, start)
-            contours = tuple(
-                Contour(int(offset[0]) + z, points / 2 - 1 + offset[:0:-1])
-                for z, points in _closed_paths(mask, spacing, tolerance_mm)
-            )
-            found.append(StructureContours(structure, contours, label_map.geometry))
-    return tuple(found)
+    regions = regions_from_label_map(label_map)
+    return contours_of_regions(regions, label_map.geometry, tolerance_mm=tolerance_mm)
+
+
+def contours_of_regions(
+    regions: Sequence[Region], geometry: VolumeGeometry, *, tolerance_mm: float = 0.0
+) -> tuple[StructureContours, ...]:
+    """What `trace_contours` gives, of a label map's regions: for whom has these already.
+
+    Args:
+        regions: of our structures; those of no voxel are left out.
+        geometry: of the grid that they lie on.
+        tolerance_mm: as above.
+    """
+    drawn = [(region.structure, region) for region in regions if region.structure and region.voxels]
+    if not drawn:
+        return ()
+    # The planes of all structures one after another: their contours are followed and thinned at once.
+    first_plane = np.cumsum([0, *(len(region.box) for _, region in drawn)])
+    paths = _thinned(_closed_paths([region.box for _, region in drawn]), geometry.spacing[:2], tolerance_mm)
+    owner = np.searchsorted(first_plane, paths.planes, side="right") - 1
+    corner = np.array([region.start for _, region in drawn])[owner]
+    slices = paths.planes - first_plane[owner] + corner[:, 0]
+    points = paths.points / 2 - 1 + np.repeat(corner[:, :0:-1], paths.lengths, axis=0)
+    contours = [
+        Contour(z, points[start:stop])
+        for z, (start, stop) in zip(slices.tolist(), pairwise(paths.bounds.tolist()), strict=True)
+    ]
+    bounds = np.searchsorted(owner, np.arange(len(drawn) + 1)).tolist()
+    return tuple(
+        StructureContours(structure, tuple(contours[start:stop]), geometry)
+        for (structure, _), (start, stop) in zip(drawn, pairwise(bounds), strict=True)
+    )
 
 
 def exact_tolerance_mm(geometry: VolumeGeometry) -> float:
@@ -94,70 +116,99 @@ def exact_tolerance_mm(geometry: VolumeGeometry) -> float:
     return EXACT_TOLERANCE_SHARE * min(geometry.spacing[:2])
 
 
-def _occupied(array: NDArray[np.generic]) -> tuple[NDArray[np.intp], NDArray[np.generic]]:
-    """The box (z, y, x) of what is not zero: its first corner and its contents; empty where there is nothing."""
-    in_plane = array.any(axis=0)
-    sides = [array.any(axis=(1, 2)), in_plane.any(axis=1), in_plane.any(axis=0)]
-    if not in_plane.any():
-        return np.zeros(3, np.intp), array[:0]
-    ranges = [np.flatnonzero(side)[[0, -1]] for side in sides]
-    box = tuple(slice(int(first), int(last) + 1) for first, last in ranges)
-    return np.array([first for first, _ in ranges]), array[box]
-
-
-def _closed_paths(
-    mask: NDArray[np.generic], spacing: tuple[float, float], tolerance_mm: float
-) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Outlines of bool (z, y, x): the slice, and points (x, y) in half voxels from a voxel outside its corner."""
-    inside = np.pad(mask.astype(np.uint8), ((0, 0), (1, 1), (1, 1)))
-    slices = [(z, _join_holes(cycles, inside[z])) for z, cycles in _cycles_by_slice(inside)]
+def _thinned(paths: Paths, spacing: tuple[float, float], tolerance_mm: float) -> Paths:
     if tolerance_mm > 0:
-        half_voxel = (spacing[0] / 2, spacing[1] / 2)
         # Parts of a contour that are no neighbours lie twice as far apart as that: they cannot meet.
         safe = tolerance_mm <= EXACT_TOLERANCE_SHARE * min(spacing)
-        yield from thinned_cycles(slices, half_voxel=half_voxel, tolerance_mm=tolerance_mm, safe=safe)
-        return
-    for z, cycles in slices:
-        for cycle in cycles:
-            yield z, _without_straight_points(np.array(cycle))
+        half_voxel = (spacing[0] / 2, spacing[1] / 2)
+        return thinned_paths(paths, half_voxel=half_voxel, tolerance_mm=tolerance_mm, safe=safe)
+    return paths.only(_turns(paths))
 
 
-def _cycles_by_slice(inside: NDArray[np.uint8]) -> Iterator[tuple[int, list[Cycle]]]:
-    """Marching squares over all slices of (z, y, x) at once: closed paths, in half voxels (x, y), of each slice.
+def _closed_paths(masks: Sequence[NDArray[np.bool_]]) -> Paths:
+    """Outlines of masks (z, y, x), one after another: points (x, y) in half voxels from a voxel outside their corner.
 
-    Each path starts at its highest point.
+    Planes are numbered through all masks.
     """
-    _, height, width = inside.shape
-    from_id, to_id = _crossings(inside)
+    inside = [np.pad(mask.view(np.uint8), ((0, 0), (1, 1), (1, 1))) for mask in masks]
+    cycles = _cycles(inside)
+    first = cycles.points[cycles.bounds[:-1]]
+    second = cycles.points[cycles.bounds[:-1] + 1]
+    # With the inside on its right, a path leaves its highest point to the right, unless it goes around a hole.
+    with_holes = set(cycles.planes[second[:, 0] < first[:, 0]].tolist())
+    if not with_holes:
+        return cycles
+    planes = [plane for mask in inside for plane in mask]
+    return paths_of(_with_holes_joined(cycles, with_holes, planes))
+
+
+def _with_holes_joined(
+    cycles: Paths, with_holes: set[int], planes: Sequence[NDArray[np.uint8]]
+) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    for plane, group in groupby(cycles, key=lambda item: item[0]):
+        paths = [points for _, points in group]
+        if plane in with_holes:
+            as_lists = [list(map(tuple, points.tolist())) for points in paths]
+            paths = [np.array(cycle) for cycle in _join_holes(as_lists, planes[plane])]
+        yield from ((plane, points) for points in paths)
+
+
+def _cycles(inside: Sequence[NDArray[np.uint8]]) -> Paths:
+    """Marching squares over all planes of masks (z, y, x) at once: closed paths, each from its highest point."""
+    height, width = np.max([mask.shape[1:] for mask in inside], axis=0).tolist()
+    cells = _cells(inside)
+    from_id, to_id = _crossings(*cells, height=height, width=width)
     order = np.argsort(from_id)
-    from_id, to_id = from_id[order], to_id[order]
-    following = np.searchsorted(from_id, to_id).tolist()
-    row, x = np.divmod(from_id, 2 * width)
-    z, y = np.divmod(row, 2 * height)
-    points = list(zip(x.tolist(), y.tolist(), strict=True))
-    first_of_slice = np.searchsorted(z, np.arange(len(inside) + 1)).tolist()
-    seen = bytearray(len(points))
-    for k, (start, stop) in enumerate(pairwise(first_of_slice)):
-        cycles = []
-        for first in range(start, stop):
-            cycle, i = [], first
-            while not seen[i]:
-                seen[i] = 1
-                cycle.append(points[i])
-                i = following[i]
-            if cycle:
-                cycles.append(cycle)
-        yield k, cycles
+    from_id = from_id[order]
+    following = np.searchsorted(from_id, to_id[order])
+    order, bounds = _followed(following.tolist())
+    row, x = np.divmod(from_id[order], 2 * width)
+    plane, y = np.divmod(row, 2 * height)
+    return Paths(np.stack((x, y), axis=1), bounds, plane[bounds[:-1]])
 
 
-def _crossings(inside: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where contours enter and leave each cell, as numbers of half-voxel points: (z 2 height + y) 2 width + x."""
-    _, height, width = inside.shape
-    left, right = inside[:, :, :-1], inside[:, :, 1:]
-    corners = left[:, :-1] | right[:, :-1] << 1 | right[:, 1:] << 2 | left[:, 1:] << 3
-    z, y, x = np.nonzero((corners != 0) & (corners != 15))
-    case = corners[z, y, x]
-    origin = (z * 2 * height + 2 * y) * 2 * width + 2 * x
+def _followed(following: list[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The numbers cycle after cycle, each from its lowest; and where in them each cycle begins, and the last ends."""
+    order: list[int] = []
+    bounds = []
+    seen = bytearray(len(following))
+    for first in range(len(following)):
+        if seen[first]:
+            continue
+        bounds.append(len(order))
+        i = first
+        while not seen[i]:
+            seen[i] = 1
+            order.append(i)
+            i = following[i]
+    return np.array(order), np.array([*bounds, len(order)])
+
+
+def _cells(inside: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.int64], ...]:
+    """The cells that a contour crosses: plane, row, column, and which of the four corners are inside."""
+    found, first_plane = [], 0
+    for mask in inside:
+        left, right = mask[:, :, :-1], mask[:, :, 1:]
+        corners = left[:, :-1] | right[:, :-1] << 1 | right[:, 1:] << 2 | left[:, 1:] << 3
+        crossed = np.flatnonzero((corners != 0) & (corners != 15))
+        z, y, x = np.unravel_index(crossed, corners.shape)
+        found.append((first_plane + z, y, x, corners.reshape(-1)[crossed]))
+        first_plane += len(mask)
+    plane, y, x, case = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return plane, y, x, case
+
+
+def _crossings(
+    plane: NDArray[np.int64],
+    y: NDArray[np.int64],
+    x: NDArray[np.int64],
+    case: NDArray[np.int64],
+    *,
+    height: int,
+    width: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where contours enter and leave cells, as numbers of half-voxel points: (plane 2 height + y) 2 width + x."""
+    origin = (plane * 2 * height + 2 * y) * 2 * width + 2 * x
     side = SIDE_Y * 2 * width + SIDE_X
     from_side, to_side = _sides(CROSSINGS)
     twice = np.isin(case, list(SECOND_CROSSINGS))
@@ -177,7 +228,6 @@ def _sides(crossings: dict[int, tuple[int, int]]) -> tuple[NDArray[np.intp], NDA
 
 def _join_holes(cycles: list[Cycle], inside: NDArray[np.uint8]) -> list[Cycle]:
     """Outer paths only: a cut leads from each hole upwards, between two columns of voxel centres, to what is above."""
-    # With the inside on its right, a path leaves its highest point to the right, unless it goes around a hole.
     outer = [cycle for cycle in cycles if cycle[1] > cycle[0]]
     # From the top down: what a cut meets is an outer path, or a hole that has been joined.
     holes = sorted((_from_highest_side(cycle) for cycle in cycles if cycle[1] < cycle[0]), key=lambda hole: hole[0][1])
@@ -208,11 +258,13 @@ def _point_above(point: HalfVoxel, inside: NDArray[np.uint8]) -> tuple[HalfVoxel
     return (x, 2 * row + 1), (x - 1, 2 * row + 1)
 
 
-def _without_straight_points(points: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The same closed path without the points at which it goes straight on; a cut's turning points stay."""
-    ahead = np.roll(points, -1, axis=0) - points
-    behind = np.roll(ahead, 1, axis=0)
+def _turns(paths: Paths) -> NDArray[np.bool_]:
+    """Which points are not passed straight on; a cut's turning points are among them."""
+    following = paths.following
+    ahead = paths.points[following] - paths.points
+    behind = np.empty_like(ahead)
+    behind[following] = ahead
     turn = behind[:, 0] * ahead[:, 1] - behind[:, 1] * ahead[:, 0]
     back = (behind * ahead).sum(axis=1) < 0
-    kept: NDArray[np.int64] = points[(turn != 0) | back]
-    return kept
+    turning: NDArray[np.bool_] = (turn != 0) | back
+    return turning

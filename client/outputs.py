@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from anatomynet.client.contours import exact_tolerance_mm, trace_contours
+from anatomynet.client.contours import contours_of_regions, exact_tolerance_mm
 from anatomynet.client.nifti import label_table_path, nifti_library, write_nifti
 from anatomynet.client.report import StageClock
 from anatomynet.client.rtstruct import write_rtstruct
@@ -14,6 +14,7 @@ from anatomynet.client.study import CTSeries
 from anatomynet.engine.errors import OutputError
 from anatomynet.engine.findings import Finding
 from anatomynet.engine.output import refuse_existing
+from anatomynet.engine.regions import Region
 from anatomynet.engine.volume import LabelMap
 
 ENDINGS = {"rtstruct": ".rtstruct.dcm", "seg": ".seg.dcm", "nifti": ".nii.gz"}
@@ -73,11 +74,21 @@ def write_outputs(
     series: CTSeries,
     label_map: LabelMap,
     *,
+    regions: Sequence[Region],
     style: OutputStyle,
     findings: Sequence[Finding] = (),
     clock: StageClock,
 ) -> None:
     """Writes a drawing to the files of `output_paths`, each whole or not at all.
+
+    Args:
+        paths: type -> file.
+        series: what was drawn on.
+        label_map: what was drawn.
+        regions: the same, cut to a box a structure.
+        style: how it is written.
+        findings: what deserves a look.
+        clock: told the seconds of each stage.
 
     Raises:
         OutputError: nothing was drawn, or a file that cannot be written.
@@ -86,9 +97,8 @@ def write_outputs(
     if "rtstruct" in paths:
         with clock.stage("contours"):
             exact = exact_tolerance_mm(label_map.geometry)
-            contours = trace_contours(
-                label_map, tolerance_mm=exact if style.tolerance_mm is None else style.tolerance_mm
-            )
+            tolerance_mm = exact if style.tolerance_mm is None else style.tolerance_mm
+            contours = contours_of_regions(regions, label_map.geometry, tolerance_mm=tolerance_mm)
         with clock.stage("write"):
             write_rtstruct(
                 paths["rtstruct"],

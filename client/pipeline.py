@@ -245,7 +245,9 @@ def write_drawing(drawing: Drawing, outputs: Mapping[str, Path], task: Task, *, 
     options, overwrite = task.options, task.options.overwrite
     volume, label_map, regions, findings = drawing.volume, drawing.label_map, drawing.regions, drawing.findings
     style = OutputStyle(task.table, describe_runtime(task.runtime), options.tolerance_mm, overwrite)
-    write_outputs(dict(outputs), drawing.series, label_map, style=style, findings=findings, clock=clock)
+    write_outputs(
+        dict(outputs), drawing.series, label_map, regions=regions, style=style, findings=findings, clock=clock
+    )
     if options.picture:
         write_picture(options.picture, volume, label_map, overwrite=overwrite)
     if options.review:

@@ -1,110 +1,124 @@
 """Fewer points on a contour, within a tolerance in mm: between tracing and the RTSTRUCT.
 
 Douglas and Peucker's rule (Cartographica 10, 1973): between two points that stay, the one farthest from the straight
-line stays too where it lies farther off than the tolerance. All contours of a structure are split at once.
+line stays too where it lies farther off than the tolerance. All contours are split at once.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
-HalfVoxel = tuple[int, int]
-Cycle = Sequence[HalfVoxel]
-Points = NDArray[np.int64]
+from anatomynet.client.paths import Paths, Points, paths_of
 
 # After this many halvings of the tolerance nothing moves any more.
 LARGEST_HALVING_COUNT = 8
 
 
-def thinned_cycles(
-    slices: Sequence[tuple[int, Sequence[Cycle]]],
-    *,
-    half_voxel: tuple[float, float],
-    tolerance_mm: float,
-    safe: bool = False,
-) -> Iterator[tuple[int, Points]]:
-    """Thin the closed paths of one structure, slice by slice.
+def thinned_paths(paths: Paths, *, half_voxel: tuple[float, float], tolerance_mm: float, safe: bool = False) -> Paths:
+    """Thin closed paths, plane by plane.
 
     A path keeps three points or more and its keyholes, crosses neither itself nor its neighbours, and stays inside or
-    outside of each: a slice in which it would not is thinned with half the tolerance, and so on.
+    outside of each: a plane in which it would not is thinned with half the tolerance, and so on.
 
     Args:
-        slices: the slice's number and its paths, points (x, y) in half voxels.
+        paths: at least one.
         half_voxel: mm along x and y.
         tolerance_mm: the largest distance between a path and its thinned one, both ways; above 0.
         safe: the tolerance is too small for paths to meet, so nothing needs to be checked.
 
-    Yields:
-        Number of the slice, and points (n, 2) of a path, n >= 3.
+    Returns:
+        The same paths with fewer points, at least 3 each.
     """
+    if safe:
+        return _thin(paths, half_voxel, tolerance_mm)
     done: dict[int, Sequence[Points]] = {}
-    waiting = [(z, cycles) for z, cycles in slices if cycles]
+    waiting = _by_plane(paths)
     for _ in range(LARGEST_HALVING_COUNT):
-        refused = []
-        for (z, cycles), thinned in zip(waiting, _thin(waiting, half_voxel, tolerance_mm), strict=True):
-            if safe or _keeps_topology(cycles, thinned):
-                done[z] = thinned
-            else:
-                refused.append((z, cycles))
-        waiting, tolerance_mm = refused, tolerance_mm / 2
+        together = paths_of((plane, path) for plane, full in waiting.items() for path in full)
+        for plane, thinned in _by_plane(_thin(together, half_voxel, tolerance_mm)).items():
+            if _keeps_topology(waiting[plane], thinned):
+                done[plane] = thinned
+                del waiting[plane]
         if not waiting:
             break
-    done.update((z, [np.array(cycle) for cycle in cycles]) for z, cycles in waiting)
-    for z in sorted(done):
-        yield from ((z, points) for points in done[z])
+        tolerance_mm /= 2
+    done.update(waiting)
+    return paths_of((plane, path) for plane in sorted(done) for path in done[plane])
 
 
-def _thin(
-    slices: Sequence[tuple[int, Sequence[Cycle]]], half_voxel: tuple[float, float], tolerance_mm: float
-) -> list[list[Points]]:
-    """The points that stay, by slice and path."""
-    counts = [[len(cycle) for cycle in cycles] for _, cycles in slices]
-    closed = np.concatenate([[*cycle, cycle[0]] for _, cycles in slices for cycle in cycles])
-    pinned = np.concatenate([_pinned(cycle) for _, cycles in slices for cycle in cycles])
-    kept = _split_where_far(closed * np.array(half_voxel), pinned, tolerance_mm)
-    ends = np.cumsum([n + 1 for slice_counts in counts for n in slice_counts])
-    paths = iter(closed[start : end - 1][kept[start : end - 1]] for start, end in pairwise([0, *ends.tolist()]))
-    return [[next(paths) for _ in slice_counts] for slice_counts in counts]
+def _by_plane(paths: Paths) -> dict[int, list[Points]]:
+    return {plane: [path for _, path in group] for plane, group in groupby(paths, key=lambda item: item[0])}
 
 
-def _pinned(cycle: Cycle) -> NDArray[np.bool_]:
-    """Which points of a path, the first of them again at its end, stay whatever the tolerance: ends, and keyholes'."""
-    visits = Counter(cycle)
-    return np.array([True, *(visits[point] > 1 for point in cycle[1:]), True])
+def _thin(paths: Paths, half_voxel: tuple[float, float], tolerance_mm: float) -> Paths:
+    """The points that stay."""
+    # The first point of a path once more at its end, so that the last edge is one as any other.
+    closing = np.zeros(len(paths.points) + len(paths.planes), np.bool_)
+    closing[paths.bounds[1:] + np.arange(len(paths.planes))] = True
+    closed = np.insert(np.arange(len(paths.points)), paths.bounds[1:], paths.bounds[:-1])
+    stays = _pinned(paths)[closed]
+    x, y = (column * scale for column, scale in zip(paths.points[closed].T, half_voxel, strict=True))
+    _keep_what_is_far(x, y, stays, tolerance_mm)
+    return paths.only(stays[~closing])
 
 
-def _split_where_far(points: NDArray[np.float64], kept: NDArray[np.bool_], tolerance_mm: float) -> NDArray[np.bool_]:
-    """Which points (n, 2) stay: those that do already, and, farthest first, those off the lines between them."""
-    kept = kept.copy()
-    numbers = np.arange(len(points))
+def _pinned(paths: Paths) -> NDArray[np.bool_]:
+    """Which points stay whatever the tolerance: the first of each path, and a keyhole's, which it passes twice."""
+    columns, rows = paths.points.max(axis=0) + 1
+    x, y = paths.points.T
+    place = (np.repeat(np.arange(len(paths.planes)), paths.lengths) * rows + y) * columns + x
+    ordered = np.sort(place)
+    pinned = np.isin(place, ordered[1:][ordered[1:] == ordered[:-1]])
+    pinned[paths.bounds[:-1]] = True
+    return pinned
+
+
+def _keep_what_is_far(
+    x: NDArray[np.float64], y: NDArray[np.float64], stays: NDArray[np.bool_], tolerance_mm: float
+) -> None:
+    """Adds to the points that stay, farthest first, those off the lines between them."""
+    ends = np.flatnonzero(stays)
+    start, stop = ends[:-1], ends[1:]
     while True:
-        ends = np.flatnonzero(kept)
-        before = np.maximum.accumulate(np.where(kept, numbers, 0))
-        after = ends[np.searchsorted(ends, numbers)]
-        distance = _distance_to_segment(points, points[before], points[after])
-        farthest = np.maximum.reduceat(distance, ends)
-        chosen = np.flatnonzero((distance == farthest[np.searchsorted(ends, before)]) & (distance > tolerance_mm))
-        if not chosen.size:
-            return kept
-        _, first = np.unique(before[chosen], return_index=True)
-        kept[chosen[first]] = True
+        apart = stop - start > 1
+        start, stop = start[apart], stop[apart]
+        if not start.size:
+            return
+        inner = stop - start - 1
+        first = np.cumsum(inner) - inner
+        line = np.repeat(np.arange(len(inner)), inner)
+        number = (start + 1 - first)[line] + np.arange(len(line))
+        distance = _distance_to_line(x[number], y[number], (x[start], y[start], x[stop], y[stop]), line)
+        farthest = np.maximum.reduceat(distance, first)
+        candidates = np.flatnonzero(distance == farthest[line])
+        # Of several that are as far, the first.
+        middle = number[candidates[np.diff(line[candidates], prepend=-1) > 0]]
+        far = farthest > tolerance_mm
+        start, stop, middle = start[far], stop[far], middle[far]
+        stays[middle] = True
+        # What lies within the tolerance of its line is done with; only the halves of a line that was split go on.
+        start, stop = np.concatenate([start, middle]), np.concatenate([middle, stop])
 
 
-def _distance_to_segment(
-    points: NDArray[np.float64], start: NDArray[np.float64], end: NDArray[np.float64]
+def _distance_to_line(
+    x: NDArray[np.float64], y: NDArray[np.float64], ends: tuple[NDArray[np.float64], ...], line: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    along, offset = end - start, points - start
-    square = (along**2).sum(axis=1)
-    share = (offset * along).sum(axis=1) / np.where(square > 0, square, 1)
-    distance: NDArray[np.float64] = np.linalg.norm(offset - share.clip(0, 1)[:, None] * along, axis=1)
+    """Of each point to the line of this number, from one of its ends to the other, x0, y0, x1, y1, and no farther."""
+    x0, y0, x1, y1 = ends
+    along_x, along_y = x1 - x0, y1 - y0
+    square = along_x**2 + along_y**2
+    square[square == 0] = 1
+    x, y = x - x0[line], y - y0[line]
+    share = (x * along_x[line] + y * along_y[line]) / square[line]
+    share = share.clip(0, 1)
+    distance: NDArray[np.float64] = np.sqrt((x - share * along_x[line]) ** 2 + (y - share * along_y[line]) ** 2)
     return distance
 
 
-def _keeps_topology(cycles: Sequence[Cycle], thinned: Sequence[Points]) -> bool:
-    """Whether thinned paths of one slice cut no other and none of themselves, keep their cuts and their nesting."""
+def _keeps_topology(cycles: Sequence[Points], thinned: Sequence[Points]) -> bool:
+    """Whether thinned paths of one plane cut no other and none of themselves, keep their cuts and their nesting."""
     if min(map(len, thinned)) < 3:
         return False
     edges = np.concatenate([np.hstack((path, np.roll(path, -1, axis=0))) for path in thinned])
@@ -115,7 +129,7 @@ def _keeps_topology(cycles: Sequence[Cycle], thinned: Sequence[Points]) -> bool:
     if len(cycles) == 1:
         return True
     return all(
-        _surrounds(path, other[0]) == _surrounds(np.array(cycle), other[0])
+        _surrounds(path, other[0]) == _surrounds(cycle, other[0])
         for i, (cycle, path) in enumerate(zip(cycles, thinned, strict=True))
         for j, other in enumerate(cycles)
         if i != j
@@ -147,7 +161,7 @@ def _side(start: Points, end: Points, point: Points) -> NDArray[np.int64]:
     return side
 
 
-def _surrounds(path: Points, point: HalfVoxel) -> bool:
+def _surrounds(path: Points, point: Points) -> bool:
     """Whether a point lies inside a path, by the even-odd rule."""
     x, y = path.T
     next_x, next_y = np.roll(x, -1), np.roll(y, -1)

@@ -18,6 +18,7 @@ from anatomynet.engine.geometry import CUBIC_MM_PER_ML, Index, VolumeGeometry
 from anatomynet.engine.postprocess import STRAY_SHARE
 from anatomynet.engine.preprocess import BODY_HU
 from anatomynet.engine.regions import Region, middle_of
+from anatomynet.engine.runs import pieces_of
 from anatomynet.engine.structures import STRUCTURES, Structure
 from anatomynet.engine.volume import CTVolume
 
@@ -136,7 +137,7 @@ def _exchanged_sides(present: Mapping[str, Region], geometry: VolumeGeometry) ->
 
 def _left_mm(region: Region, geometry: VolumeGeometry) -> float:
     """LPS x of the region's centre of mass."""
-    centre = np.argwhere(region.box).mean(axis=0) + region.start
+    centre = region.runs.centre() + region.start
     return float(geometry.points_from_indices(centre[::-1])[0])
 
 
@@ -169,16 +170,14 @@ def _cut_off(name: str, region: Region, geometry: VolumeGeometry) -> Iterator[Fi
 
 
 def _several_pieces(region: Region, geometry: VolumeGeometry) -> Iterator[Finding]:
-    from scipy import ndimage
-
-    pieces, count = ndimage.label(region.box, structure=np.ones((3, 3, 3)))
-    sizes = np.bincount(pieces.ravel(), minlength=count + 1)[1:]
+    piece = pieces_of(region.runs)
+    sizes = np.bincount(piece, weights=region.runs.length).astype(np.int64)
     least = max(STRAY_SHARE * sizes.max(), SMALLEST_PIECE_ML / geometry.voxel_ml)
     large = np.flatnonzero(sizes >= least)
     if len(large) > 1:
-        second = large[np.argsort(sizes[large])[-2]] + 1
-        z, y, x = (np.argwhere(pieces == second)[0] + region.start).tolist()
-        volume_ml = sizes[second - 1] * geometry.voxel_ml
+        second = large[np.argsort(sizes[large])[-2]]
+        z, y, x = (region.runs.places[:, np.argmax(piece == second)] + region.start).tolist()
+        volume_ml = sizes[second] * geometry.voxel_ml
         text = f"in {len(large)} pieces, one of them {volume_ml:.1f} ml: expected one"
         yield Finding(region.name, text, (z, y, x))
 
@@ -245,7 +244,10 @@ def metal_near(volume: CTVolume, present: Sequence[Region]) -> NDArray[np.int64]
     reach = np.ceil(METAL_REACH_MM / np.array(volume.geometry.spacing[::-1])).astype(int)
     low = np.maximum(starts.min(axis=0) - reach, 0)
     high = np.minimum(stops.max(axis=0) + reach, volume.geometry.shape)
-    places: NDArray[np.int64] = np.argwhere(volume.hu[tuple(map(slice, low, high))] >= METAL_HU) + low
+    near = volume.hu[tuple(map(slice, low, high))]
+    z, y = np.nonzero(near.max(axis=2) >= METAL_HU)  # of few rows; the others are not looked at again
+    row, x = np.nonzero(near[z, y] >= METAL_HU)
+    places: NDArray[np.int64] = np.stack((z[row], y[row], x), axis=1) + low
     return places
 
 

@@ -3,7 +3,9 @@
 import numpy as np
 
 from anatomynet.engine.geometry import Index
-from anatomynet.engine.preprocess import NetworkInput, array_from_canonical, resample_linear
+from anatomynet.engine.preprocess import NetworkInput, array_from_canonical, canonical_from_array, resample_linear
+from anatomynet.engine.regions import boxes_of
+from anatomynet.engine.runs import pieces_of, runs_of
 from anatomynet.engine.volume import CTVolume, LabelArray
 
 # A piece of a structure smaller than this share of its largest piece is a stray; the network's known weakness.
@@ -16,42 +18,38 @@ def source_labels_from_network(labels: LabelArray, given: NetworkInput, volume: 
     Where the CT was resampled, each structure's mask is mapped back by linear interpolation.
     """
     if given.grid == given.canonical:
-        whole = np.zeros(given.canonical.shape, np.uint8)
+        whole = np.zeros(volume.geometry.shape, np.uint8)
         stop = np.add(given.start, labels.shape)
-        whole[tuple(slice(a, b) for a, b in zip(given.start, stop, strict=True))] = labels
-    else:
-        whole = _labels_resampled(labels, given)
-    return np.ascontiguousarray(array_from_canonical(whole, volume.geometry))
+        canonical = canonical_from_array(whole, volume.geometry)  # a view: what is written there is turned already
+        canonical[tuple(slice(a, b) for a, b in zip(given.start, stop, strict=True))] = labels
+        return whole
+    return np.ascontiguousarray(array_from_canonical(_labels_resampled(labels, given), volume.geometry))
 
 
 def drop_strays(labels: LabelArray) -> LabelArray:
     """Each structure without its pieces (26-connected) under a tenth of its largest; a copy."""
-    from scipy import ndimage
-
     kept = labels.copy()
-    for label, box in enumerate(ndimage.find_objects(labels), start=1):
+    for label, box in enumerate(boxes_of(labels, int(labels.max(initial=0))), start=1):
         if box is None:
             continue
-        pieces, count = ndimage.label(labels[box] == label, structure=np.ones((3, 3, 3)))
-        if count > 1:
-            sizes = np.bincount(pieces.ravel())
-            stray = sizes < STRAY_SHARE * sizes[1:].max()
-            stray[0] = False
-            kept[box][stray[pieces]] = 0
+        runs = runs_of(labels[box] == label)
+        piece = pieces_of(runs)
+        sizes = np.bincount(piece, weights=runs.length)
+        stray = sizes < STRAY_SHARE * sizes.max()
+        if stray.any():
+            kept[box][np.unravel_index(runs.voxels(stray[piece]), runs.shape)] = 0
     return kept
 
 
 def _labels_resampled(labels: LabelArray, given: NetworkInput) -> LabelArray:
     """Labels of the box -> the canonical grid of another spacing: masks interpolated, then argmax."""
-    from scipy import ndimage
-
     best = np.zeros(given.canonical.shape, np.float32)
     total = np.zeros(given.canonical.shape, np.float32)
     whole = np.zeros(given.canonical.shape, np.uint8)
     grid_labels = np.zeros(given.grid.shape, np.uint8)
     stop = np.add(given.start, labels.shape)
     grid_labels[tuple(slice(a, b) for a, b in zip(given.start, stop, strict=True))] = labels
-    for label, box in enumerate(ndimage.find_objects(grid_labels), start=1):
+    for label, box in enumerate(boxes_of(grid_labels, int(labels.max(initial=0))), start=1):
         if box is None:
             continue
         first, last = _reach(box, given)

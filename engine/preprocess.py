@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import GeometryError
 from anatomynet.engine.geometry import Index, VolumeGeometry
+from anatomynet.engine.runs import pieces_of, runs_of
 from anatomynet.engine.volume import CTVolume, HounsfieldArray
 
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -86,16 +87,14 @@ def body_box(hu: HounsfieldArray, *, in_plane_stride: int) -> tuple[Index, Index
 
     The start is a multiple of 2 in z and of 2 x stride in plane. The whole volume, if nothing in it is above -500 HU.
     """
-    from scipy import ndimage
-
     step = (POOLING, POOLING * in_plane_stride, POOLING * in_plane_stride)
     # One voxel of every pooled one, from its middle: a margin to the left is then as wide as one to the right.
     sampled = hu[tuple(slice(unit // 2, None, unit) for unit in step)]
-    pieces, count = ndimage.label(sampled > BODY_HU)
-    if count == 0:
+    runs = runs_of(sampled > BODY_HU)
+    if not len(runs.start):
         return (0, 0, 0), _index(hu.shape)
-    largest = 1 + int(np.argmax(np.bincount(pieces.ravel())[1:]))
-    found = ndimage.find_objects(pieces, max_label=largest)[-1]
+    piece = pieces_of(runs, touch="faces")
+    found = runs.box(piece == np.argmax(np.bincount(piece, weights=runs.length)))
     sides = [
         _rounded_side(piece, unit=unit, size=size, multiple=multiple)
         for piece, unit, size, multiple in zip(

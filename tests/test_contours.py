@@ -145,6 +145,24 @@ def test_nothing_found_is_nothing() -> None:
     assert trace_contours(label_map(np.zeros((3, 4, 5), np.uint8))) == ()
 
 
+@given(arrays(np.uint8, array_shapes(min_dims=3, max_dims=3, max_side=9), elements=st.integers(0, 3)), st.floats(0, 2))
+@settings(max_examples=100, deadline=None)
+def test_a_structure_among_others_is_outlined_as_alone(labels: Labels, tolerance_mm: float) -> None:
+    together = trace_contours(label_map(labels), tolerance_mm=tolerance_mm)
+    assert [f.structure for f in together] == [CATALOGUE[i - 1] for i in np.unique(labels) if i]
+    for found in together:
+        label = CATALOGUE.index(found.structure) + 1
+        (alone,) = trace_contours(label_map(np.where(labels == label, labels, 0)), tolerance_mm=tolerance_mm)
+        assert [c.slice_index for c in found.contours] == [c.slice_index for c in alone.contours]
+        for one, other in zip(found.contours, alone.contours, strict=True):
+            np.testing.assert_array_equal(one.points, other.points)
+
+
+def test_a_contour_begins_at_its_highest_point_and_runs_clockwise() -> None:
+    (points,) = contours_of_slice("...#", ".###", "....")
+    assert points.tolist() == [[3, -0.5], [3.5, 0], [3.5, 1], [3, 1.5], [1, 1.5], [0.5, 1], [1, 0.5], [2, 0.5]]
+
+
 def test_organs_with_neighbours_and_holes_come_back_whole() -> None:
     generator = np.random.default_rng(1808)
     fields = [ndimage.gaussian_filter(generator.normal(size=(12, 80, 90)), (1, 3, 3)) for _ in range(4)]

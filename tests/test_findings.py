@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from anatomynet.engine.errors import GeometryError
-from anatomynet.engine.findings import Finding, find_warnings, usual_ranges
+from anatomynet.engine.findings import METAL_HU, Finding, find_warnings, metal_near, usual_ranges
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.phantom import make_phantom
 from anatomynet.engine.preprocess import array_from_canonical
@@ -207,6 +207,15 @@ def test_metal_near_the_structures_only() -> None:
     assert found.index is not None
     assert near[found.index] == 3071
     assert warnings_of(patient(), far) == ()
+
+
+def test_every_voxel_of_metal_is_found_in_order() -> None:
+    rng = np.random.default_rng(4)
+    hu = np.where(rng.random(SHAPE) < 1e-3, METAL_HU, 0).astype(np.int16)
+    label_map = patient()
+    everywhere = [Region("PTV 70", (255, 0, 0), (0, 0, 0), np.ones(SHAPE, np.bool_))]
+    found = metal_near(CTVolume(hu, label_map.geometry), everywhere)
+    np.testing.assert_array_equal(found, np.argwhere(hu >= METAL_HU))
 
 
 def test_unusual_scan() -> None:

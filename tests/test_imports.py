@@ -1,6 +1,7 @@
 """Dependencies run one way, and a client does without torch."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,14 @@ def test_no_client_module_imports_torch() -> None:
 def test_the_command_starts_without_what_is_slow() -> None:
     modules = python(IMPORT_THE_COMMAND).split()
     assert [name for name in SLOW if name in modules] == []
+
+
+def test_a_study_is_drawn_without_scipy() -> None:
+    """To load it takes as long as to trace all contours: only what measures contours does."""
+    sources = [source for package in ("engine", "client") for source in (PACKAGE / package).rglob("*.py")]
+    assert [s.name for s in sources if re.search(r"(from|import) scipy", s.read_text(encoding="utf-8"))] == [
+        "metrics.py"
+    ]
 
 
 @pytest.mark.parametrize("package", sorted(ALLOWED))

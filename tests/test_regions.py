@@ -35,6 +35,12 @@ def test_boxes_are_scipys(share: float, turn: tuple[int, int, int]) -> None:
     assert boxes_of(turned, 7) == (find_objects(turned, max_label=7) or [None] * 7)
 
 
+def test_a_label_beyond_the_last_has_no_box() -> None:
+    labels = np.zeros(GEOMETRY.shape, np.uint8)
+    labels[1, 2, 3], labels[2, 3, 4] = 1, 3
+    assert boxes_of(labels, 2) == [(slice(1, 2), slice(2, 3), slice(3, 4)), None]
+
+
 def test_middle_lies_inside_a_horseshoe() -> None:
     labels = np.zeros(GEOMETRY.shape, np.uint8)
     labels[1, 0:6, 1] = labels[1, 0:6, 6] = labels[1, 0, 1:7] = 1
