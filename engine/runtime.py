@@ -129,9 +129,9 @@ class OpenVinoRuntime:
         self._memory = MemoryGuard(_bytes_a_voxel(self.model, ONE_SIZE_BYTES if one_size else NETWORK_BYTES))
         self._shape: tuple[int, ...] = ()
         self._request: openvino.InferRequest | None = None
-        # Compiled in a thread, beside the reading of the first volume.
-        self._thread = ThreadPoolExecutor(1)
-        self._any_size = None if one_size else self._thread.submit(self._compiled, graph)
+        # Compiled beside the reading of the first volume, and the region finder beside this.
+        self._threads = ThreadPoolExecutor(2)
+        self._any_size = None if one_size else self._threads.submit(self._compiled, graph)
         self.description = f"OpenVINO {openvino.__version__.split('-')[0]} on {available_cores()} CPU threads"
         self._lock = threading.Lock()
 
@@ -150,7 +150,7 @@ class OpenVinoRuntime:
 
     @functools.cached_property
     def _coming_finder(self) -> Future[RegionFinder]:
-        return self._thread.submit(_shipped_region_finder)
+        return self._threads.submit(_shipped_region_finder)
 
     def infer(self, hu: HounsfieldArray) -> tuple[LabelArray, NDArray[np.float32]]:
         """See Runtime; releases the GIL while it computes."""
