@@ -83,7 +83,7 @@ def trace_contours(label_map: LabelMap, *, tolerance_mm: float = 0.0) -> tuple[S
 def contours_of_regions(
     regions: Sequence[Region], geometry: VolumeGeometry, *, tolerance_mm: float = 0.0
 ) -> tuple[StructureContours, ...]:
-    """What `trace_contours` gives, of a label map's regions: for whom has these already.
+    """What `trace_contours` gives, of a label map's regions: for whoever has these already.
 
     Args:
         regions: of our structures; those of no voxel are left out.
@@ -130,33 +130,32 @@ def _closed_paths(masks: Sequence[NDArray[np.bool_]]) -> Paths:
 
     Planes are numbered through all masks.
     """
-    inside = [np.pad(mask.view(np.uint8), ((0, 0), (1, 1), (1, 1))) for mask in masks]
-    cycles = _cycles(inside)
+    cycles = _cycles(masks)
     first = cycles.points[cycles.bounds[:-1]]
     second = cycles.points[cycles.bounds[:-1] + 1]
     # With the inside on its right, a path leaves its highest point to the right, unless it goes around a hole.
     with_holes = set(cycles.planes[second[:, 0] < first[:, 0]].tolist())
     if not with_holes:
         return cycles
-    planes = [plane for mask in inside for plane in mask]
+    planes = [plane for mask in masks for plane in mask]
     return paths_of(_with_holes_joined(cycles, with_holes, planes))
 
 
 def _with_holes_joined(
-    cycles: Paths, with_holes: set[int], planes: Sequence[NDArray[np.uint8]]
+    cycles: Paths, with_holes: set[int], planes: Sequence[NDArray[np.bool_]]
 ) -> Iterator[tuple[int, NDArray[np.int64]]]:
     for plane, group in groupby(cycles, key=lambda item: item[0]):
         paths = [points for _, points in group]
         if plane in with_holes:
             as_lists = [list(map(tuple, points.tolist())) for points in paths]
-            paths = [np.array(cycle) for cycle in _join_holes(as_lists, planes[plane])]
+            paths = [np.array(cycle) for cycle in _join_holes(as_lists, np.pad(planes[plane], 1))]
         yield from ((plane, points) for points in paths)
 
 
-def _cycles(inside: Sequence[NDArray[np.uint8]]) -> Paths:
+def _cycles(masks: Sequence[NDArray[np.bool_]]) -> Paths:
     """Marching squares over all planes of masks (z, y, x) at once: closed paths, each from its highest point."""
-    height, width = np.max([mask.shape[1:] for mask in inside], axis=0).tolist()
-    cells = _cells(inside)
+    height, width = (np.max([mask.shape[1:] for mask in masks], axis=0) + 2).tolist()  # voxels outside all round
+    cells = _cells(masks)
     from_id, to_id = _crossings(*cells, height=height, width=width)
     order = np.argsort(from_id)
     from_id = from_id[order]
@@ -184,11 +183,12 @@ def _followed(following: list[int]) -> tuple[NDArray[np.int64], NDArray[np.int64
     return np.array(order), np.array([*bounds, len(order)])
 
 
-def _cells(inside: Sequence[NDArray[np.uint8]]) -> tuple[NDArray[np.int64], ...]:
+def _cells(masks: Sequence[NDArray[np.bool_]]) -> tuple[NDArray[np.int64], ...]:
     """The cells that a contour crosses: plane, row, column, and which of the four corners are inside."""
     found, first_plane = [], 0
-    for mask in inside:
-        left, right = mask[:, :, :-1], mask[:, :, 1:]
+    for mask in masks:
+        inside = np.pad(mask.view(np.uint8), ((0, 0), (1, 1), (1, 1)))
+        left, right = inside[:, :, :-1], inside[:, :, 1:]
         corners = left[:, :-1] | right[:, :-1] << 1 | right[:, 1:] << 2 | left[:, 1:] << 3
         crossed = np.flatnonzero((corners != 0) & (corners != 15))
         z, y, x = np.unravel_index(crossed, corners.shape)
@@ -226,7 +226,7 @@ def _sides(crossings: dict[int, tuple[int, int]]) -> tuple[NDArray[np.intp], NDA
     return table[0], table[1]
 
 
-def _join_holes(cycles: list[Cycle], inside: NDArray[np.uint8]) -> list[Cycle]:
+def _join_holes(cycles: list[Cycle], inside: NDArray[np.bool_]) -> list[Cycle]:
     """Outer paths only: a cut leads from each hole upwards, between two columns of voxel centres, to what is above."""
     outer = [cycle for cycle in cycles if cycle[1] > cycle[0]]
     # From the top down: what a cut meets is an outer path, or a hole that has been joined.
@@ -247,7 +247,7 @@ def _from_highest_side(hole: Cycle) -> Cycle:
     return hole[start:] + hole[:start]
 
 
-def _point_above(point: HalfVoxel, inside: NDArray[np.uint8]) -> tuple[HalfVoxel, HalfVoxel]:
+def _point_above(point: HalfVoxel, inside: NDArray[np.bool_]) -> tuple[HalfVoxel, HalfVoxel]:
     """Where a line straight up first meets a contour, and the contour's own point at or just before that place."""
     x, y = point
     column = x // 2

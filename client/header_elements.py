@@ -57,13 +57,15 @@ IMAGE_KEYWORDS = (
 TAGS = {keyword: Tag(keyword) for keyword in (*PATIENT_AND_STUDY_KEYWORDS, *IMAGE_KEYWORDS)}
 # A header has no longer value than this but the pixels, which stay on disk until they are asked for.
 LONGEST_HEADER_VALUE = 65536
+UNDEFINED_LENGTH = 0xFFFFFFFF  # of what ends where a delimiter stands (PS3.5 7.1)
 
 
 class FileElements(NamedTuple):
     """What is kept of a file's header.
 
     Attributes:
-        by_keyword: the elements of TAGS that the file has; raw, but for sequences of undefined length.
+        by_keyword: the elements of TAGS that the file has; raw, but for what pydicom converts as it reads: sequences of
+            undefined length, the character set.
         media_class_uid: what the file is as its own header (PS3.10) says, empty where it does not.
         transfer_syntax_uid: how the file is encoded.
         little_endian: whether its numbers are.

@@ -16,15 +16,14 @@ from pydicom.dataelem import RawDataElement, empty_value_for_VR
 from pydicom.uid import AllTransferSyntaxes, ImplicitVRLittleEndian
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_16, EXPLICIT_VR_LENGTH_32
 
-from anatomynet.client.header_elements import LONGEST_HEADER_VALUE, TAGS, FileElements
+from anatomynet.client.header_elements import LONGEST_HEADER_VALUE, TAGS, UNDEFINED_LENGTH, FileElements
 
-# No value that lies in so many bytes is longer than those that pydicom leaves on disk.
+# No value within so many is long enough for pydicom to leave it on disk.
 HEAD_BYTES = LONGEST_HEADER_VALUE
 META_START = 132
 EXPLICIT = Struct("<4s2sH").unpack_from
 IMPLICIT = Struct("<4sL").unpack_from
 LENGTH = Struct("<L").unpack_from
-UNDEFINED = 0xFFFFFFFF
 SHORT_VRS = {vr.encode(): vr.value for vr in EXPLICIT_VR_LENGTH_16}
 LONG_VRS = {vr.encode(): vr.value for vr in EXPLICIT_VR_LENGTH_32}
 EMPTY_VALUES = {
@@ -75,7 +74,9 @@ def scan_header(file: BinaryIO, head: bytes, size: int) -> FileElements | None:
         if implicit and UPPER_CASE.match(head, at + 4):
             return None  # it is explicit all the same
         elements, pixels = _scan_elements(head, at, implicit=implicit)
-        end = _end_of_fragments(file, pixels) if pixels.length == UNDEFINED else pixels.value_tell + pixels.length
+        end = (
+            _end_of_fragments(file, pixels) if pixels.length == UNDEFINED_LENGTH else pixels.value_tell + pixels.length
+        )
     except (UnusualError, StructError):
         return None
     # Elements may follow the pixels where there is room for one.
@@ -99,7 +100,7 @@ def _scan_file_meta(head: bytes) -> tuple[str, str, int]:
 
 
 def _scan_elements(head: bytes, at: int, *, implicit: bool) -> tuple[dict[str, RawDataElement], RawDataElement]:
-    """The wanted elements up to the pixels, and these. A value that ends beyond what was read is the last."""
+    """The wanted elements up to the pixels, and these; where a value ends beyond what was read, nothing follows it."""
     found: dict[str, RawDataElement] = {}
     while True:
         tag, vr, length, start = _element_at(head, at, implicit=implicit)
@@ -115,7 +116,7 @@ def _scan_elements(head: bytes, at: int, *, implicit: bool) -> tuple[dict[str, R
             found[keyword] = RawDataElement(known, vr, length, value, start, implicit, True)
         elif tag[:2] == ITEM_GROUP:
             raise UnusualError
-        elif length == UNDEFINED:
+        elif length == UNDEFINED_LENGTH:
             at = _end_of_sequence(head, start, tag, vr)
 
 
@@ -166,7 +167,7 @@ def _is_sequence(head: bytes, at: int, tag: bytes, vr: str | None) -> bool:
 
 def _end_of_item(head: bytes, at: int, length: int, *, implicit: bool, depth: int) -> int:
     """Where a sequence's next item begins; those of an explicit file may be implicit (PS3.5 6.2.2)."""
-    end = None if length == UNDEFINED else at + length
+    end = None if length == UNDEFINED_LENGTH else at + length
     implicit = implicit or not UPPER_CASE.match(head, at + 4)
     while at != end:  # past it, only the end of what was read ends this
         if end is None and head[at : at + 8] == ITEM_END:
@@ -174,7 +175,7 @@ def _end_of_item(head: bytes, at: int, length: int, *, implicit: bool, depth: in
         tag, vr, size, start = _element_at(head, at, implicit=implicit)
         if tag == CHARACTER_SET or tag[:2] == ITEM_GROUP:
             raise UnusualError
-        at = _end_of_sequence(head, start, tag, vr, depth + 1) if size == UNDEFINED else start + size
+        at = _end_of_sequence(head, start, tag, vr, depth + 1) if size == UNDEFINED_LENGTH else start + size
     return at
 
 

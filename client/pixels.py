@@ -13,6 +13,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, 
 
 from anatomynet.client.codecs import EncodedFrame, decode_frame
 from anatomynet.client.decoder_process import DecoderProcesses
+from anatomynet.client.header_elements import UNDEFINED_LENGTH
 from anatomynet.client.headers import DAMAGED, CTHeader
 from anatomynet.engine.errors import StudyError
 from anatomynet.engine.volume import HounsfieldArray
@@ -102,6 +103,11 @@ def _raw_pixel_offset(header: CTHeader) -> int | None:
     element = _pixel_element(header)
     if header.transfer_syntax_uid not in (ImplicitVRLittleEndian, ExplicitVRLittleEndian):
         return None
+    if element.length == UNDEFINED_LENGTH:  # else items' headers would be read as voxels, and all lie 8 to the side
+        raise StudyError(
+            f"{header.path.name} is damaged: its pixels lie in fragments, which the transfer syntax "
+            f"{header.transfer_syntax_uid} does not have; export the series again"
+        )
     size = 2 * header.word("Rows") * header.word("Columns")
     expected = size * header.frame_count
     present = max(0, min(element.length, header.size - element.value_tell))

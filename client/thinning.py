@@ -90,7 +90,7 @@ def _keep_what_is_far(
         first = np.cumsum(inner) - inner
         line = np.repeat(np.arange(len(inner)), inner)
         number = (start + 1 - first)[line] + np.arange(len(line))
-        distance = _distance_to_line(x[number], y[number], (x[start], y[start], x[stop], y[stop]), line)
+        distance = _distance_to_segment(x[number], y[number], (x[start], y[start], x[stop], y[stop]), line)
         farthest = np.maximum.reduceat(distance, first)
         candidates = np.flatnonzero(distance == farthest[line])
         # Of several that are as far, the first.
@@ -102,10 +102,10 @@ def _keep_what_is_far(
         start, stop = np.concatenate([start, middle]), np.concatenate([middle, stop])
 
 
-def _distance_to_line(
+def _distance_to_segment(
     x: NDArray[np.float64], y: NDArray[np.float64], ends: tuple[NDArray[np.float64], ...], line: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Of each point to the line of this number, from one of its ends to the other, x0, y0, x1, y1, and no farther."""
+    """Of each point to its line, between that line's ends: x0, y0, x1, y1 by the line's number."""
     x0, y0, x1, y1 = ends
     along_x, along_y = x1 - x0, y1 - y0
     square = along_x**2 + along_y**2

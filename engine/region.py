@@ -181,7 +181,8 @@ def coarse_factors(spacing: Point, config: RegionConfig) -> Index:
 
 
 def coarse_from_hu(hu: HounsfieldArray, factors: Index) -> HounsfieldArray:
-    """Means of blocks of voxels, int16 (z, y, x), rounded down; what is left over at the far end is left out."""
+    """Means of blocks of fewer than 65,536 voxels, int16 (z, y, x), rounded down; what is left over at the far end is
+    left out."""
     depth, height, width = (side // factor for side, factor in zip(hu.shape, factors, strict=True))
     fz, fy, fx = factors
     blocks = hu[: depth * fz, : height * fy, : width * fx].reshape(depth, fz, height, fy, width * fx)

@@ -8,6 +8,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from anatomynet.engine import runs as runs_module
 from anatomynet.engine.runs import Runs, Touch, pieces_of, runs_of
 
 Mask = NDArray[np.bool_]
@@ -62,6 +63,24 @@ def test_a_winding_piece_is_one(touch: Touch) -> None:
     assert set(pieces_of(runs_of(mask), touch=touch)) == {0}
     mask[1::4, -1, -1] = False
     assert set(pieces_of(runs_of(mask), touch=touch)) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("touch", ["faces", "corners"])
+@pytest.mark.parametrize("height", [1, 5])
+def test_many_pieces_that_one_joins_take_few_rounds(monkeypatch: pytest.MonkeyPatch, touch: Touch, height: int) -> None:
+    """A thousand posts that a plate joins, as a grid in a couch: not a thousand passes over all runs."""
+    rounds: list[int] = []
+    ends_of = runs_module._ends_of
+
+    def counted(into: NDArray[np.int64]) -> NDArray[np.int64]:
+        rounds.append(len(into))
+        return ends_of(into)
+
+    monkeypatch.setattr(runs_module, "_ends_of", counted)
+    mask = np.zeros((height + 1, 64, 64), np.bool_)
+    mask[:height, ::2, ::2] = mask[height] = True
+    assert set(pieces_of(runs_of(mask), touch=touch)) == {0}
+    assert len(rounds) < 20
 
 
 @given(small_masks.filter(np.any))

@@ -299,6 +299,16 @@ def last_has_endless_axes(_: Path, paths: list[Path]) -> None:
     edit(paths[-1], ImageOrientationPatient=["1e200", "1e200", "0", "1e200", "1e200", "0"])
 
 
+def third_has_fragments_though_its_syntax_has_none(_: Path, paths: list[Path]) -> None:
+    """As a PACS may leave it that decompresses: an empty offset table and one fragment."""
+    data = paths[2].read_bytes()
+    start = data.index(b"\xe0\x7f\x10\x00OW")
+    pixels = data[start + 12 :]
+    item, end = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0" + bytes(4)
+    fragments = item + bytes(4) + item + len(pixels).to_bytes(4, "little") + pixels + end
+    paths[2].write_bytes(data[:start] + b"\xe0\x7f\x10\x00OB\x00\x00\xff\xff\xff\xff" + fragments)
+
+
 def third_has_a_sequence_of_pixels(_: Path, paths: list[Path]) -> None:
     data = paths[2].read_bytes()
     pixels = b"\xe0\x7f\x10\0SQ\0\0\xff\xff\xff\xff\xfe\xff\xdd\xe0\0\0\0\0"
@@ -411,6 +421,11 @@ REFUSALS: dict[str, tuple[Callable[[Path, list[Path]], None], type[AnatomyNetErr
         third_has_a_sequence_of_pixels,
         StudyError,
         r"CT0003.dcm is damaged: its pixels are a seq",
+    ),
+    "fragments, though its syntax has none": (
+        third_has_fragments_though_its_syntax_has_none,
+        StudyError,
+        r"CT0003.dcm is damaged: its pixels lie in fragments.*1\.2\.840\.10008\.1\.2\.1",
     ),
     "cut in the header": (cut(300), StudyError, r"CT0003.dcm is damaged"),
     "empty file": (cut(0), StudyError, r"CT0003.dcm is damaged: it is empty"),
