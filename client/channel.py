@@ -5,6 +5,7 @@ Hidden here: that gRPC complains in its own log, and that its limits are made fo
 
 import os
 import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from anatomynet.client.access import API_KEY_HEADER, NO_ACCESS, Access
@@ -54,7 +55,10 @@ def open_client(address: ServerAddress, access: Access = NO_ACCESS) -> "Inferenc
         target = _listening_address(address.port) or target
         options.append(("grpc.ssl_target_name_override", address.host))  # the name that its certificate is for
     credentials = _credentials(access) if address.secure else None
-    return InferenceServerClient(target, creds=credentials, channel_args=options)
+    client = InferenceServerClient(target, creds=credentials, channel_args=options)
+    if address.secure and access.api_key:
+        client.register_plugin(_key_sender(access.api_key))
+    return client
 
 
 def _listening_address(port: int) -> str | None:
@@ -70,12 +74,18 @@ def _listening_address(port: int) -> str | None:
 def _credentials(access: Access) -> "ChannelCredentials":
     import grpc
 
-    through_tls = grpc.ssl_channel_credentials(access.ca, access.key, access.certificate)
-    if not access.api_key:
-        return through_tls
+    return grpc.ssl_channel_credentials(access.ca, access.key, access.certificate)
 
-    def send_key(_context: Any, callback: Any) -> None:
-        callback(((API_KEY_HEADER, access.api_key),), None)
 
-    # With every call, and gRPC itself never puts such credentials on a channel without TLS.
-    return grpc.composite_channel_credentials(through_tls, grpc.metadata_call_credentials(send_key))
+def _key_sender(api_key: str) -> Callable[[Any], None]:
+    """A plugin of tritonclient's that puts the key on every call.
+
+    Call credentials of gRPC's would be Python that a thread of gRPC's own asks for, or lets go of, while it holds a
+    lock. Who closes the channel may wait for that lock and hold Python's, for which that thread waits: grpcio 1.85 hung
+    so, once.
+    """
+
+    def send_key(request: Any) -> None:
+        request.headers[API_KEY_HEADER] = api_key
+
+    return send_key

@@ -467,6 +467,15 @@ def test_the_key_goes_with_every_call_and_never_in_plain_text(certificates: Cert
     assert [headers.get(API_KEY_HEADER) for headers in listener.headers] == [API_KEY if secure else None] * 2
 
 
+def test_no_thread_of_grpcs_asks_python_for_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that was refused hung when it was closed: that thread held a lock of gRPC's."""
+    monkeypatch.setattr(plain_grpc, "metadata_call_credentials", lambda *_: pytest.fail("asked for by a thread"))
+    with open_client(address_from_url("https://localhost:1"), Access(api_key=API_KEY)) as client:
+        assert client.plugin()
+    with open_client(address_from_url("localhost:1"), Access(api_key=API_KEY)) as client:
+        assert not client.plugin()
+
+
 def test_several_threads_use_one_connection(proxy: Proxy, certificates: Certificates, embedded: Runtime) -> None:
     volumes = [smooth_hu(SMALL, seed=seed) for seed in range(4)]
     with (
