@@ -18,8 +18,10 @@ demo: $(VENV)/demo.stamp
 	@echo "Open in a browser: $(CURDIR)/demo/review.html"
 
 # A file's tests share what they set up, so each goes to one process whole. Threads that wait leave the other's core.
+# One that hung or crashed would do so again.
 test: $(VENV)/dev.stamp
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	    --max-worker-restart 0
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
