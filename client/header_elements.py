@@ -55,6 +55,9 @@ IMAGE_KEYWORDS = (
     "PixelData",
 )
 TAGS = {keyword: Tag(keyword) for keyword in (*PATIENT_AND_STUDY_KEYWORDS, *IMAGE_KEYWORDS)}
+# Of the file before its own header (PS3.10 7.1), and where that begins, after "DICM".
+PREAMBLE_LENGTH = 128
+META_START = PREAMBLE_LENGTH + 4
 # A header has no longer value than this but the pixels, which stay on disk until they are asked for.
 LONGEST_HEADER_VALUE = 65536
 UNDEFINED_LENGTH = 0xFFFFFFFF  # of what ends where a delimiter stands (PS3.5 7.1)

@@ -16,11 +16,17 @@ from pydicom.dataelem import RawDataElement, empty_value_for_VR
 from pydicom.uid import AllTransferSyntaxes, ImplicitVRLittleEndian
 from pydicom.valuerep import EXPLICIT_VR_LENGTH_16, EXPLICIT_VR_LENGTH_32
 
-from anatomynet.client.header_elements import LONGEST_HEADER_VALUE, TAGS, UNDEFINED_LENGTH, FileElements
+from anatomynet.client.header_elements import (
+    LONGEST_HEADER_VALUE,
+    META_START,
+    PREAMBLE_LENGTH,
+    TAGS,
+    UNDEFINED_LENGTH,
+    FileElements,
+)
 
 # No value within so many is long enough for pydicom to leave it on disk.
 HEAD_BYTES = LONGEST_HEADER_VALUE
-META_START = 132
 EXPLICIT = Struct("<4s2sH").unpack_from
 IMPLICIT = Struct("<4sL").unpack_from
 LENGTH = Struct("<L").unpack_from
@@ -64,7 +70,7 @@ def scan_header(file: BinaryIO, head: bytes, size: int) -> FileElements | None:
         head: its first HEAD_BYTES.
         size: bytes of the file.
     """
-    if head[META_START - 4 : META_START] != b"DICM":
+    if head[PREAMBLE_LENGTH:META_START] != b"DICM":
         return None
     try:
         media_class_uid, syntax, at = _scan_file_meta(head)

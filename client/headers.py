@@ -34,13 +34,19 @@ from pydicom.uid import (
     MediaStorageDirectoryStorage,
 )
 
-from anatomynet.client.header_elements import LONGEST_HEADER_VALUE, PATIENT_AND_STUDY_KEYWORDS, TAGS, FileElements
+from anatomynet.client.header_elements import (
+    LONGEST_HEADER_VALUE,
+    META_START,
+    PATIENT_AND_STUDY_KEYWORDS,
+    PREAMBLE_LENGTH,
+    TAGS,
+    FileElements,
+)
 from anatomynet.client.header_scan import HEAD_BYTES, scan_header
 from anatomynet.engine.errors import GeometryError, StudyError
 
 FRAME_CLASSES = frozenset({EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage})
 CT_CLASSES = FRAME_CLASSES | {CTImageStorage}
-PREAMBLE_LENGTH = 128
 # Of a file that is deflated as a whole; a slice of 4096 x 4096 is half of it. Deflate makes at most 1032 bytes of one.
 LARGEST_INFLATED_BYTES = 64 << 20
 DEFLATE_RATIO = 1032
@@ -272,10 +278,9 @@ def read_header(path: Path) -> CTHeader | None:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             head = file.read(HEAD_BYTES)
-            start = head[: PREAMBLE_LENGTH + 4]
-            has_preamble = start[PREAMBLE_LENGTH:] == b"DICM"
+            has_preamble = head[PREAMBLE_LENGTH:META_START] == b"DICM"
             found = scan_header(file, head, size)
-            if found is None and (has_preamble or _starts_without_preamble(start)):
+            if found is None and (has_preamble or _starts_without_preamble(head)):
                 if _inflates_well(file, size):
                     found = _read_elements(file)
                 else:
@@ -345,7 +350,7 @@ def _read_elements(file: BinaryIO) -> FileElements | None:
 
 def _starts_without_preamble(head: bytes) -> bool:
     """Whether a file begins with an element of group 2 or 8, as exports without the 128-byte preamble do."""
-    return len(head) == PREAMBLE_LENGTH + 4 and head[:2] in (b"\x08\x00", b"\x02\x00") and head[3] == 0
+    return len(head) >= META_START and head[:2] in (b"\x08\x00", b"\x02\x00") and head[3] == 0
 
 
 def _must_be_dicom(path: Path, size: int) -> bool:

@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from anatomynet.client.headers import CT_CLASSES, PREAMBLE_LENGTH, read_header
+from anatomynet.client.header_elements import META_START, PREAMBLE_LENGTH
+from anatomynet.client.headers import CT_CLASSES, read_header
 from anatomynet.client.quiet import quiet_libraries
 from anatomynet.engine.errors import StudyError
 
@@ -139,4 +140,4 @@ def _is_dicom_zip(path: Path) -> bool:
 
 def _is_dicom_entry(packed: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
     with packed.open(entry) as file:
-        return file.read(PREAMBLE_LENGTH + 4)[PREAMBLE_LENGTH:] == b"DICM"
+        return file.read(META_START)[PREAMBLE_LENGTH:] == b"DICM"
