@@ -20,7 +20,9 @@ from pydicom.uid import RTStructureSetStorage
 
 from anatomynet.client.headers import DAMAGED
 from anatomynet.client.structure_set import Roi, StructureSet, read_structure_set
-from anatomynet.client.study import CTSeries, read_ct_series, volume_from_series
+from anatomynet.client.study import CTSeries, list_ct_series, read_ct_series, volume_from_series
+from anatomynet.client.study_files import opened_study
+from anatomynet.client.study_search import find_studies
 from anatomynet.engine.aliases import Aliases, load_aliases, structure_from_roi_name
 from anatomynet.engine.errors import GeometryError, OutputError, StudyError
 from anatomynet.engine.output import write_whole
@@ -39,7 +41,7 @@ class ArchivedStudy:
     """What became of one study.
 
     Attributes:
-        study: its folder's name, for the report alone.
+        study: its folder's name or way below the source, for the report alone.
         case: the name of the case; "" where none was written.
         matched: structure -> the ROI it was drawn as.
         unmatched: ROIs that are none of our structures.
@@ -61,7 +63,7 @@ def archive_studies(
     A study that cannot be used is named and passed over. The report is written at an interruption, too.
 
     Args:
-        source: a folder of study folders, or a study.
+        source: a study, or a folder of them, as `find_studies` tells them apart.
         folder: of the cases; new or empty.
         alias_file: a department's ROI names, see `load_aliases`.
 
@@ -74,9 +76,10 @@ def archive_studies(
     _prepare(folder)
     done: list[ArchivedStudy] = []
     try:
-        for study in sorted(path for path in source.glob("*") if path.is_dir()) or [source]:
+        for study in find_studies([source], left_out=[folder]):
             try:
-                archived = _archive_study(study, folder, aliases)
+                with opened_study(study.path) as opened:
+                    archived = _archive_study(opened, study.name, folder, aliases)
             except (StudyError, GeometryError) as error:
                 archived = ArchivedStudy(study.name, "", {}, (), (str(error),))
             done.append(archived)
@@ -100,48 +103,61 @@ def _prepare(folder: Path) -> None:
         raise OutputError(f"{folder} holds files and was kept: give a new folder")
 
 
-def _archive_study(study: Path, folder: Path, aliases: Aliases) -> ArchivedStudy:
-    series = read_ct_series(study)
-    structures = read_structure_set(_find_rtstruct(study, series), series)
+def _archive_study(study: Path, name: str, folder: Path, aliases: Aliases) -> ArchivedStudy:
+    rtstruct, chosen = _find_contoured(study)
+    series = read_ct_series(study, series_instance_uid=chosen)
+    structures = read_structure_set(rtstruct, series)
     rois, remarks = _matched_rois(structures, aliases)
     unmatched = tuple(name for name in structures.roi_names if structure_from_roi_name(name, aliases) is None)
     if not rois:
-        return ArchivedStudy(study.name, "", {}, unmatched, (*remarks, "none of its ROIs can be learnt from"))
-    case = f"case_{hashlib.sha256(series.series_instance_uid.encode()).hexdigest()[:NAME_DIGITS]}"
+        return ArchivedStudy(name, "", {}, unmatched, (*remarks, "none of its ROIs can be learnt from"))
+    case = case_name(series)
     if (folder / case).exists():
         raise StudyError(f"its CT series is that of another study: {case} is there already")
     _write_case(folder / case, series, rois)
-    return ArchivedStudy(study.name, case, {name: roi.name for name, roi in rois.items()}, unmatched, remarks)
+    return ArchivedStudy(name, case, {name: roi.name for name, roi in rois.items()}, unmatched, remarks)
 
 
-def _find_rtstruct(study: Path, series: CTSeries) -> Path:
-    """The one structure set that was drawn on the series.
+def case_name(series: CTSeries) -> str:
+    """Of the folder that a series becomes; tells nothing of whose it is."""
+    return f"case_{hashlib.sha256(series.series_instance_uid.encode()).hexdigest()[:NAME_DIGITS]}"
+
+
+def _find_contoured(study: Path) -> tuple[Path, str]:
+    """The one structure set of a study, and the CT series that it was drawn on, as `list_ct_series` names it.
 
     Raises:
-        StudyError: none, or several.
+        StudyError: no CT series; none of them with an RTSTRUCT, or several RTSTRUCTs.
     """
-    found = [path for path in sorted(study.rglob("*")) if path.is_file() and _drawn_on(path, series)]
-    if len(found) != 1:
-        raise StudyError(f"{len(found)} RTSTRUCTs of its CT series; expected one: leave only the one to learn from")
-    return found[0]
+    names = list_ct_series(study)
+    files = sorted(path for path in study.rglob("*") if path.is_file())
+    drawn = []
+    for path in files:
+        if (referred := _referred_series(path)) is not None:
+            on = [name for name in names if name.partition("/")[0] in referred]
+            # One that refers to none is the only series', not any one's of several.
+            drawn += [(path, name) for name in (names if not referred and len(names) == 1 else on)]
+    if len(drawn) != 1:
+        of = "its CT series" if len(names) == 1 else f"its {len(names)} CT series"
+        raise StudyError(f"{len(drawn)} RTSTRUCTs of {of}; expected one: leave only the one to learn from")
+    return drawn[0]
 
 
-def _drawn_on(path: Path, series: CTSeries) -> bool:
-    """Whether a file is an RTSTRUCT that refers to the series, or to none (PS3.3 C.8.8.5)."""
+def _referred_series(path: Path) -> set[str] | None:
+    """The series that an RTSTRUCT refers to (PS3.3 C.8.8.5); None of any other file."""
     tags = ["SOPClassUID", "ReferencedFrameOfReferenceSequence"]
     try:
         header = pydicom.dcmread(path, specific_tags=tags, stop_before_pixels=True)
         if header.get("SOPClassUID") != RTStructureSetStorage:
-            return False
-        referred = {
+            return None
+        return {
             str(item.SeriesInstanceUID)
             for frame in header.get("ReferencedFrameOfReferenceSequence") or ()
             for part in frame.get("RTReferencedStudySequence") or ()
             for item in part.get("RTReferencedSeriesSequence") or ()
         }
     except (OSError, *DAMAGED):
-        return False
-    return not referred or series.series_instance_uid in referred
+        return None
 
 
 def _matched_rois(structures: StructureSet, aliases: Aliases) -> tuple[dict[str, Roi], tuple[str, ...]]:

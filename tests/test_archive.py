@@ -1,19 +1,21 @@
 """A department's studies become cases that training reads: masks as plastimatch draws them, all else named."""
 
 import csv
+import shutil
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pydicom
 import pytest
 from click.testing import CliRunner
 
-from anatomynet.client.archive import archive_studies
+from anatomynet.client.archive import archive_studies, case_name
 from anatomynet.client.cli import main
 from anatomynet.client.structure_set import read_structure_set
 from anatomynet.client.study import CTSeries, read_ct_series, volume_from_series
 from anatomynet.engine.data import find_cases, read_case
-from anatomynet.engine.errors import OutputError
+from anatomynet.engine.errors import OutputError, StudyError
 from anatomynet.engine.metrics import dice
 from anatomynet.engine.volume_files import read_volume
 from tests.dicom_studies import (
@@ -31,9 +33,10 @@ SHAPE = (10, 48, 52)
 NAMES = ("Parotid_L", "Larynx")
 
 
-def write_contoured_study(folder: Path, position: str = "HFS") -> CTSeries:
+def write_contoured_study(folder: Path, position: str = "HFS", **changes: str) -> CTSeries:
     """A study with an RTSTRUCT: a parotid and a larynx under a department's names, a target, and an empty ROI."""
-    write_study(folder, random_volume(SHAPE, DIRECTIONS[position]))
+    own = {"StudyInstanceUID": f"1.2.3.{crc32(str(folder).encode())}"}
+    write_study(folder, random_volume(SHAPE, DIRECTIONS[position]), **{**own, **changes})
     series = read_ct_series(folder)
     rois = {
         "LT PAROTID": [item(circle(series, k, (24.0, 26.0), 8 + k / 2, waves=0.15)) for k in range(2, 9)],
@@ -124,6 +127,55 @@ def test_another_series_structure_set_is_not_taken(tmp_path: Path) -> None:
     assert "0 RTSTRUCTs" in archived.remarks[0]
 
 
+def write_as_exported(patient: Path, **changes: str) -> None:
+    """CT and RTSTRUCT in folders of their own, as many archives export them."""
+    write_contoured_study(patient / "CT", **changes)
+    (patient / "RS").mkdir()
+    (patient / "CT" / "RS.dcm").rename(patient / "RS" / "RS.dcm")
+
+
+def test_ct_and_rtstruct_may_lie_in_folders_of_their_own(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_as_exported(tmp_path / "in" / name, SeriesInstanceUID=f"1.2.3.{ord(name)}")
+    studies = list(archive_studies(tmp_path / "in", tmp_path / "in" / "out"))
+    assert [(study.study, sorted(study.matched)) for study in studies] == [(name, sorted(NAMES)) for name in "ab"]
+    (alone,) = archive_studies(tmp_path / "in" / "a", tmp_path / "alone")
+    assert (alone.study, alone.case) == ("a", studies[0].case)
+
+
+def test_a_zipped_study_is_archived(tmp_path: Path) -> None:
+    write_as_exported(tmp_path / "a")
+    shutil.make_archive(str(tmp_path / "in" / "zipped"), "zip", tmp_path / "a")
+    (archived,) = archive_studies(tmp_path / "in", tmp_path / "out")
+    assert (archived.study, bool(archived.case)) == ("zipped", True)
+
+
+def test_of_several_series_that_with_the_rtstruct_is_taken(tmp_path: Path) -> None:
+    """A planning CT lies beside scans of another day, of a breath, of a cone beam."""
+    uid = "1.2.3.1"
+    write_as_exported(tmp_path / "study", StudyInstanceUID=uid)
+    write_contoured_study(tmp_path / "study" / "CBCT", StudyInstanceUID=uid, SeriesInstanceUID="1.2.3.2")
+    other = tmp_path / "study" / "CBCT" / "RS.dcm"
+    aside = other.rename(tmp_path / "RS.dcm")
+    (archived,) = archive_studies(tmp_path / "study", tmp_path / "out")
+    assert archived.case == case_name(read_ct_series(tmp_path / "study" / "CT"))
+    aside.rename(other)
+    with pytest.raises(StudyError):
+        list(archive_studies(tmp_path / "study", tmp_path / "both"))
+    assert "2 RTSTRUCTs of its 2 CT series" in (tmp_path / "both" / "archive.csv").read_text()
+
+
+def test_an_rtstruct_that_names_no_series_is_not_given_to_one_of_several(tmp_path: Path) -> None:
+    uid = "1.2.3.1"
+    write_as_exported(tmp_path / "study", StudyInstanceUID=uid)
+    write_contoured_study(tmp_path / "study" / "CBCT", StudyInstanceUID=uid, SeriesInstanceUID="1.2.3.2")
+    (tmp_path / "study" / "CBCT" / "RS.dcm").unlink()
+    edit(tmp_path / "study" / "RS" / "RS.dcm", ReferencedFrameOfReferenceSequence=None)
+    with pytest.raises(StudyError):
+        list(archive_studies(tmp_path / "study", tmp_path / "out"))
+    assert "0 RTSTRUCTs of its 2 CT series" in (tmp_path / "out" / "archive.csv").read_text()
+
+
 def test_a_folder_that_holds_something_is_kept(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
@@ -143,10 +195,10 @@ def test_nothing_archived_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "in" / "empty").mkdir(parents=True)
     result = CliRunner().invoke(main, ["archive", str(tmp_path / "in"), str(tmp_path / "out")])
     assert result.exit_code == 1
-    assert "skipped empty: no CT slices" in result.stdout
+    assert "skipped in: no CT slices" in result.stdout
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: no case came of 1 study in ")
-    assert "empty" in (tmp_path / "out" / "archive.csv").read_text()
+    assert "no CT slices" in (tmp_path / "out" / "archive.csv").read_text()
 
 
 def test_the_report_tells_what_was_done_before_an_interruption(tmp_path: Path) -> None:
