@@ -107,6 +107,8 @@ def tell(rows: dict[str, Row], not_measured: dict[str, str]) -> None:
         )
     if "agreement_with_whole" in rows.get(MONAI, {}):
         click.echo(f"the sliding window's structures agree with the whole's: DSC {rows[MONAI]['agreement_with_whole']}")
+    for name in OUR_WAYS:
+        click.echo(f"{name} computed {rows[name]['computed_share']:.0%} of the scan's voxels")
     for name, reason in not_measured.items():
         click.echo(f"not measured: {name}: {reason}")
 
@@ -121,7 +123,7 @@ def our_row(study: Path, options: list[str]) -> Row:
         "infer": seconds["infer"],
         "write": seconds["check"] + seconds["contours"] + seconds["write"],
     }
-    return {"seconds": named, "wall": run["wall"], "peak_gb": run["peak_gb"], "runtime": run["runtime"]}
+    return {"seconds": named, **{key: run[key] for key in ("wall", "peak_gb", "runtime", "computed_share")}}
 
 
 def peer_row(study: Path, folder: Path, words: list[str]) -> Row:

@@ -9,6 +9,7 @@ Without --study, the phantom. Prints a table of medians, writes benchmarks/resul
 import json
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from benchmarks.served import write_shipped_repository
 from tests.triton_servers import running_server
 
 STAGES = ("read", "connect", "infer", "check", "contours", "write")
+
+Run = dict[str, Any]
 
 
 @click.command()
@@ -43,16 +46,17 @@ def main(study: Path | None, repeats: int) -> None:
     header = ("through", *STAGES, "whole process", "client's peak memory")
     for line in table_lines(header, [(name, *cells_of(row)) for name, row in rows.items()]):
         click.echo(line)
-    click.echo(f"seconds; server's peak {server_gb:.2f} GB")
+    shares = sorted({f"{row['computed_share']:.0%}" for row in rows.values()})
+    click.echo(f"seconds; server's peak {server_gb:.2f} GB; computed: {', '.join(shares)} of the scan's voxels")
     write_result("stages", {"machine": machine(), "rows": rows, "server_peak_gb": server_gb, "repeats": repeats})
 
 
-def cells_of(row: dict[str, Any]) -> list[str]:
+def cells_of(row: Run) -> list[str]:
     """A row of the table, in seconds and GB."""
     return [*(f"{row['seconds'][stage]:.2f}" for stage in STAGES), f"{row['wall']:.2f}", f"{row['peak_gb']:.2f} GB"]
 
 
-def measure(study: Path, options: list[str], repeats: int) -> dict[str, Any]:
+def measure(study: Path, options: list[str], repeats: int) -> Run:
     """Medians of the command's own stages, of its wall-clock time, and its largest memory."""
     runs = [run_once(study, options) for _ in tqdm(range(repeats + 1), desc=" ".join(options) or "embedded")][1:]
     seconds = {stage: statistics.median(run["seconds"][stage] for run in runs) for stage in STAGES}
@@ -61,21 +65,22 @@ def measure(study: Path, options: list[str], repeats: int) -> dict[str, Any]:
         "wall": statistics.median(run["wall"] for run in runs),
         "peak_gb": max(run["peak_gb"] for run in runs),
         "runtime": runs[0]["runtime"],
+        "computed_share": runs[0]["computed_share"],
         "checkpoint_sha256": runs[0]["model"]["checkpoint_sha256"],
     }
 
 
-def run_once(study: Path, options: list[str]) -> dict[str, Any]:
-    """One run of the command, in a process of its own; embedded, unless the options name a server.
+def run_once(study: Path, options: list[str], *, command: Sequence[str] = (str(BIN / "anatomynet-client"),)) -> Run:
+    """One run of the client's command, in a process of its own; embedded, unless the options name a server.
 
     Raises:
         click.ClickException: it fails, or finds a server where none was named.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command: list[str | Path] = [BIN / "anatomynet-client", "segment", study, "--output", Path(folder) / "rs.dcm"]
-        measured = run_and_measure([*command, "--report", report, *options])
-        run: dict[str, Any] = json.loads(report.read_text())
+        words = [*command, "segment", study, "--output", Path(folder) / "rs.dcm", "--report", report, *options]
+        measured = run_and_measure(words)
+        run: Run = json.loads(report.read_text())
     if "--url" not in options and run["runtime"].startswith("Triton"):
         raise click.ClickException(
             "a server answers on this machine's port 8001: stop it to measure the embedded engine"
