@@ -17,9 +17,9 @@ from anatomynet.engine.command import reports_errors
 from anatomynet.engine.data import find_cases, read_case
 from anatomynet.engine.findings import find_warnings
 from anatomynet.engine.metrics import dice
-from anatomynet.engine.regions import regions_from_label_map
 from anatomynet.engine.resolution import draw_reduced
 from anatomynet.engine.runtime import TorchRuntime
+from anatomynet.engine.structure_region import regions_from_label_map
 from benchmarks.common import machine, write_result
 
 POOR = 0.7

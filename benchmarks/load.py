@@ -23,8 +23,8 @@ import click
 from tqdm import tqdm
 
 from anatomynet.client.triton import TritonRuntime
+from anatomynet.engine.contract import CT, MODEL_NAME
 from anatomynet.engine.volume import HounsfieldArray
-from anatomynet.export.triton_models import MODEL_NAME
 from benchmarks.common import BIN, RESULTS, machine, study_or_phantom, write_result
 from benchmarks.served import (
     SMALL,
@@ -184,7 +184,7 @@ class RawClient:
     def __init__(self, server: RunningServer, hu: HounsfieldArray) -> None:
         from tritonclient.grpc import InferenceServerClient, InferInput
 
-        ct = InferInput("CT", hu.shape, "INT16")
+        ct = InferInput(CT, hu.shape, "INT16")
         ct.set_data_from_numpy(hu)
         self._client = InferenceServerClient(server.url)
         self._done = threading.Event()
@@ -236,7 +236,7 @@ def analyze(server: RunningServer, program: Path, libraries: Path, at_once: int)
         "-m": MODEL_NAME,
         "-u": server.url,
         "-i": "grpc",
-        "--shape": f"CT:{','.join(map(str, SMALL))}",
+        "--shape": f"{CT}:{','.join(map(str, SMALL))}",
         "--shared-memory": "system",
         "--output-shared-memory-size": str(SMALL[0] * SMALL[1] * SMALL[2]),
         "--concurrency-range": str(at_once),

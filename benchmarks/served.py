@@ -12,13 +12,14 @@ from pathlib import Path
 import click
 
 from anatomynet.engine.config import shipped_weights
+from anatomynet.engine.contract import MODEL_NAME
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.phantom import make_phantom
 from anatomynet.engine.region_runtime import EmbeddedRegionFinder, shipped_region
 from anatomynet.engine.runtime import load_runtime
 from anatomynet.engine.volume import HounsfieldArray
 from anatomynet.export.repository import write_repository
-from anatomynet.export.triton_models import MODEL_NAME, python_model, region_model
+from anatomynet.export.triton_models import python_model, region_model
 from benchmarks.common import KIB_PER_GB
 from tests.triton_servers import RunningServer
 

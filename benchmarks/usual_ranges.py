@@ -20,7 +20,7 @@ from tqdm import tqdm
 from anatomynet.engine.config import load_config
 from anatomynet.engine.data import Case, find_cases, read_case
 from anatomynet.engine.findings import THROUGH_THE_NECK, metal_near
-from anatomynet.engine.regions import regions_from_label_map
+from anatomynet.engine.structure_region import regions_from_label_map
 from anatomynet.engine.structures import STRUCTURES, structures_by_name
 from anatomynet.engine.volume import LabelMap
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from anatomynet.client.connection import ServerOptions
     from anatomynet.client.pipeline import SegmentedStudy, SegmentOptions
     from anatomynet.client.study_search import FoundStudy
-    from anatomynet.engine.regions import Region
+    from anatomynet.engine.structure_region import StructureRegion
 
 TABLE_NAME = "anatomynet-segment.csv"
 URL_HELP = (
@@ -254,7 +254,7 @@ def review(
     refuse_existing(output, overwrite=overwrite)
     ct_series = read_ct_series(study_folder(study), series_instance_uid=series)
     drawn, warnings = regions_from_structure_set(read_structure_set(rtstruct, ct_series))
-    compared: tuple[Region, ...] = ()
+    compared: tuple[StructureRegion, ...] = ()
     if reference:
         compared, unread = regions_from_structure_set(read_structure_set(reference, ct_series))
         warnings += unread

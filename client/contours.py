@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from anatomynet.client.paths import Paths, paths_of
 from anatomynet.client.thinning import thinned_paths
 from anatomynet.engine.geometry import VolumeGeometry
-from anatomynet.engine.regions import Region, regions_from_label_map
+from anatomynet.engine.structure_region import StructureRegion, regions_from_label_map
 from anatomynet.engine.structures import Structure
 from anatomynet.engine.volume import LabelMap
 
@@ -81,7 +81,7 @@ def trace_contours(label_map: LabelMap, *, tolerance_mm: float = 0.0) -> tuple[S
 
 
 def contours_of_regions(
-    regions: Sequence[Region], geometry: VolumeGeometry, *, tolerance_mm: float = 0.0
+    regions: Sequence[StructureRegion], geometry: VolumeGeometry, *, tolerance_mm: float = 0.0
 ) -> tuple[StructureContours, ...]:
     """What `trace_contours` gives, of a label map's regions: for whoever has these already.
 

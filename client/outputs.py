@@ -14,7 +14,7 @@ from anatomynet.client.study import CTSeries
 from anatomynet.engine.errors import OutputError
 from anatomynet.engine.findings import Finding
 from anatomynet.engine.output import refuse_existing
-from anatomynet.engine.regions import Region
+from anatomynet.engine.structure_region import StructureRegion
 from anatomynet.engine.volume import LabelMap
 
 ENDINGS = {"rtstruct": ".rtstruct.dcm", "seg": ".seg.dcm", "nifti": ".nii.gz"}
@@ -74,7 +74,7 @@ def write_outputs(
     series: CTSeries,
     label_map: LabelMap,
     *,
-    regions: Sequence[Region],
+    regions: Sequence[StructureRegion],
     style: OutputStyle,
     findings: Sequence[Finding] = (),
     clock: StageClock,

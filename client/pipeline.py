@@ -33,9 +33,9 @@ from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.limits import check_size
 from anatomynet.engine.output import refuse_existing
 from anatomynet.engine.preprocess import trained_grid
-from anatomynet.engine.regions import Region, regions_from_label_map
 from anatomynet.engine.runtime import Runtime
 from anatomynet.engine.segment import segment
+from anatomynet.engine.structure_region import StructureRegion, regions_from_label_map
 from anatomynet.engine.structures import Structure
 from anatomynet.engine.volume import CTVolume, LabelMap
 
@@ -124,7 +124,7 @@ class Drawing:
     series: CTSeries
     volume: CTVolume
     label_map: LabelMap
-    regions: tuple[Region, ...]
+    regions: tuple[StructureRegion, ...]
     findings: tuple[Finding, ...]
 
 

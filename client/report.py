@@ -10,8 +10,8 @@ from pathlib import Path
 from anatomynet.engine.findings import Finding
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.output import write_whole
-from anatomynet.engine.regions import Region
 from anatomynet.engine.runtime import Runtime
+from anatomynet.engine.structure_region import StructureRegion
 from anatomynet.engine.volume import LabelMap
 
 
@@ -40,7 +40,7 @@ class StageClock:
         return f"{stages}; {sum(self.seconds.values()):.1f} s in all"
 
 
-def structure_volumes_ml(regions: Sequence[Region], geometry: VolumeGeometry) -> dict[str, float]:
+def structure_volumes_ml(regions: Sequence[StructureRegion], geometry: VolumeGeometry) -> dict[str, float]:
     """TG-263 name -> millilitres; 0.0 where the structure was not found."""
     return {region.name: region.voxels * geometry.voxel_ml for region in regions}
 
@@ -51,7 +51,7 @@ def write_report(
     runtime: Runtime,
     clock: StageClock,
     *,
-    regions: Sequence[Region],
+    regions: Sequence[StructureRegion],
     findings: Sequence[Finding] = (),
     overwrite: bool = False,
 ) -> None:

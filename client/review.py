@@ -29,7 +29,7 @@ from anatomynet.engine.findings import Finding
 from anatomynet.engine.geometry import Index, VolumeGeometry
 from anatomynet.engine.output import refuse_existing, write_whole
 from anatomynet.engine.preprocess import canonical_from_array
-from anatomynet.engine.regions import Region, middle_of
+from anatomynet.engine.structure_region import StructureRegion, middle_of
 from anatomynet.engine.volume import CTVolume, HounsfieldArray
 
 LARGEST_SIDE = 256  # in plane: enough behind contours that are drawn in mm
@@ -47,9 +47,9 @@ SCRIPTS = ("study.js", "planes.js", "pane.js", "page.js")  # in the order in whi
 def write_review(
     path: Path,
     volume: CTVolume,
-    drawn: Sequence[Region],
+    drawn: Sequence[StructureRegion],
     *,
-    reference: Sequence[Region] = (),
+    reference: Sequence[StructureRegion] = (),
     warnings: Sequence[Finding] = (),
     notes: Sequence[str] = (),
     header: Mapping[str, str] | None = None,
@@ -87,14 +87,14 @@ def write_review(
     write_whole(path, _page_html(content, _packed_blocks(ct)).encode(), overwrite=overwrite)
 
 
-def regions_from_structure_set(structure_set: StructureSet) -> tuple[tuple[Region, ...], tuple[Finding, ...]]:
+def regions_from_structure_set(structure_set: StructureSet) -> tuple[tuple[StructureRegion, ...], tuple[Finding, ...]]:
     """The ROIs of a file as regions, and a finding for each that could not be drawn."""
     aliases = load_aliases()
     regions, findings = [], []
     for number, roi in enumerate(structure_set.rois):
         structure = structure_from_roi_name(roi.name, aliases)
         colour = roi.colour or (structure.colour if structure else SPARE_COLOURS[number % len(SPARE_COLOURS)])
-        regions.append(Region(roi.name, colour, roi.start, roi.box, structure))
+        regions.append(StructureRegion(roi.name, colour, roi.start, roi.box, structure))
         if roi.problem:
             findings.append(Finding(roi.name, f"could not be shown: {roi.problem}", None))
     return tuple(regions), tuple(findings)
@@ -150,13 +150,13 @@ class _Turn:
         turned = [index[axis] for axis in self.order]
         return [n - 1 - i if flip else i for i, flip, n in zip(turned, self.flips, self.shape, strict=True)]
 
-    def box(self, region: Region) -> tuple[list[int], NDArray[np.bool_]]:
+    def box(self, region: StructureRegion) -> tuple[list[int], NDArray[np.bool_]]:
         """A region's start and box, turned alike."""
         corners = (self.index(region.start), self.index(_last(region)))
         return np.minimum(*corners).tolist(), canonical_from_array(region.box, self._geometry)
 
 
-def _last(region: Region) -> Index:
+def _last(region: StructureRegion) -> Index:
     z, y, x = (np.add(region.start, region.box.shape) - 1).tolist()
     return (z, y, x)
 
@@ -187,8 +187,8 @@ def _packed_block(slices: HounsfieldArray) -> str:
 
 
 def _rows(
-    drawn: Sequence[Region], reference: Sequence[Region]
-) -> Iterator[tuple[Region, Region | None, Region | None]]:
+    drawn: Sequence[StructureRegion], reference: Sequence[StructureRegion]
+) -> Iterator[tuple[StructureRegion, StructureRegion | None, StructureRegion | None]]:
     """What to name, drawn, reference: each drawn region, then the references that nothing was drawn for."""
     left = list(reference)
     for region in drawn:
@@ -199,13 +199,15 @@ def _rows(
     yield from ((other, None, other) for other in left)
 
 
-def _same(region: Region, other: Region) -> bool:
+def _same(region: StructureRegion, other: StructureRegion) -> bool:
     if region.structure and other.structure:
         return region.structure == other.structure
     return region.name == other.name
 
 
-def _structure_json(named: Region, drawn: Region | None, reference: Region | None, turn: _Turn) -> dict[str, Any]:
+def _structure_json(
+    named: StructureRegion, drawn: StructureRegion | None, reference: StructureRegion | None, turn: _Turn
+) -> dict[str, Any]:
     """One row of the page's list. Boxes, indices and shapes in (x, y, z) order, as everything the page reads."""
     present = [region for region in (drawn, reference) if region and region.voxels]
     middle = middle_of(present[0]) if present else None
@@ -222,7 +224,7 @@ def _structure_json(named: Region, drawn: Region | None, reference: Region | Non
     }
 
 
-def _mask_json(region: Region | None, turn: _Turn) -> dict[str, Any] | None:
+def _mask_json(region: StructureRegion | None, turn: _Turn) -> dict[str, Any] | None:
     if region is None or not region.voxels:
         return None
     start, box = turn.box(region)
@@ -230,7 +232,7 @@ def _mask_json(region: Region | None, turn: _Turn) -> dict[str, Any] | None:
     return {"start": start[::-1], "shape": list(box.shape[::-1]), "bits": bits}
 
 
-def _dice(first: Region, second: Region) -> float:
+def _dice(first: StructureRegion, second: StructureRegion) -> float:
     """Dice similarity coefficient of two regions of one grid, of which one has a voxel."""
     low = np.maximum(first.start, second.start)
     high = np.minimum(_last(first), _last(second)) + 1
@@ -240,7 +242,7 @@ def _dice(first: Region, second: Region) -> float:
     return 2 * common / (first.voxels + second.voxels)
 
 
-def _part(region: Region, low: NDArray[np.intp], high: NDArray[np.intp]) -> NDArray[np.bool_]:
+def _part(region: StructureRegion, low: NDArray[np.intp], high: NDArray[np.intp]) -> NDArray[np.bool_]:
     return region.box[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, region.start, strict=True))]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anatomynet.client.failures import reason_of
+from anatomynet.engine.contract import BOX, CT_COARSE, REGION_CONFIG_KEY, REGION_NAME
 from anatomynet.engine.errors import ServerError
 from anatomynet.engine.region import RegionConfig, region_config_from_json
 from anatomynet.engine.volume import HounsfieldArray
@@ -17,7 +18,6 @@ from anatomynet.engine.volume import HounsfieldArray
 if TYPE_CHECKING:
     from tritonclient.grpc import InferenceServerClient
 
-REGION_NAME = "anatomynet_region"
 # Tells a proxy, which sees no model's name, that this is no volume: deploy/nginx counts those in a round of their own.
 SMALL_REQUEST = {"anatomynet-small": "1"}
 
@@ -36,9 +36,9 @@ def region_config_of(client: "InferenceServerClient", timeout_s: float) -> Regio
         parameters = client.get_model_config(REGION_NAME, client_timeout=timeout_s).config.parameters
     except InferenceServerException:
         return None
-    if "region_config" not in parameters:
+    if REGION_CONFIG_KEY not in parameters:
         return None
-    return region_config_from_json(parameters["region_config"].string_value)
+    return region_config_from_json(parameters[REGION_CONFIG_KEY].string_value)
 
 
 def common_region_finder(
@@ -78,7 +78,7 @@ class TritonRegionFinder:
         from tritonclient.grpc import InferInput
         from tritonclient.utils import InferenceServerException
 
-        ct = InferInput("CT_COARSE", coarse.shape, "INT16")
+        ct = InferInput(CT_COARSE, coarse.shape, "INT16")
         ct.set_data_from_numpy(np.ascontiguousarray(coarse))
         reason = "no server"
         for client in self._clients:
@@ -90,7 +90,7 @@ class TritonRegionFinder:
             except InferenceServerException as error:
                 reason = reason_of(error)
                 continue
-            box: NDArray[np.int64] | None = result.as_numpy("BOX")
+            box: NDArray[np.int64] | None = result.as_numpy(BOX)
             if box is not None:
                 return box
         raise ServerError(f"{REGION_NAME} did not answer ({reason}): --whole-volume does without it")

@@ -24,6 +24,7 @@ from anatomynet.client.shared_memory import (
     maps_regions,
 )
 from anatomynet.engine.config import ModelConfig, model_config_from_json
+from anatomynet.engine.contract import CONFIDENCE, CONFIG_KEY, CT, LABEL_MAP, MODEL_NAME
 from anatomynet.engine.errors import ServerError
 from anatomynet.engine.limits import SizeLimit, size_limit_from_parameters
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from tritonclient.grpc import InferenceServerClient, InferResult
     from tritonclient.utils import InferenceServerException
 
-MODEL_NAME = "anatomynet"
 START_A_SERVER = "start one with `tritonserver --model-repository triton_repo`"
 
 SharedMemory = Literal["auto", "on", "off"]
@@ -153,12 +153,12 @@ class TritonServer:
                 f"no READY model {MODEL_NAME} at {self.url}",
                 f": write it with `anatomynet-export --fp16`, then {START_A_SERVER}",
             ) from error
-        if "model_config" not in served.parameters:
+        if CONFIG_KEY not in served.parameters:
             raise ServerError(
-                f"the model {MODEL_NAME} at {self.url} has no parameter 'model_config' in its config.pbtxt: expected "
+                f"the model {MODEL_NAME} at {self.url} has no parameter '{CONFIG_KEY}' in its config.pbtxt: expected "
                 "one that anatomynet-export wrote"
             )
-        text = served.parameters["model_config"].string_value
+        text = served.parameters[CONFIG_KEY].string_value
         if self._served is None or self._served[0] != text:
             self._served = (text, model_config_from_json(text))
         parameters = {key: value.string_value for key, value in served.parameters.items()}
@@ -194,12 +194,12 @@ class TritonServer:
     def _infer_sent(self, hu: HounsfieldArray, structures: int, timeout_s: float) -> Answer:
         from tritonclient.grpc import InferInput, InferRequestedOutput
 
-        ct = InferInput("CT", hu.shape, "INT16")
+        ct = InferInput(CT, hu.shape, "INT16")
         ct.set_data_from_numpy(hu)
-        result = self._ask(ct, InferRequestedOutput("LABEL_MAP"), timeout_s)
-        labels = result.as_numpy("LABEL_MAP")
+        result = self._ask(ct, InferRequestedOutput(LABEL_MAP), timeout_s)
+        labels = result.as_numpy(LABEL_MAP)
         if labels is None or labels.dtype != np.uint8 or labels.shape != hu.shape:
-            raise self._unfit("LABEL_MAP", hu, structures)
+            raise self._unfit(LABEL_MAP, hu, structures)
         return labels, self._confidence(result, hu, structures)
 
     def _infer_shared(self, hu: HounsfieldArray, structures: int, timeout_s: float) -> Answer:
@@ -220,7 +220,7 @@ class TritonServer:
         """The CT and the label map one after the other in one region; the few confidences come by gRPC."""
         from tritonclient.grpc import InferInput, InferRequestedOutput
 
-        ct, label_map = InferInput("CT", hu.shape, "INT16"), InferRequestedOutput("LABEL_MAP")
+        ct, label_map = InferInput(CT, hu.shape, "INT16"), InferRequestedOutput(LABEL_MAP)
         with self._regions.region_for(hu.shape, timeout_s=timeout_s) as region:
             region.write(hu)
             ct.set_shared_memory(region.name, region.hu_bytes)
@@ -231,9 +231,9 @@ class TritonServer:
                 if MEMORY_FULL in error.reason:  # by gRPC there is room for it, without the region
                     raise NotSharedError(error.reason) from error
                 raise
-            described = result.get_output("LABEL_MAP")
+            described = result.get_output(LABEL_MAP)
             if described is None or described.datatype != "UINT8" or tuple(described.shape) != hu.shape:
-                raise self._unfit("LABEL_MAP", hu, structures)
+                raise self._unfit(LABEL_MAP, hu, structures)
             labels = region.read_labels()
         return labels, self._confidence(result, hu, structures)
 
@@ -250,7 +250,7 @@ class TritonServer:
             MODEL_NAME,
             [ct],
             callback=lambda result, error: answers.put((result, error)),
-            outputs=[label_map, InferRequestedOutput("CONFIDENCE")],
+            outputs=[label_map, InferRequestedOutput(CONFIDENCE)],
             timeout=int(timeout_s * 1e6),  # in the server's queue
             client_timeout=timeout_s,
         )
@@ -277,9 +277,9 @@ class TritonServer:
         return failure
 
     def _confidence(self, result: "InferResult", hu: HounsfieldArray, structures: int) -> NDArray[np.float32]:
-        confidence: NDArray[np.float32] | None = result.as_numpy("CONFIDENCE")
+        confidence: NDArray[np.float32] | None = result.as_numpy(CONFIDENCE)
         if confidence is None or confidence.dtype != np.float32 or confidence.shape != (structures,):
-            raise self._unfit("CONFIDENCE", hu, structures)
+            raise self._unfit(CONFIDENCE, hu, structures)
         return confidence
 
     def _unfit(self, output: str, hu: HounsfieldArray, structures: int) -> ServerError:

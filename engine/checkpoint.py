@@ -9,14 +9,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from anatomynet.engine.config import ModelConfig, model_config_from_json, shipped_weights
+from anatomynet.engine.contract import CONFIG_KEY, REGION_CONFIG_KEY
 from anatomynet.engine.errors import ModelError
 from anatomynet.engine.network import AnatomyNet
 from anatomynet.engine.output import write_whole
 from anatomynet.engine.region import RegionConfig, region_config_from_json
 from anatomynet.engine.region_network import RegionNetwork
 from anatomynet.engine.region_runtime import shipped_region
-
-CONFIG_KEY, REGION_CONFIG_KEY = "model_config", "region_config"
 
 
 def save_checkpoint(path: Path, network: nn.Module, config: ModelConfig) -> None:

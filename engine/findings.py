@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from anatomynet.engine.geometry import CUBIC_MM_PER_ML, Index, VolumeGeometry
 from anatomynet.engine.postprocess import STRAY_SHARE
 from anatomynet.engine.preprocess import BODY_HU
-from anatomynet.engine.regions import Region, middle_of
 from anatomynet.engine.runs import pieces_of
+from anatomynet.engine.structure_region import StructureRegion, middle_of
 from anatomynet.engine.structures import STRUCTURES, Structure
 from anatomynet.engine.volume import CTVolume
 
@@ -60,7 +60,7 @@ class Finding:
 
 
 def find_warnings(
-    volume: CTVolume, regions: Sequence[Region], *, expected: Sequence[Structure] = ()
+    volume: CTVolume, regions: Sequence[StructureRegion], *, expected: Sequence[Structure] = ()
 ) -> tuple[Finding, ...]:
     """What deserves a look, the gravest first; empty where nothing does.
 
@@ -89,7 +89,7 @@ def find_warnings(
     return tuple(findings)
 
 
-def find_contradictions(volume: CTVolume, regions: Sequence[Region]) -> tuple[Finding, ...]:
+def find_contradictions(volume: CTVolume, regions: Sequence[StructureRegion]) -> tuple[Finding, ...]:
     """What cannot be true of any patient, so that nothing may be learnt from it; empty where nothing is.
 
     Sides that are exchanged, a structure that lies in air, soft tissue as dense as bone, a size beyond belief.
@@ -118,7 +118,7 @@ def find_contradictions(volume: CTVolume, regions: Sequence[Region]) -> tuple[Fi
     return tuple(findings)
 
 
-def _exchanged_sides(present: Mapping[str, Region], geometry: VolumeGeometry) -> Iterator[Finding]:
+def _exchanged_sides(present: Mapping[str, StructureRegion], geometry: VolumeGeometry) -> Iterator[Finding]:
     """An organ of one side that lies beyond its partner or, where that is absent, beyond the organs of the middle."""
     middles = [_left_mm(region, geometry) for name, region in present.items() if not STRUCTURES[name].mirror]
     for name, region in present.items():
@@ -135,14 +135,14 @@ def _exchanged_sides(present: Mapping[str, Region], geometry: VolumeGeometry) ->
                 yield Finding(region.name, f"lies on the patient's {wrong}: the side is exchanged", middle_of(region))
 
 
-def _left_mm(region: Region, geometry: VolumeGeometry) -> float:
+def _left_mm(region: StructureRegion, geometry: VolumeGeometry) -> float:
     """LPS x of the region's centre of mass."""
     centre = region.runs.centre() + region.start
     return float(geometry.points_from_indices(centre[::-1])[0])
 
 
 def _missing(
-    known: Sequence[Region], present: Mapping[str, Region], expected: Sequence[Structure]
+    known: Sequence[StructureRegion], present: Mapping[str, StructureRegion], expected: Sequence[Structure]
 ) -> Iterator[Finding]:
     empty = {region.structure.name: region.name for region in known if region.structure and not region.voxels}
     wanted = empty | {s.name: s.tg263_name for s in expected if s.name not in present and s.name not in empty}
@@ -154,7 +154,7 @@ def _missing(
             yield Finding(STRUCTURES[mirror].tg263_name, f"not drawn, though {region.name} is", middle_of(region))
 
 
-def _cut_off(name: str, region: Region, geometry: VolumeGeometry) -> Iterator[Finding]:
+def _cut_off(name: str, region: StructureRegion, geometry: VolumeGeometry) -> Iterator[Finding]:
     """A structure that reaches an outer face of the scan."""
     order, flips = geometry.canonical_axes()
     for axis, flip, (low, high) in zip(order, flips, FACES, strict=True):
@@ -169,7 +169,7 @@ def _cut_off(name: str, region: Region, geometry: VolumeGeometry) -> Iterator[Fi
             yield Finding(region.name, text, (index[0], index[1], index[2]))
 
 
-def _several_pieces(region: Region, geometry: VolumeGeometry) -> Iterator[Finding]:
+def _several_pieces(region: StructureRegion, geometry: VolumeGeometry) -> Iterator[Finding]:
     piece = pieces_of(region.runs)
     sizes = np.bincount(piece, weights=region.runs.length).astype(np.int64)
     least = max(STRAY_SHARE * sizes.max(), SMALLEST_PIECE_ML / geometry.voxel_ml)
@@ -182,7 +182,9 @@ def _several_pieces(region: Region, geometry: VolumeGeometry) -> Iterator[Findin
         yield Finding(region.name, text, (z, y, x))
 
 
-def _unusual_size(name: str, region: Region, geometry: VolumeGeometry, *, factor: float = 1.0) -> Iterator[Finding]:
+def _unusual_size(
+    name: str, region: StructureRegion, geometry: VolumeGeometry, *, factor: float = 1.0
+) -> Iterator[Finding]:
     """Volume outside its range by a factor; the mean cross-section where the length depends on the scan."""
     ranges = usual_ranges()
     if name in ranges["volume_ml"]:
@@ -203,7 +205,7 @@ def _unusual_size(name: str, region: Region, geometry: VolumeGeometry, *, factor
         yield Finding(region.name, text, middle_of(region))
 
 
-def _asymmetry(present: Mapping[str, Region]) -> Iterator[Finding]:
+def _asymmetry(present: Mapping[str, StructureRegion]) -> Iterator[Finding]:
     for name, limit in usual_ranges()["largest_ratio"].items():
         left, right = present.get(name), present.get(STRUCTURES[name].mirror or "")
         if not left or not right:
@@ -215,7 +217,7 @@ def _asymmetry(present: Mapping[str, Region]) -> Iterator[Finding]:
             yield Finding(larger.name, text, middle_of(larger))
 
 
-def _impossible_size(name: str, region: Region, geometry: VolumeGeometry) -> Iterator[Finding]:
+def _impossible_size(name: str, region: StructureRegion, geometry: VolumeGeometry) -> Iterator[Finding]:
     """Of an organ whose usual size no patient here has told."""
     low, high = IMPOSSIBLE_ML.get(name, (0.0, np.inf))
     size = region.voxels * geometry.voxel_ml
@@ -225,19 +227,19 @@ def _impossible_size(name: str, region: Region, geometry: VolumeGeometry) -> Ite
         yield Finding(region.name, text, middle_of(region))
 
 
-def _low_confidence(region: Region) -> Iterator[Finding]:
+def _low_confidence(region: StructureRegion) -> Iterator[Finding]:
     if region.confidence is not None and region.confidence < LOW_CONFIDENCE:
         text = f"border confidence {region.confidence:.2f}, expected {LOW_CONFIDENCE:g} or more: its border is a guess"
         yield Finding(region.name, text, middle_of(region))
 
 
-def _strays(region: Region) -> Iterator[Finding]:
+def _strays(region: StructureRegion) -> Iterator[Finding]:
     if region.stray_ml >= STRAY_ML:
         text = f"{region.stray_ml:.1f} ml in small pieces apart from it were left out: the network was unsure here"
         yield Finding(region.name, text, middle_of(region))
 
 
-def metal_near(volume: CTVolume, present: Sequence[Region]) -> NDArray[np.int64]:
+def metal_near(volume: CTVolume, present: Sequence[StructureRegion]) -> NDArray[np.int64]:
     """The voxels (n, 3), indices z, y, x, of metal around regions that have voxels; streaks run along their slices."""
     starts = np.array([region.start for region in present])
     stops = starts + [region.box.shape for region in present]
@@ -251,7 +253,7 @@ def metal_near(volume: CTVolume, present: Sequence[Region]) -> NDArray[np.int64]
     return places
 
 
-def _metal(volume: CTVolume, present: Sequence[Region]) -> Iterator[Finding]:
+def _metal(volume: CTVolume, present: Sequence[StructureRegion]) -> Iterator[Finding]:
     """More of it than most patients have, and whose slices it lies in."""
     places = metal_near(volume, present) if present else np.empty((0, 3), np.int64)
     volume_ml = len(places) * volume.geometry.voxel_ml

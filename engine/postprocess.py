@@ -4,8 +4,8 @@ import numpy as np
 
 from anatomynet.engine.geometry import Index
 from anatomynet.engine.preprocess import NetworkInput, array_from_canonical, canonical_from_array, resample_linear
-from anatomynet.engine.regions import boxes_of
 from anatomynet.engine.runs import pieces_of, runs_of
+from anatomynet.engine.structure_region import boxes_of
 from anatomynet.engine.volume import CTVolume, LabelArray
 
 # A piece of a structure smaller than this share of its largest piece is a stray; the network's known weakness.

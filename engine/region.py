@@ -24,7 +24,6 @@ from anatomynet.engine.runtime import Runtime
 from anatomynet.engine.structures import structures_by_name
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
 
-REGION_METADATA_KEY = "anatomynet_region"  # of the RegionConfig, in an ONNX file's metadata_props
 # Of each axis z, y, x: at its start, and at its stop.
 FACES = (("lower", "upper"), ("front", "back"), ("right", "left"))
 # No box of head and neck is smaller: what is, was not found but guessed.

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from anatomynet.engine.contract import BOX, CT_COARSE, REGION_METADATA_KEY
 from anatomynet.engine.errors import GeometryError, ModelError
 from anatomynet.engine.limits import MemoryGuard
-from anatomynet.engine.region import REGION_METADATA_KEY, region_config_from_json
+from anatomynet.engine.region import region_config_from_json
 from anatomynet.engine.runtime import (
     CPU_PROVIDER,
     INSTALL_HINT,
@@ -29,7 +30,6 @@ from anatomynet.engine.volume import HounsfieldArray
 
 Find = Callable[[HounsfieldArray], NDArray[np.int64]]
 Failures = tuple[type[Exception], ...]
-INPUT_NAME, OUTPUT_NAME = "CT_COARSE", "BOX"
 BYTES_A_VOXEL = 300  # measured: OpenVINO takes 220, ONNX Runtime 280
 
 
@@ -99,7 +99,7 @@ def _opened_by_openvino(path: Path) -> tuple[Find, str, Failures]:
     except RuntimeError as error:
         raise damaged_file(path, error) from error
     text = graph.get_rt_info(key).value if graph.has_rt_info(key) else ""
-    return lambda coarse: request.infer({INPUT_NAME: coarse})[OUTPUT_NAME].copy(), text, (RuntimeError,)
+    return lambda coarse: request.infer({CT_COARSE: coarse})[BOX].copy(), text, (RuntimeError,)
 
 
 def _opened_by_onnxruntime(path: Path) -> tuple[Find, str, Failures]:
@@ -111,4 +111,4 @@ def _opened_by_onnxruntime(path: Path) -> tuple[Find, str, Failures]:
     except failures as error:
         raise damaged_file(path, error) from error
     text = session.get_modelmeta().custom_metadata_map.get(REGION_METADATA_KEY, "")
-    return lambda coarse: session.run([OUTPUT_NAME], {INPUT_NAME: coarse})[0], text, failures
+    return lambda coarse: session.run([BOX], {CT_COARSE: coarse})[0], text, failures

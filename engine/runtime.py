@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anatomynet.engine.config import ModelConfig, model_config_from_json, shipped_weights
+from anatomynet.engine.contract import CONFIDENCE, CT, LABEL_MAP, METADATA_KEY
 from anatomynet.engine.errors import GeometryError, ModelError
 from anatomynet.engine.limits import MemoryGuard, check_size
 from anatomynet.engine.preprocess import SMALLEST_NETWORK_SIDE
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
 
     from anatomynet.engine.region import RegionFinder
 
-METADATA_KEY = "anatomynet"  # of the ModelConfig, in an ONNX file's metadata_props
-INPUT_NAME = "CT"
-OUTPUT_NAMES = ("LABEL_MAP", "CONFIDENCE")
 INSTALL_HINT = "pip install 'anatomynet[local]'"
 CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
@@ -159,10 +157,10 @@ class OpenVinoRuntime:
             self._memory.check(hu.shape)
             request = self._request_for(hu.shape)
             try:
-                results = request.infer({INPUT_NAME: np.ascontiguousarray(hu)}, share_inputs=True)
+                results = request.infer({CT: np.ascontiguousarray(hu)}, share_inputs=True)
             except RuntimeError as error:
                 raise failed(hu, self.description, error) from error
-            label_map, confidence = (results[name] for name in OUTPUT_NAMES)
+            label_map, confidence = results[LABEL_MAP], results[CONFIDENCE]
         return label_map, confidence
 
     def _request_for(self, shape: tuple[int, ...]) -> openvino.InferRequest:
@@ -172,7 +170,7 @@ class OpenVinoRuntime:
             if self._request is None or shape != self._shape:
                 self._request = None  # its memory goes before the next one's comes
                 graph = self._graph.clone()
-                graph.reshape({INPUT_NAME: list(shape)})
+                graph.reshape({CT: list(shape)})
                 self._request, self._shape = self._compiled(graph), shape
             return self._request
         except RuntimeError as error:
@@ -231,7 +229,7 @@ class OnnxRuntime:
         if self.providers[0] == CPU_PROVIDER:
             self._memory.check(hu.shape)
         try:
-            label_map, confidence = self._session.run(list(OUTPUT_NAMES), {INPUT_NAME: np.ascontiguousarray(hu)})
+            label_map, confidence = self._session.run([LABEL_MAP, CONFIDENCE], {CT: np.ascontiguousarray(hu)})
         except self._failures as error:
             raise failed(hu, self.description, error) from error
         return label_map, confidence

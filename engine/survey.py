@@ -18,7 +18,7 @@ from anatomynet.engine.data import Case, at_network_resolution, find_cases, read
 from anatomynet.engine.errors import DataError, GeometryError
 from anatomynet.engine.findings import find_contradictions, find_warnings
 from anatomynet.engine.output import write_whole
-from anatomynet.engine.regions import Region, regions_from_label_map
+from anatomynet.engine.structure_region import StructureRegion, regions_from_label_map
 from anatomynet.engine.structures import structures_by_name
 from anatomynet.engine.volume import LabelMap
 
@@ -168,7 +168,7 @@ def _report(case: Case, model: ModelConfig, *, same_as: str) -> CaseReport:
     return CaseReport(case.name, "; ".join(wrong), structures, case.unmatched, (*case.remarks, *again, *odd))
 
 
-def _regions(case: Case, model: ModelConfig) -> Sequence[Region]:
+def _regions(case: Case, model: ModelConfig) -> Sequence[StructureRegion]:
     """Of the structures that are annotated."""
     label_map = LabelMap(case.labels, case.volume.geometry, structures_by_name(model.structures))
     return [region for region, known in zip(regions_from_label_map(label_map), case.annotated, strict=True) if known]

@@ -15,6 +15,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from anatomynet.engine.config import ModelConfig
+from anatomynet.engine.contract import CONFIDENCE, CT
 from anatomynet.engine.errors import ExportError
 from anatomynet.engine.limits import check_size
 from anatomynet.engine.output import write_whole
@@ -61,9 +62,9 @@ class ComposedRuntime:
         """See Runtime."""
         check_size(hu.shape, self.model)
         hu = np.ascontiguousarray(hu)
-        (network_input,) = self._prepare.run(None, {"CT": hu})
+        (network_input,) = self._prepare.run(None, {CT: hu})
         labels, confidence = self._middle(network_input)
-        (label_map,) = self._finish.run(None, {"LABELS": labels, "CT": hu})
+        (label_map,) = self._finish.run(None, {"LABELS": labels, CT: hu})
         return label_map, confidence
 
 
@@ -86,7 +87,7 @@ def _on_cpu(network: onnx.ModelProto) -> Middle:
     session = _session(network)
 
     def infer(network_input: NDArray[np.float16]) -> tuple[LabelArray, NDArray[np.float32]]:
-        labels, confidence = session.run(["LABELS", "CONFIDENCE"], {"network_input": network_input})
+        labels, confidence = session.run(["LABELS", CONFIDENCE], {"network_input": network_input})
         return labels, confidence
 
     return infer

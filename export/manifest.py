@@ -13,9 +13,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
 from anatomynet import __version__
+from anatomynet.engine.contract import MODEL_NAME
 from anatomynet.engine.errors import ModelError
 from anatomynet.export.gpu import tensorrt_version, visible_gpus
-from anatomynet.export.triton_models import MODEL_NAME, MODEL_SOURCE, shipped_model_source
+from anatomynet.export.triton_models import MODEL_SOURCE, shipped_model_source
 
 MANIFEST_NAME = "manifest.json"
 # A backend's name can stand for a library in the model's own folder, so no other kind of file is served.

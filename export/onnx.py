@@ -23,11 +23,12 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from anatomynet.engine.config import ModelConfig
+from anatomynet.engine.contract import METADATA_KEY
 from anatomynet.engine.errors import ExportError, ModelError
 from anatomynet.engine.folding import folded
 from anatomynet.engine.network import AnatomyNet
 from anatomynet.engine.output import write_whole
-from anatomynet.engine.runtime import METADATA_KEY, OnnxRuntime
+from anatomynet.engine.runtime import OnnxRuntime
 from anatomynet.export.onnx_text import BOX_OF_FOREGROUND, HEADER, IR_VERSION, OPSET, border_confidence_nodes
 from anatomynet.export.slabs import slab_finish_model, split_network
 

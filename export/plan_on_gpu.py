@@ -8,6 +8,7 @@ from types import ModuleType
 import numpy as np
 from numpy.typing import NDArray
 
+from anatomynet.engine.contract import CONFIDENCE
 from anatomynet.engine.errors import ExportError
 from anatomynet.engine.volume import LabelArray
 
@@ -50,9 +51,9 @@ class PlanOnGpu:
         self._context.set_input_shape("network_input", tuple(given.shape))
         labels, confidence = (
             torch.empty(tuple(self._context.get_tensor_shape(name)), dtype=dtype, device="cuda")
-            for name, dtype in (("LABELS", torch.uint8), ("CONFIDENCE", torch.float32))
+            for name, dtype in (("LABELS", torch.uint8), (CONFIDENCE, torch.float32))
         )
-        for name, tensor in (("network_input", given), ("LABELS", labels), ("CONFIDENCE", confidence)):
+        for name, tensor in (("network_input", given), ("LABELS", labels), (CONFIDENCE, confidence)):
             self._context.set_tensor_address(name, tensor.data_ptr())
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]

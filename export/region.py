@@ -16,11 +16,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from anatomynet.engine.checkpoint import load_region_checkpoint
 from anatomynet.engine.command import reports_errors
+from anatomynet.engine.contract import REGION_METADATA_KEY
 from anatomynet.engine.errors import ExportError, ParityError
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.output import write_whole
 from anatomynet.engine.phantom import make_phantom
-from anatomynet.engine.region import REGION_METADATA_KEY, RegionConfig
+from anatomynet.engine.region import RegionConfig
 from anatomynet.engine.region_network import POOLED, SLOPE, RegionNetwork, ServedRegion
 from anatomynet.engine.region_runtime import EmbeddedRegionFinder, shipped_region
 from anatomynet.export.onnx_text import HEADER

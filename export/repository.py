@@ -17,9 +17,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from anatomynet.engine.contract import MODEL_NAME, REGION_NAME
 from anatomynet.engine.errors import ExportError
 from anatomynet.export.manifest import CONFIG_NAME, write_manifest
-from anatomynet.export.triton_models import FINISH_NAME, MODEL_NAME, PLAN_NAME, PREPARE_NAME, REGION_NAME, TritonModel
+from anatomynet.export.triton_models import FINISH_NAME, PLAN_NAME, PREPARE_NAME, TritonModel
 
 # Of whatever backend: a new variant takes the place of the old one, and of all its parts.
 VARIANT_NAMES = (MODEL_NAME, PREPARE_NAME, PLAN_NAME, FINISH_NAME, REGION_NAME)

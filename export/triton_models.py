@@ -16,14 +16,15 @@ from importlib import resources
 from pathlib import Path
 
 from anatomynet import __version__
+from anatomynet.engine import contract
 from anatomynet.engine.config import ModelConfig
+from anatomynet.engine.contract import CONFIG_KEY, MODEL_NAME, REGION_CONFIG_KEY, REGION_NAME
 from anatomynet.engine.errors import ExportError
 from anatomynet.engine.limits import SIDES_KEY, VOXELS_KEY, largest_voxels
 from anatomynet.engine.region import RegionConfig
+from anatomynet.engine.runtime import CUDA_PROVIDER, PROVIDER_OPTIONS
 
-MODEL_NAME = "anatomynet"
 PREPARE_NAME, PLAN_NAME, FINISH_NAME = (f"{MODEL_NAME}_{step}" for step in ("prepare", "plan", "finish"))
-REGION_NAME = f"{MODEL_NAME}_region"
 MODEL_SOURCE, REGION_SOURCE = "model.py", "region_model.py"
 # Waiting requests hold their volumes in memory, 93 MB each for 178 x 512 x 512.
 LARGEST_QUEUE = 8
@@ -113,12 +114,12 @@ class _Settings:
 
 VOLUME = (-1, -1, -1)
 NETWORK_VOLUME = (1, 1, -1, -1, -1)
-CT = _Tensor("CT", "INT16", VOLUME)
+CT = _Tensor(contract.CT, "INT16", VOLUME)
 NETWORK_INPUT = _Tensor("network_input", "FP16", NETWORK_VOLUME)
 LABELS = _Tensor("LABELS", "UINT8", VOLUME)
-LABEL_MAP = _Tensor("LABEL_MAP", "UINT8", VOLUME)
-CT_COARSE = _Tensor("CT_COARSE", "INT16", VOLUME)
-BOX = _Tensor("BOX", "INT64", (6,))
+LABEL_MAP = _Tensor(contract.LABEL_MAP, "UINT8", VOLUME)
+CT_COARSE = _Tensor(contract.CT_COARSE, "INT16", VOLUME)
+BOX = _Tensor(contract.BOX, "INT64", (6,))
 
 CONTRACT = """# CT: Hounsfield units [z, y, x]; z to the head, y to the back, x to the patient's left; sides of 8 voxels
 # or more, in plane of 8 times the stride.
@@ -155,15 +156,15 @@ instance_group [{ count: 1, kind: KIND_AUTO }]"""
 GPU_INSTANCE = """# A volume fills a GPU: a second instance would make both wait. One on each GPU.
 instance_group [{ count: 1, kind: KIND_GPU }]"""
 
-# As engine.runtime.PROVIDER_OPTIONS.
-CUDA_OPTIONS = """# By default every new size first times every algorithm of every convolution, memory doubles when it
+CUDA_PARAMETERS = "\n".join(
+    f'  parameters {{ key: "{key}", value: "{value}" }}' for key, value in PROVIDER_OPTIONS[CUDA_PROVIDER].items()
+)
+CUDA_OPTIONS = f"""# By default every new size first times every algorithm of every convolution, memory doubles when it
 # grows, and FP32 is computed in TF32, which moves contours.
-optimization { execution_accelerators { gpu_execution_accelerator [{
+optimization {{ execution_accelerators {{ gpu_execution_accelerator [{{
   name: "cuda"
-  parameters { key: "cudnn_conv_algo_search", value: "HEURISTIC" }
-  parameters { key: "arena_extend_strategy", value: "kSameAsRequested" }
-  parameters { key: "use_tf32", value: "0" }
-}] } }"""
+{CUDA_PARAMETERS}
+}}] }} }}"""
 
 
 def python_model(config: ModelConfig, onnx_files: Sequence[Path], *, checkpoint: Path | None = None) -> TritonModel:
@@ -235,7 +236,7 @@ def region_model(config: RegionConfig, onnx_file: Path, *, backend: str) -> Trit
         [BOX],
         [CPU_INSTANCE, QUEUE, _warm_ups({"coarse volume": {CT_COARSE: COARSE_SHAPE}})],
         {
-            "region_config": config.to_json(),
+            REGION_CONFIG_KEY: config.to_json(),
             "structures": ",".join(config.structures),
             "coarse_spacing_mm_xyz": " ".join(map(str, config.coarse_spacing)),
             "checkpoint_sha256": config.checkpoint_sha256,
@@ -319,18 +320,18 @@ output [
         return text
     lines = "\n".join(_parameter(key, value) for key, value in settings.parameters.items())
     return f"""{text}
-# What a client needs to know, so that it hard-codes nothing; "model_config" is the whole, as JSON.
+# What a client needs to know, so that it hard-codes nothing; "{CONFIG_KEY}" is the whole, as JSON.
 {lines}
 """
 
 
 def _confidence(config: ModelConfig) -> _Tensor:
-    return _Tensor("CONFIDENCE", "FP32", (len(config.structures),))
+    return _Tensor(contract.CONFIDENCE, "FP32", (len(config.structures),))
 
 
 def _parameters(config: ModelConfig) -> dict[str, str]:
     return {
-        "model_config": config.to_json(),
+        CONFIG_KEY: config.to_json(),
         "structures": ",".join(config.structures),
         "in_plane_stride": str(config.in_plane_stride),
         "smallest_spacing_mm_xyz": " ".join(map(str, config.smallest_spacing)),

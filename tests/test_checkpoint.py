@@ -9,8 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from anatomynet.engine.checkpoint import CONFIG_KEY, load_checkpoint, save_checkpoint
+from anatomynet.engine.checkpoint import load_checkpoint, save_checkpoint
 from anatomynet.engine.config import ModelConfig, model_config_from_json
+from anatomynet.engine.contract import CONFIG_KEY
 from anatomynet.engine.errors import ModelError, OutputError
 from anatomynet.engine.network import AnatomyNet
 from tests.full_disk import largest_file

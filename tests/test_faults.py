@@ -34,7 +34,7 @@ from anatomynet.export.triton_models import LARGEST_QUEUE
 from tests.breakable_server import BreakableServer, two_servers
 from tests.garbage import damaged_messages, grpc_garbage, http_garbage, say
 from tests.random_network import smooth_hu
-from tests.regions import assert_none_is_left, has_named_region, registered_regions
+from tests.shared_regions import assert_none_is_left, has_named_region, registered_regions
 from tests.triton_servers import answered_since, has_server, volumes_answered
 from tests.waiting import wait_until
 

@@ -12,7 +12,7 @@ from anatomynet.engine.findings import METAL_HU, Finding, find_warnings, metal_n
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.phantom import make_phantom
 from anatomynet.engine.preprocess import array_from_canonical
-from anatomynet.engine.regions import Region, regions_from_label_map
+from anatomynet.engine.structure_region import StructureRegion, regions_from_label_map
 from anatomynet.engine.structures import STRUCTURES, structures_by_name
 from anatomynet.engine.volume import CTVolume, LabelMap
 from tests.openkbp import OPENKBP, requires_openkbp
@@ -76,7 +76,7 @@ def test_nothing_drawn_is_told_structure_by_structure() -> None:
 def test_no_region_and_other_rois_give_none() -> None:
     label_map = patient()
     volume = CTVolume(np.zeros(SHAPE, np.int16), label_map.geometry)
-    target = Region("PTV 70", (255, 0, 0), (0, 0, 0), np.ones((1, 1, 1), np.bool_))
+    target = StructureRegion("PTV 70", (255, 0, 0), (0, 0, 0), np.ones((1, 1, 1), np.bool_))
     assert find_warnings(volume, ()) == ()
     assert find_warnings(volume, (target,)) == ()
 
@@ -213,7 +213,7 @@ def test_every_voxel_of_metal_is_found_in_order() -> None:
     rng = np.random.default_rng(4)
     hu = np.where(rng.random(SHAPE) < 1e-3, METAL_HU, 0).astype(np.int16)
     label_map = patient()
-    everywhere = [Region("PTV 70", (255, 0, 0), (0, 0, 0), np.ones(SHAPE, np.bool_))]
+    everywhere = [StructureRegion("PTV 70", (255, 0, 0), (0, 0, 0), np.ones(SHAPE, np.bool_))]
     found = metal_near(CTVolume(hu, label_map.geometry), everywhere)
     np.testing.assert_array_equal(found, np.argwhere(hu >= METAL_HU))
 

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from anatomynet.engine.config import ModelConfig, model_config_from_json
+from anatomynet.engine.contract import METADATA_KEY
 from anatomynet.engine.errors import ExportError
 from anatomynet.engine.folding import folded
 from anatomynet.engine.network import AnatomyNet, ServedNetwork, border_confidence
-from anatomynet.engine.runtime import METADATA_KEY, OnnxRuntime, OpenVinoRuntime, TorchRuntime
+from anatomynet.engine.runtime import OnnxRuntime, OpenVinoRuntime, TorchRuntime
 from anatomynet.export.onnx import (
     export_onnx,
     finish_model,

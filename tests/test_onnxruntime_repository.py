@@ -11,6 +11,7 @@ import pytest
 
 from anatomynet.client.triton import TritonRuntime
 from anatomynet.engine.config import ModelConfig
+from anatomynet.engine.contract import MODEL_NAME, REGION_NAME
 from anatomynet.engine.errors import GeometryError
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.phantom import make_phantom
@@ -18,7 +19,7 @@ from anatomynet.engine.region_runtime import EmbeddedRegionFinder, shipped_regio
 from anatomynet.engine.runtime import Runtime, load_runtime
 from anatomynet.export.parity import check_parity, draw_reference
 from anatomynet.export.repository import write_repository
-from anatomynet.export.triton_models import MODEL_NAME, REGION_NAME, onnxruntime_model, region_model
+from anatomynet.export.triton_models import onnxruntime_model, region_model
 from tests.random_network import CALIBRATION_SHAPE, random_network, smooth_hu
 from tests.test_ensemble import SHAPES, swap_backend, unchecked_program
 from tests.triton_servers import RunningServer, has_server, running_server

@@ -20,7 +20,7 @@ from anatomynet.client.shared_memory import SharedRegion
 from anatomynet.client.triton import TritonRuntime
 from anatomynet.engine.runtime import Runtime, load_runtime
 from tests.random_network import smooth_hu
-from tests.regions import MappingServer, assert_none_is_left, is_closed, registered_regions
+from tests.shared_regions import MappingServer, assert_none_is_left, is_closed, registered_regions
 from tests.triton_servers import RunningServer
 from tests.waiting import WAIT_TIMEOUT_S, wait_until
 
@@ -250,7 +250,7 @@ import sys
 import numpy as np
 from anatomynet.client import region_keeper
 from anatomynet.client.triton import TritonRuntime
-from tests.regions import registered_regions
+from tests.shared_regions import registered_regions
 region_keeper.KEPT_S = 3600.0
 runtime = TritonRuntime(sys.argv[1], shared_memory="on")
 runtime.infer(np.zeros((8, 32, 32), np.int16))

@@ -21,7 +21,7 @@ from anatomynet.engine.errors import GeometryError, OutputError
 from anatomynet.engine.findings import Finding
 from anatomynet.engine.geometry import IDENTITY, Direction, VolumeGeometry
 from anatomynet.engine.preprocess import array_from_canonical
-from anatomynet.engine.regions import Region, regions_from_label_map
+from anatomynet.engine.structure_region import StructureRegion, regions_from_label_map
 from anatomynet.engine.structures import STRUCTURES, structures_by_name
 from anatomynet.engine.volume import CTVolume, LabelMap
 from tests.browser import CHROMIUM, Page, chromium
@@ -290,7 +290,7 @@ def test_nothing_drawn_and_nothing_to_warn_of(page: Page, tmp_path: Path) -> Non
 def test_hostile_names_stay_text(page: Page, tmp_path: Path) -> None:
     volume, _ = patient()
     name = "</script><script>alert(1)</script>{{style}}"
-    region = Region(name, (255, 0, 0), (3, 3, 3), np.ones((2, 2, 2), np.bool_))
+    region = StructureRegion(name, (255, 0, 0), (3, 3, 3), np.ones((2, 2, 2), np.bool_))
     write_review(tmp_path / "hostile.html", volume, (region,), header={"Patient": "<img src=x>"})
     page.open(tmp_path / "hostile.html")
     assert page.text("#structures .name button") == name

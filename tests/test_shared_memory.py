@@ -14,7 +14,7 @@ import pytest
 from anatomynet.client import shared_memory
 from anatomynet.client.shared_memory import JANITOR, NotSharedError, SharedRegion, free_region, make_region
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
-from tests.regions import MappingServer, is_closed
+from tests.shared_regions import MappingServer, is_closed
 
 SHAPE = (50, 4, 5)  # more slices than one thread copies at a time
 COUNT = 1000

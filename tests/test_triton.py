@@ -35,7 +35,7 @@ from anatomynet.engine.runtime import Runtime, load_runtime
 from anatomynet.engine.volume import CTVolume
 from anatomynet.export.triton_models import LARGEST_QUEUE
 from tests.random_network import smooth_hu
-from tests.regions import assert_none_is_left, registered_regions
+from tests.shared_regions import assert_none_is_left, registered_regions
 from tests.triton_servers import RunningServer, ServerStarter, free_ports
 from tests.wire import recorded
 

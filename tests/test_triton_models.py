@@ -9,6 +9,7 @@ from google.protobuf import text_format
 from anatomynet import __version__
 from anatomynet.engine.config import ModelConfig, load_config, model_config_from_json
 from anatomynet.engine.limits import largest_slices, largest_voxels
+from anatomynet.engine.runtime import CUDA_PROVIDER, PROVIDER_OPTIONS
 from anatomynet.export.triton_models import (
     COMMON_SHAPES,
     LARGEST_QUEUE,
@@ -30,6 +31,8 @@ BACKENDS = {
     "onnxruntime": ("anatomynet",),
     "tensorrt": ("anatomynet", "anatomynet_prepare", "anatomynet_plan", "anatomynet_finish"),
 }
+# No timing at every new size, no doubled memory, no TF32.
+CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
 
 
 def models_of(backend: str, config: ModelConfig) -> dict[str, TritonModel]:
@@ -119,6 +122,17 @@ def test_gpus_warm_up_at_the_common_sizes(backend: str, name: str) -> None:
                 network = [1, 1, z, y // stride, x // stride]
                 assert list(value.dims) == (network if key == "network_input" else [z, y, x])
                 assert all(side % 2 == 0 for side in value.dims[2:])
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])
+def test_gpus_compute_onnx_as_the_embedded_runtime_does(backend: str) -> None:
+    models = [parsed(model) for model in models_of(backend, load_config("openkbp7")[0]).values()]
+    served_by_onnxruntime = [model for model in models if model.backend == "onnxruntime"]
+    assert served_by_onnxruntime
+    for model in served_by_onnxruntime:
+        (accelerator,) = model.optimization.execution_accelerators.gpu_execution_accelerator
+        assert accelerator.name == "cuda"
+        assert dict(accelerator.parameters) == CUDA_OPTIONS == PROVIDER_OPTIONS[CUDA_PROVIDER]
 
 
 def test_the_ensembles_tensors_fit() -> None:

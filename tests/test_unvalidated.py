@@ -14,10 +14,11 @@ from anatomynet.client.cli import main
 from anatomynet.client.ct_writer import write_ct_series
 from anatomynet.client.unvalidated import WARNING
 from anatomynet.engine.config import model_config_from_json, shipped_weights
+from anatomynet.engine.contract import METADATA_KEY
 from anatomynet.engine.errors import ModelError
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.phantom import make_phantom
-from anatomynet.engine.runtime import METADATA_KEY, OpenVinoRuntime
+from anatomynet.engine.runtime import OpenVinoRuntime
 
 UNTAUGHT = ("Parotid_R", "Parotid_L")
 

@@ -12,6 +12,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from anatomynet.engine.config import model_config_from_json
+from anatomynet.engine.contract import CONFIDENCE, CONFIG_KEY, CT, LABEL_MAP
 from anatomynet.engine.errors import AnatomyNetError, ModelError
 from anatomynet.engine.limits import size_limit_from_parameters
 from anatomynet.engine.runtime import CUDA_PROVIDER, OnnxRuntime, Runtime, load_runtime
@@ -36,7 +37,7 @@ class TritonPythonModel:
         try:
             check_files(home)
             self.runtime = fastest_runtime(folder)
-            if self.runtime.model != model_config_from_json(values["model_config"]):
+            if self.runtime.model != model_config_from_json(values[CONFIG_KEY]):
                 raise ModelError("config.pbtxt and what lies beside it are of two models: run anatomynet-export")
             self.size_limit = size_limit_from_parameters(values, self.runtime.model)
         except AnatomyNetError as error:
@@ -54,7 +55,7 @@ class TritonPythonModel:
             return pb_utils.InferenceResponse(
                 error=pb_utils.TritonError("cancelled by the client", pb_utils.TritonError.CANCELLED)
             )
-        hu = pb_utils.get_input_tensor_by_name(request, "CT").as_numpy()
+        hu = pb_utils.get_input_tensor_by_name(request, CT).as_numpy()
         try:
             self.size_limit.check(hu.shape, self.runtime.model)
             label_map, confidence = self.runtime.infer(hu)
@@ -62,8 +63,8 @@ class TritonPythonModel:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
         return pb_utils.InferenceResponse(
             [
-                pb_utils.Tensor("LABEL_MAP", np.ascontiguousarray(label_map)),
-                pb_utils.Tensor("CONFIDENCE", np.ascontiguousarray(confidence)),
+                pb_utils.Tensor(LABEL_MAP, np.ascontiguousarray(label_map)),
+                pb_utils.Tensor(CONFIDENCE, np.ascontiguousarray(confidence)),
             ]
         )
 

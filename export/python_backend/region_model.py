@@ -9,6 +9,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from anatomynet.engine.contract import BOX, CT_COARSE, REGION_CONFIG_KEY
 from anatomynet.engine.errors import AnatomyNetError, ModelError
 from anatomynet.engine.region import region_config_from_json
 from anatomynet.engine.region_runtime import EmbeddedRegionFinder
@@ -29,7 +30,7 @@ class TritonPythonModel:
         try:
             check_files(home)
             self.finder = EmbeddedRegionFinder(home / args["model_version"] / "model.onnx")
-            if self.finder.config != region_config_from_json(parameters["region_config"]["string_value"]):
+            if self.finder.config != region_config_from_json(parameters[REGION_CONFIG_KEY]["string_value"]):
                 raise ModelError("config.pbtxt and the ONNX file beside it are of two models: run anatomynet-export")
         except AnatomyNetError as error:
             raise pb_utils.TritonModelException(str(error)) from error
@@ -39,9 +40,9 @@ class TritonPythonModel:
         return [self._respond(request) for request in requests]
 
     def _respond(self, request: Any) -> Any:
-        coarse = pb_utils.get_input_tensor_by_name(request, "CT_COARSE").as_numpy()
+        coarse = pb_utils.get_input_tensor_by_name(request, CT_COARSE).as_numpy()
         try:
             box = self.finder.find(coarse)
         except AnatomyNetError as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
-        return pb_utils.InferenceResponse([pb_utils.Tensor("BOX", box)])
+        return pb_utils.InferenceResponse([pb_utils.Tensor(BOX, box)])

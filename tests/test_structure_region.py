@@ -1,11 +1,11 @@
-"""Regions: each structure of a label map in its box, and a middle that lies inside it."""
+"""Structure regions: each structure of a label map in its box, and a middle that lies inside it."""
 
 import numpy as np
 import pytest
 from scipy.ndimage import find_objects
 
 from anatomynet.engine.geometry import VolumeGeometry
-from anatomynet.engine.regions import boxes_of, middle_of, regions_from_label_map
+from anatomynet.engine.structure_region import boxes_of, middle_of, regions_from_label_map
 from anatomynet.engine.structures import structures_by_name
 from anatomynet.engine.volume import LabelMap
 

@@ -1,4 +1,4 @@
-"""Region: one structure's voxels, cut to their box. What findings.py looks at, and what the review page shows.
+"""StructureRegion: one structure's voxels, cut to their box. What findings.py looks at, and what the review page shows.
 
 A label map gives every voxel to one structure; regions may overlap, as a physician's contours do.
 """
@@ -16,7 +16,7 @@ from anatomynet.engine.volume import LabelArray, LabelMap
 
 
 @dataclass(frozen=True, eq=False)
-class Region:
+class StructureRegion:
     """One structure on a volume's grid.
 
     Attributes:
@@ -73,7 +73,7 @@ def _extent(places: NDArray[np.intp]) -> slice:
     return slice(int(places.min()), int(places.max()) + 1)
 
 
-def regions_from_label_map(label_map: LabelMap) -> tuple[Region, ...]:
+def regions_from_label_map(label_map: LabelMap) -> tuple[StructureRegion, ...]:
     """Every structure of a label map, in its order; an absent one has a box of no voxel."""
     count = len(label_map.structures)
     confidence = label_map.confidence or (None,) * count
@@ -85,11 +85,11 @@ def regions_from_label_map(label_map: LabelMap) -> tuple[Region, ...]:
         place = box or (slice(0, 0),) * 3
         mask = label_map.labels[place] == label
         start = (int(place[0].start), int(place[1].start), int(place[2].start))
-        regions.append(Region(structure.tg263_name, structure.colour, start, mask, structure, sure, stray_ml))
+        regions.append(StructureRegion(structure.tg263_name, structure.colour, start, mask, structure, sure, stray_ml))
     return tuple(regions)
 
 
-def middle_of(region: Region) -> Index | None:
+def middle_of(region: StructureRegion) -> Index | None:
     """The voxel (z, y, x) inside the region nearest to its centre of mass, in voxels; None where it has none."""
     inside = np.argwhere(region.box)
     if not len(inside):
