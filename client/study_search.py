@@ -3,7 +3,7 @@
 The files decide, not the folders' names or depth:
 
     a folder in which CT files lie is one study, with all that lies below it;
-    so is a folder below which every CT is of one patient and one StudyInstanceUID, however deep;
+    so is a folder below which, however deep, every CT is of one patient and one StudyInstanceUID, and no zip file lies;
     any other folder is a folder of studies: each folder and each zip file of DICOM in it is looked at in the same way.
 
 One CT file of each folder is asked for its patient and study. So two patients never become one study; what holds no
