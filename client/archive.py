@@ -1,163 +1,171 @@
-"""DICOM studies with RTSTRUCTs -> cases to train on, in the PDDCA layout: `anatomynet-client archive`.
+"""CT series with RTSTRUCTs -> cases to train on, in the PDDCA layout: `anatomynet-client archive`.
 
 A command of its own, so that training knows nothing of DICOM and dependencies keep running one way: contours become
 masks once, what was matched can be looked at before a night of training, and the cases carry no patient's data: a case
-is named after a hash of its SeriesInstanceUID.
+is named after a word drawn for its patient and a hash of its SeriesInstanceUID.
 """
 
 import csv
 import hashlib
 import io
+import secrets
 import shutil
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
-from pydicom.uid import RTStructureSetStorage
 
-from anatomynet.client.headers import DAMAGED
+from anatomynet.client.pairing import Pair, find_pairs
 from anatomynet.client.structure_set import Roi, StructureSet, read_structure_set
-from anatomynet.client.study import CTSeries, list_ct_series, read_ct_series, volume_from_series
-from anatomynet.client.study_files import opened_study
-from anatomynet.client.study_search import find_studies
+from anatomynet.client.study import read_ct_files, volume_from_series
+from anatomynet.client.study_files import OpenedStudies
 from anatomynet.engine.aliases import Aliases, load_aliases, structure_from_roi_name
 from anatomynet.engine.errors import GeometryError, OutputError, StudyError
+from anatomynet.engine.findings import judge_contours
 from anatomynet.engine.output import write_whole
 from anatomynet.engine.preprocess import canonical_from_array
+from anatomynet.engine.structure_region import StructureRegion
+from anatomynet.engine.structures import STRUCTURES
+from anatomynet.engine.volume import CTVolume
 from anatomynet.engine.volume_files import write_nrrd
 
-NAME_DIGITS = 10  # of the hash that names a case
+PATIENT_DIGITS, SERIES_DIGITS = 8, 10  # of a case's name; training's survey knows them
 # Of an ROI's slices: more is no slip, but an ROI drawn on every second slice, which a planning system interpolates.
 MOST_LEFT_OUT = 0.25
 REPORT_NAME = "archive.csv"
-COLUMNS = ("case", "study", "matched", "not matched", "remarks")
+COLUMNS = ("case", "study", "rtstruct", "matched", "not matched", "remarks")
 
 
 @dataclass(frozen=True)
 class ArchivedStudy:
-    """What became of one study.
+    """What became of one CT series, or of what else lay below the source.
 
     Attributes:
-        study: its folder's name or way below the source, for the report alone.
+        study: the way below the source to it, for the report alone.
         case: the name of the case; "" where none was written.
+        rtstruct: the way below the source to the one that was taken; "" where none was.
         matched: structure -> the ROI it was drawn as.
         unmatched: ROIs that are none of our structures.
-        remarks: what was left out, and why; why no case was written.
+        remarks: what was left out or deserves a look; why no case was written.
     """
 
     study: str
-    case: str
-    matched: dict[str, str]
-    unmatched: tuple[str, ...]
-    remarks: tuple[str, ...]
+    case: str = ""
+    rtstruct: str = ""
+    matched: Mapping[str, str] = field(default_factory=dict)
+    unmatched: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def archive_studies(
     source: Path, folder: Path, *, alias_file: Path | None = None
 ) -> Generator[ArchivedStudy, None, None]:
-    """Turns every study below `source` into a case in `folder`, and writes the report when all are done.
+    """Turns every CT series below `source` that has its RTSTRUCT into a case in `folder`, and writes the report last.
 
-    A study that cannot be used is named and passed over. The report is written at an interruption, too.
+    What cannot be used is named and passed over. The report is written at an interruption, too. It is the department's
+    own: it names studies by their folders, which are often called as the patients are, and must not leave with the
+    cases.
 
     Args:
-        source: a study, or a folder of them, as `find_studies` tells them apart.
-        folder: of the cases; new or empty.
+        source: a study, or a folder of them, see `find_pairs`.
+        folder: of the cases; new or empty, but for the report of a try that nothing came of.
         alias_file: a department's ROI names, see `load_aliases`.
 
     Raises:
-        StudyError: none could be used.
+        StudyError: no case came of it.
         OutputError: the folder holds something, or cannot be written.
         ModelError: an alias file that cannot be used.
     """
-    aliases = load_aliases(alias_file)
+    archive = _Archive(folder, load_aliases(alias_file))
     _prepare(folder)
     done: list[ArchivedStudy] = []
     try:
-        for study in find_studies([source], left_out=[folder]):
-            try:
-                with opened_study(study.path) as opened:
-                    archived = _archive_study(opened, study.name, folder, aliases)
-            except (StudyError, GeometryError) as error:
-                archived = ArchivedStudy(study.name, "", {}, (), (str(error),))
-            done.append(archived)
-            yield archived
+        with OpenedStudies(2) as opened:  # the CT's and the RTSTRUCT's
+            for found in find_pairs(source, left_out=[folder]):
+                if isinstance(found, Pair):
+                    done.append(archive.add(found, opened))
+                else:
+                    done.append(ArchivedStudy(found.where, remarks=(found.problem,)))
+                yield done[-1]
     finally:
         _write_report(folder / REPORT_NAME, done)
     if not any(study.case for study in done):
-        many = f"{len(done)} stud{'y' if len(done) == 1 else 'ies'}"
         raise StudyError(
-            f"no case came of {many} in {source}: expected folders, each with a CT series and its RTSTRUCT"
+            f"no case came of {source}, for the reasons in {folder / REPORT_NAME}: expected CT series and the "
+            "RTSTRUCTs that were drawn on them"
         )
 
 
 def _prepare(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = any(folder.iterdir())
+        held = not all(_is_report(path) for path in folder.iterdir())
     except OSError as error:
         raise OutputError(f"{folder} cannot be a folder for cases: {error.strerror or error}") from error
     if held:
         raise OutputError(f"{folder} holds files and was kept: give a new folder")
 
 
-def _archive_study(study: Path, name: str, folder: Path, aliases: Aliases) -> ArchivedStudy:
-    rtstruct, chosen = _find_contoured(study)
-    series = read_ct_series(study, series_instance_uid=chosen)
-    structures = read_structure_set(rtstruct, series)
-    rois, remarks = _matched_rois(structures, aliases)
-    unmatched = tuple(name for name in structures.roi_names if structure_from_roi_name(name, aliases) is None)
-    if not rois:
-        return ArchivedStudy(name, "", {}, unmatched, (*remarks, "none of its ROIs can be learnt from"))
-    case = case_name(series)
-    if (folder / case).exists():
-        raise StudyError(f"its CT series is that of another study: {case} is there already")
-    _write_case(folder / case, series, rois)
-    return ArchivedStudy(name, case, {name: roi.name for name, roi in rois.items()}, unmatched, remarks)
+def _is_report(path: Path) -> bool:
+    """Whether it is a report of ours, which says of nothing but what lies beside it, and not another's table."""
+    if path.name != REPORT_NAME or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.readline().rstrip() == ",".join(COLUMNS).encode()
 
 
-def case_name(series: CTSeries) -> str:
-    """Of the folder that a series becomes; tells nothing of whose it is."""
-    return f"case_{hashlib.sha256(series.series_instance_uid.encode()).hexdigest()[:NAME_DIGITS]}"
+class _Archive:
+    """A folder of cases, of which those of one patient begin alike, so that they stay together when it is split."""
+
+    def __init__(self, folder: Path, aliases: Aliases) -> None:
+        self._folder, self._aliases = folder, aliases
+        # Drawn by chance, anew in each run. A hash of PatientID, which is a number of a few digits, is found again by
+        # hashing all such numbers; to count patients would give two runs' first ones one name.
+        self._words: dict[str, str] = {}
+
+    def add(self, pair: Pair, opened: OpenedStudies) -> ArchivedStudy:
+        """Writes the case of a pair; what cannot be used becomes a remark."""
+        try:
+            return self._add(pair, opened)
+        except (StudyError, GeometryError) as error:
+            return ArchivedStudy(pair.where, rtstruct=pair.rtstruct_where, remarks=(str(error),))
+
+    def _add(self, pair: Pair, opened: OpenedStudies) -> ArchivedStudy:
+        ct, rtstruct = opened.folder_of(pair.series.study), opened.folder_of(pair.rtstruct.study)
+        series = read_ct_files(ct / file for file in pair.series.files)
+        structures = read_structure_set(rtstruct / pair.rtstruct.file, series)
+        rois, remarks = _matched_rois(structures, self._aliases)
+        matched = {name: roi.name for name, roi in rois.items()}
+        unmatched = tuple(n for n in structures.roi_names if structure_from_roi_name(n, self._aliases) is None)
+        found = ArchivedStudy(pair.where, "", pair.rtstruct_where, matched, unmatched, remarks)
+        if not rois:
+            return replace(found, remarks=(*remarks, "none of its ROIs can be learnt from"))
+        volume = volume_from_series(series)
+        case = self._name(pair.series.patient or series.study_instance_uid, series.series_instance_uid)
+        _write_case(self._folder / case, volume, rois)
+        nameless = () if pair.series.patient else ("no PatientID: other cases of the patient will begin otherwise",)
+        return replace(found, case=case, remarks=(*remarks, *nameless, *_judgement(volume, rois)))
+
+    def _name(self, patient: str, series_instance_uid: str) -> str:
+        """Of the folder of a case; tells nothing of whose it is."""
+        word = self._words.setdefault(patient, secrets.token_hex(PATIENT_DIGITS // 2))
+        return f"case_{word}_{hashlib.sha256(series_instance_uid.encode()).hexdigest()[:SERIES_DIGITS]}"
 
 
-def _find_contoured(study: Path) -> tuple[Path, str]:
-    """The one structure set of a study, and the CT series that it was drawn on, as `list_ct_series` names it.
+def _judgement(volume: CTVolume, rois: Mapping[str, Roi]) -> tuple[str, ...]:
+    """What training's survey will say.
 
-    Raises:
-        StudyError: no CT series; none of them with an RTSTRUCT, or several RTSTRUCTs.
+    A case that it will skip is written all the same: it skips by what a model draws, and a chiasm that cannot be right
+    does not spoil the case for one that draws none.
     """
-    names = list_ct_series(study)
-    files = sorted(path for path in study.rglob("*") if path.is_file())
-    drawn = []
-    for path in files:
-        if (referred := _referred_series(path)) is not None:
-            on = [name for name in names if name.partition("/")[0] in referred]
-            # One that refers to none is the only series', not any one's of several.
-            drawn += [(path, name) for name in (names if not referred and len(names) == 1 else on)]
-    if len(drawn) != 1:
-        of = "its CT series" if len(names) == 1 else f"its {len(names)} CT series"
-        raise StudyError(f"{len(drawn)} RTSTRUCTs of {of}; expected one: leave only the one to learn from")
-    return drawn[0]
-
-
-def _referred_series(path: Path) -> set[str] | None:
-    """The series that an RTSTRUCT refers to (PS3.3 C.8.8.5); None of any other file."""
-    tags = ["SOPClassUID", "ReferencedFrameOfReferenceSequence"]
-    try:
-        header = pydicom.dcmread(path, specific_tags=tags, stop_before_pixels=True)
-        if header.get("SOPClassUID") != RTStructureSetStorage:
-            return None
-        return {
-            str(item.SeriesInstanceUID)
-            for frame in header.get("ReferencedFrameOfReferenceSequence") or ()
-            for part in frame.get("RTReferencedStudySequence") or ()
-            for item in part.get("RTReferencedSeriesSequence") or ()
-        }
-    except (OSError, *DAMAGED):
-        return None
+    regions = [
+        StructureRegion(STRUCTURES[name].tg263_name, STRUCTURES[name].colour, roi.start, roi.box, STRUCTURES[name])
+        for name, roi in rois.items()
+    ]
+    wrong, odd = judge_contours(volume, regions)
+    return (*(f"training will skip it: {line}" for line in wrong), *odd)
 
 
 def _matched_rois(structures: StructureSet, aliases: Aliases) -> tuple[dict[str, Roi], tuple[str, ...]]:
@@ -192,10 +200,9 @@ def _looked_at(roi: Roi) -> tuple[str, str]:
     return "", told if len(drawn) < length else ""
 
 
-def _write_case(case: Path, series: CTSeries, rois: dict[str, Roi]) -> None:
+def _write_case(case: Path, volume: CTVolume, rois: Mapping[str, Roi]) -> None:
     """The CT and its masks on canonical axes, whole or not at all."""
     beside = case.with_name(f".{case.name}.part")
-    volume = volume_from_series(series)
     geometry = volume.geometry.canonical()
 
     def turned(array: NDArray[np.generic]) -> NDArray[np.generic]:
@@ -220,6 +227,7 @@ def _write_report(path: Path, studies: list[ArchivedStudy]) -> None:
     writer.writerow(COLUMNS)
     for study in studies:
         matched = "; ".join(name if name == roi else f"{name} ({roi})" for name, roi in study.matched.items())
-        writer.writerow((study.case, study.study, matched, "; ".join(study.unmatched), "; ".join(study.remarks)))
+        lists = (matched, "; ".join(study.unmatched), "; ".join(study.remarks))
+        writer.writerow((study.case, study.study, study.rtstruct, *lists))
     # A folder's name may be no text, where another system wrote it.
-    write_whole(path, text.getvalue().encode(errors="backslashreplace"))
+    write_whole(path, text.getvalue().encode(errors="backslashreplace"), overwrite=True)

@@ -267,20 +267,23 @@ def review(
 
 
 @main.command()
-@click.argument("source", metavar="SRC", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path, exists=True))
 @click.argument("folder", metavar="DEST", type=click.Path(path_type=Path))
 @click.option("--aliases", type=click.Path(path_type=Path), help="Your ROI names: a TOML table, structure = [names].")
 @reports_errors
 def archive(source: Path, folder: Path, aliases: Path | None) -> None:
-    """Turn the DICOM studies in the folders of SRC, each with its RTSTRUCT, into cases to train on in DEST.
+    """Turn CT series, each with the RTSTRUCT that refers to it, into cases to train on.
 
-    DEST/archive.csv says which ROI was taken for which structure, and what was left out; look at it, then give
-    anatomynet-train a folder of two such DESTs, train and validation.
+    SRC is a folder, however its studies lie in it, or a zip file; DEST gets the cases. DEST/archive.csv says which ROI
+    was taken for which structure, what was left out and what deserves a look. It names folders, and so perhaps
+    patients: look at it, and keep it. Then split the cases into two folders of one, train and validation, for
+    anatomynet-train; those of one patient begin alike, and belong on one side.
     """
     from collections import Counter
 
     from anatomynet.client.archive import archive_studies
 
+    click.echo(f"looking through all files in {source}")
     matched, unmatched = Counter[str](), Counter[str]()
     for study in archive_studies(source, folder, alias_file=aliases):
         matched.update(study.matched.keys())

@@ -9,7 +9,7 @@ import re
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -165,6 +165,11 @@ class CTHeader:
         return self.text("SOPClassUID"), self.file.media_class_uid
 
     @property
+    def is_ct(self) -> bool:
+        """Whether it is a CT image, or an enhanced one."""
+        return not CT_CLASSES.isdisjoint(self.sop_class_uids)
+
+    @property
     def enhanced(self) -> bool:
         """Whether its file holds frames, each a slice."""
         return not FRAME_CLASSES.isdisjoint(self.sop_class_uids)
@@ -231,34 +236,45 @@ def _unit_normal(cosines: tuple[float, ...]) -> NDArray[np.float64] | None:
     return normal
 
 
-def read_headers(study_dir: Path) -> tuple[list[CTHeader], Counter[str]]:
-    """The CT files under a folder, and a count of everything else by its kind.
+def read_headers(files: Iterable[Path]) -> tuple[list[CTHeader], Counter[str]]:
+    """The CT files among files, and a count of everything else by its kind.
 
     Raises:
-        StudyError: no folder, a folder or file that cannot be read, a damaged DICOM file.
+        StudyError: a file that cannot be read, or is damaged.
+    """
+    headers: list[CTHeader] = []
+    others: Counter[str] = Counter()
+    for path in files:
+        header = read_header(path)
+        if header is not None and header.is_ct:
+            headers.append(header)
+        else:
+            others[kind_of(header)] += 1
+    return headers, others
+
+
+def kind_of(header: CTHeader | None) -> str:
+    """What a file is, for a message; None is of no DICOM file."""
+    if header is None:
+        return "other file"
+    uid = header.sop_class_uids[0]
+    return UID(uid).name if PLAIN_UID.fullmatch(uid) else "unreadable class"
+
+
+def files_under(study_dir: Path) -> Iterator[Path]:
+    """The files in a folder and in those below, hidden ones apart, in the order of their names.
+
+    Raises:
+        StudyError: no folder, or one that cannot be read.
     """
     if not study_dir.is_dir():
         what = "is a file" if study_dir.exists() else "does not exist"
         raise StudyError(f"{study_dir} {what}; expected a folder, or a zip file, with one CT series")
-    headers: list[CTHeader] = []
-    others: Counter[str] = Counter()
-    for path in _files_under(study_dir):
-        header = read_header(path)
-        if header is None:
-            others["other file"] += 1
-        elif CT_CLASSES & {*header.sop_class_uids}:
-            headers.append(header)
-        else:
-            uid = header.sop_class_uids[0]
-            others[UID(uid).name if PLAIN_UID.fullmatch(uid) else "unreadable class"] += 1
-    return headers, others
 
-
-def _files_under(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> NoReturn:
         raise StudyError(f"a folder in the study cannot be read: {error.strerror}; check its permissions") from error
 
-    for root, folders, names in os.walk(folder, onerror=refuse):
+    for root, folders, names in os.walk(study_dir, onerror=refuse):
         # What is hidden is not the scanner's: a Mac leaves a "._IMG1.dcm" beside IMG1.dcm on foreign disks.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
@@ -305,7 +321,7 @@ def _damage_in(header: CTHeader) -> str:
     # Only a DICOMDIR has its class in the file's own header alone; another file without one was cut.
     if not header.has("SOPClassUID") and MediaStorageDirectoryStorage not in header.sop_class_uids:
         return UNREADABLE_HEADER
-    if CT_CLASSES & {*header.sop_class_uids}:
+    if header.is_ct:
         if not header.has_pixels:
             return "it ends before its pixels"
         if len({*header.sop_class_uids} - {""}) > 1:

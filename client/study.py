@@ -5,6 +5,7 @@ axis-aligned stack of CT slices, each with its own position in the patient.
 """
 
 from collections import Counter, deque
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,7 @@ from pydicom.dataset import Dataset
 from anatomynet.client.codecs import check_codecs
 from anatomynet.client.decoder_process import DecoderProcesses
 from anatomynet.client.frames import check_parts, frame_headers
-from anatomynet.client.headers import UID_TAIL_LENGTH, CTHeader, patient_and_study, read_headers, uid_tail
+from anatomynet.client.headers import UID_TAIL_LENGTH, CTHeader, files_under, patient_and_study, read_headers, uid_tail
 from anatomynet.client.pixels import StoredPixels, read_hu, stored_pixels
 from anatomynet.client.quiet import quiet_libraries
 from anatomynet.client.stack import sorted_slices
@@ -100,10 +101,16 @@ def read_ct_series(study_dir: Path, *, series_instance_uid: str | None = None) -
             together.
         GeometryError: slices that do not make a regular, axis-aligned stack.
     """
-    stacks = _read_stacks(study_dir)
-    chosen = stacks[_choose_stack(stacks, series_instance_uid)]
-    check_parts(chosen)
-    return _series_from_headers(_slices(chosen))
+    return _chosen_series(_read_stacks(study_dir), series_instance_uid)
+
+
+def read_ct_files(files: Iterable[Path]) -> CTSeries:
+    """The CT series that files make which are known to be of one: `read_ct_series` without a look at any other.
+
+    Raises:
+        StudyError, GeometryError: as `read_ct_series`.
+    """
+    return _chosen_series(_stacks_of(files, "among a series' files"), None)
 
 
 def list_ct_series(study_dir: Path) -> tuple[str, ...]:
@@ -144,13 +151,37 @@ def _read_slice(series: CTSeries, hu: HounsfieldArray, decoders: DecoderProcesse
 
 
 def _read_stacks(study_dir: Path) -> dict[str, list[CTHeader]]:
+    return _stacks_of(files_under(Path(study_dir)), f"in {study_dir}")
+
+
+def _stacks_of(files: Iterable[Path], where: str) -> dict[str, list[CTHeader]]:
     with quiet_libraries():
-        files, others = read_headers(Path(study_dir))
-        headers = [header for file in files for header in (frame_headers(file) if file.enhanced else [file])]
+        found, others = read_headers(files)
+        headers = [header for file in found for header in slice_headers(file)]
     if not headers:
-        found = ", ".join(f"{count} x {what}" for what, count in sorted(others.items())) or "nothing"
-        raise StudyError(f"no CT slices in {study_dir}: found {found}; expected CT images")
+        raise no_ct_error(where, others)
     return _stacks_by_name(headers)
+
+
+def slice_headers(header: CTHeader) -> list[CTHeader]:
+    """A header of each slice of a CT file: of an enhanced one, of each frame.
+
+    Raises:
+        StudyError: as `frame_headers`.
+    """
+    return frame_headers(header) if header.enhanced else [header]
+
+
+def no_ct_error(where: str, others: Mapping[str, int]) -> StudyError:
+    """Of files without a CT slice among them; `others` counts what they are."""
+    found = ", ".join(f"{count} x {what}" for what, count in sorted(others.items())) or "nothing"
+    return StudyError(f"no CT slices {where}: found {found}; expected CT images")
+
+
+def _chosen_series(stacks: dict[str, list[CTHeader]], wanted: str | None) -> CTSeries:
+    chosen = stacks[_choose_stack(stacks, wanted)]
+    check_parts(chosen)
+    return _series_from_headers(_slices(chosen))
 
 
 def _series_from_headers(headers: list[CTHeader]) -> CTSeries:
@@ -217,10 +248,14 @@ def _matching(names: list[str], wanted: str) -> list[str]:
 
 
 def _usable(stacks: dict[str, list[CTHeader]]) -> list[str]:
-    return [name for name, headers in stacks.items() if _is_stack(headers)] or list(stacks)
+    return [name for name, headers in stacks.items() if is_stack(headers)] or list(stacks)
 
 
-def _is_stack(headers: list[CTHeader]) -> bool:
+def is_stack(headers: list[CTHeader]) -> bool:
+    """Whether a series' headers, in the order of its files, are of a stack of slices: no localizer, no reformat.
+
+    Of which a part is one, the whole is one.
+    """
     placed = [h for h in headers if h.placed]
     return len(placed) > 1 and len(_across_and_along(placed)[1]) > 1 and not headers[0].image_type & REFORMAT_WORDS
 

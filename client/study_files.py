@@ -9,7 +9,7 @@ import stat
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
@@ -40,6 +40,36 @@ def opened_study(study: Path) -> Iterator[Path]:
         yield study.parent
     else:
         yield study
+
+
+class OpenedStudies(AbstractContextManager["OpenedStudies"]):
+    """The studies that were asked for last, opened: of one zip file many series may be read, one after another."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._opened: dict[Path, tuple[ExitStack, Path]] = {}  # the last one last
+
+    def folder_of(self, study: Path) -> Path:
+        """The folder of its files, which stays until so many others were asked for.
+
+        Raises:
+            StudyError: as `opened_study`.
+        """
+        if study in self._opened:
+            self._opened[study] = self._opened.pop(study)
+        else:
+            with ExitStack() as stack:
+                folder = stack.enter_context(opened_study(study))
+                self._opened[study] = (stack.pop_all(), folder)
+            self._close_all_but(self._count)
+        return self._opened[study][1]
+
+    def _close_all_but(self, count: int) -> None:
+        for study in list(self._opened)[: len(self._opened) - count]:
+            self._opened.pop(study)[0].close()
+
+    def __exit__(self, *_: object) -> None:
+        self._close_all_but(0)
 
 
 def _unpack(path: Path, folder: Path) -> None:

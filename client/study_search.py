@@ -3,7 +3,7 @@
 The files decide, not the folders' names or depth:
 
     a folder in which CT files lie is one study, with all that lies below it;
-    so is a folder below which every CT is of one patient and one StudyInstanceUID, however deep;
+    so is a folder below which, however deep, every CT is of one patient and one StudyInstanceUID, and no zip file lies;
     any other folder is a folder of studies: each folder and each zip file of DICOM in it is looked at in the same way.
 
 One CT file of each folder is asked for its patient and study. So two patients never become one study; what holds no
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from anatomynet.client.header_elements import META_START, PREAMBLE_LENGTH
-from anatomynet.client.headers import CT_CLASSES, read_header
+from anatomynet.client.headers import read_header
 from anatomynet.client.quiet import quiet_libraries
 from anatomynet.engine.errors import StudyError
 
@@ -53,6 +53,11 @@ class _Folder:
     def identities(self) -> set[Identity]:
         own = {self.own} if self.own else set[Identity]()
         return own.union((("", str(path)) for path in self.zips), *(folder.identities for folder in self.below))
+
+    @property
+    def has_zips(self) -> bool:
+        """Whether it holds a zip file, however deep: each is a study of its own."""
+        return bool(self.zips) or any(folder.has_zips for folder in self.below)
 
 
 def find_studies(named: Iterable[Path], *, left_out: Sequence[Path] = ()) -> list[FoundStudy]:
@@ -93,8 +98,7 @@ def _studies_in(given: Path, skipped: frozenset[Path]) -> Iterator[Path]:
 
 
 def _studies_of(folder: _Folder) -> Iterator[Path]:
-    of_folders = set[Identity]().union(*(below.identities for below in folder.below))
-    if folder.own or (len(folder.identities) <= 1 and len(of_folders) == len(folder.identities)):
+    if folder.own or not (folder.has_zips or len(folder.identities) > 1):
         yield folder.path
         return
     yield from folder.zips
@@ -112,7 +116,7 @@ def _scanned(path: Path, skipped: frozenset[Path], *, above: frozenset[Path]) ->
     except OSError:  # refused by its name when it is read
         return _Folder(path)
     own = next(filter(None, map(_identity, files)), None)
-    zips = () if own else tuple(file for file in files if _is_dicom_zip(file))
+    zips = () if own else tuple(file for file in files if is_dicom_zip(file))
     return _Folder(path, own, zips, tuple(_scanned(folder, skipped, above=above) for folder in folders))
 
 
@@ -122,12 +126,12 @@ def _identity(path: Path) -> Identity | None:
         header = read_header(path)
     except StudyError:
         return None
-    if header is None or CT_CLASSES.isdisjoint(header.sop_class_uids):
+    if header is None or not header.is_ct:
         return None
     return header.text("PatientID"), header.text("StudyInstanceUID")
 
 
-def _is_dicom_zip(path: Path) -> bool:
+def is_dicom_zip(path: Path) -> bool:
     """Whether a file is a zip file with a DICOM file in it; one that is damaged may be."""
     if path.suffix.lower() != ".zip":
         return False

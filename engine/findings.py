@@ -118,6 +118,22 @@ def find_contradictions(volume: CTVolume, regions: Sequence[StructureRegion]) ->
     return tuple(findings)
 
 
+def judge_contours(volume: CTVolume, regions: Sequence[StructureRegion]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of contours to learn from, a line each: what forbids it, and what deserves a look; both empty where all is well.
+
+    Args:
+        volume: the CT, in any orientation along the patient's axes.
+        regions: what was drawn on it, by a person.
+
+    Raises:
+        GeometryError: an oblique volume.
+    """
+    wrong = tuple(f"{finding.name}: {finding.text}" for finding in find_contradictions(volume, regions))
+    # What has no name is of the scan: a network is shown it at a spacing of its own.
+    odd = (f"{finding.name}: {finding.text}" for finding in find_warnings(volume, regions) if finding.name)
+    return wrong, tuple(line for line in odd if line not in wrong)
+
+
 def _exchanged_sides(present: Mapping[str, StructureRegion], geometry: VolumeGeometry) -> Iterator[Finding]:
     """An organ of one side that lies beyond its partner or, where that is absent, beyond the organs of the middle."""
     middles = [_left_mm(region, geometry) for name, region in present.items() if not STRUCTURES[name].mirror]

@@ -6,6 +6,7 @@ Between data.py, which reads one case, and train.py. A bad case is named and ski
 import csv
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,13 @@ from tqdm import tqdm
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.data import Case, at_network_resolution, find_cases, read_case
 from anatomynet.engine.errors import DataError, GeometryError
-from anatomynet.engine.findings import find_contradictions, find_warnings
+from anatomynet.engine.findings import judge_contours
 from anatomynet.engine.output import write_whole
 from anatomynet.engine.structure_region import StructureRegion, regions_from_label_map
 from anatomynet.engine.structures import structures_by_name
 from anatomynet.engine.volume import LabelMap
 
+ARCHIVED_CASE = re.compile(r"(case_[0-9a-f]{8})_[0-9a-f]{10}")  # the patient's part, and the CT series'
 COLUMNS = ("folder", "case", "skipped because", "structures", "not matched", "remarks")
 
 
@@ -73,7 +75,7 @@ def survey_archive(
         What is learnt from, and what it is validated with.
 
     Raises:
-        DataError: see `survey_cases`; one CT in both.
+        DataError: see `survey_cases`; one CT or one patient in both.
         ModelError: an alias file that cannot be used.
     """
     taught, held_out = (
@@ -141,10 +143,23 @@ def write_survey(path: Path, surveys: Iterable[Survey]) -> None:
     write_whole(path, text.getvalue().encode(errors="backslashreplace"), overwrite=True)
 
 
+def patient_of(case: str) -> str:
+    """How the cases of one patient begin, where `anatomynet-client archive` named them; "" where something else did."""
+    match = ARCHIVED_CASE.fullmatch(case)
+    return match[1] if match else ""
+
+
 def _check_apart(taught: Survey, held_out: Survey) -> None:
     """What is learnt from and validated with must be other patients: else validation measures memory."""
     digests = {_digest(case): case.name for case in reversed(taught.cases)}
+    patients = {patient_of(case.name): case.name for case in reversed(taught.cases)}
     for case in held_out.cases:
+        if (patient := patient_of(case.name)) and patient in patients:
+            raise DataError(
+                f"{taught.folder}/{patients[patient]} and {held_out.folder}/{case.name} are of one patient by their "
+                f"names: expected other patients to validate with; keep all {patient}_* on one side, or rename what is "
+                "another's"
+            )
         if (name := digests.get(_digest(case))) is not None:
             raise DataError(
                 f"{taught.folder}/{name} and {held_out.folder}/{case.name} are one CT: expected other patients to "
@@ -160,9 +175,7 @@ def _digest(case: Case) -> str:
 def _report(case: Case, model: ModelConfig, *, same_as: str) -> CaseReport:
     """Of a case; `same_as` is the first that has its CT, itself perhaps."""
     regions = _regions(case, model)
-    wrong = [f"{finding.name}: {finding.text}" for finding in find_contradictions(case.volume, regions)]
-    # What has no name is of the scan, whose voxels are the network's here.
-    odd = [f"{finding.name}: {finding.text}" for finding in find_warnings(case.volume, regions) if finding.name]
+    wrong, odd = judge_contours(case.volume, regions)
     structures = tuple(name for name, known in zip(model.structures, case.annotated, strict=True) if known)
     again = [f"its CT is that of {same_as}, too"] if same_as != case.name else []
     return CaseReport(case.name, "; ".join(wrong), structures, case.unmatched, (*case.remarks, *again, *odd))

@@ -61,7 +61,7 @@ def write_study(folder: Path, volume: CTVolume | None = None, **changes: Any) ->
     write_ct_series(folder, volume or random_volume())
     paths = sorted(folder.iterdir())
     for path in paths:
-        edit(path, **PATIENT, **changes)
+        edit(path, **{**PATIENT, **changes})
     return paths
 
 

@@ -1,7 +1,6 @@
 """A department's studies become cases that training reads: masks as plastimatch draws them, all else named."""
 
 import csv
-import shutil
 from pathlib import Path
 from zlib import crc32
 
@@ -10,13 +9,17 @@ import pydicom
 import pytest
 from click.testing import CliRunner
 
-from anatomynet.client.archive import archive_studies, case_name
+from anatomynet.client.archive import archive_studies
 from anatomynet.client.cli import main
 from anatomynet.client.structure_set import read_structure_set
 from anatomynet.client.study import CTSeries, read_ct_series, volume_from_series
+from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.data import find_cases, read_case
-from anatomynet.engine.errors import OutputError, StudyError
+from anatomynet.engine.errors import OutputError
+from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.metrics import dice
+from anatomynet.engine.survey import patient_of, survey_cases
+from anatomynet.engine.volume import CTVolume
 from anatomynet.engine.volume_files import read_volume
 from tests.dicom_studies import (
     DIRECTIONS,
@@ -30,13 +33,18 @@ from tests.dicom_studies import (
 from tests.test_structure_set import LARGE_DSC, LARGE_VOXELS, circle, item, write_rois
 
 SHAPE = (10, 48, 52)
+MODEL = ModelConfig("test", ("Parotid_L", "Parotid_R"), 1, (1.5, 1.5, 2.0), (2.5, 2.5, 3.0), (-250.0, 550.0))
 NAMES = ("Parotid_L", "Larynx")
+
+
+def own_uids(folder: Path) -> dict[str, str]:
+    number = crc32(str(folder).encode())
+    return {"StudyInstanceUID": f"1.2.3.{number}", "SeriesInstanceUID": f"1.2.4.{number}"}
 
 
 def write_contoured_study(folder: Path, position: str = "HFS", **changes: str) -> CTSeries:
     """A study with an RTSTRUCT: a parotid and a larynx under a department's names, a target, and an empty ROI."""
-    own = {"StudyInstanceUID": f"1.2.3.{crc32(str(folder).encode())}"}
-    write_study(folder, random_volume(SHAPE, DIRECTIONS[position]), **{**own, **changes})
+    write_study(folder, random_volume(SHAPE, DIRECTIONS[position]), **{**own_uids(folder), **changes})
     series = read_ct_series(folder)
     rois = {
         "LT PAROTID": [item(circle(series, k, (24.0, 26.0), 8 + k / 2, waves=0.15)) for k in range(2, 9)],
@@ -69,7 +77,7 @@ def test_training_reads_what_was_archived_and_the_report_names_the_rest(tmp_path
     (archived,) = archive_studies(tmp_path / "in", tmp_path / "out")
     assert archived.matched == {"Parotid_L": "LT PAROTID", "Larynx": "Kehlkopf"}
     assert archived.unmatched == ("PTV70",)
-    assert archived.remarks == ("Cord: empty, so not annotated",)
+    assert archived.remarks[0] == "Cord: empty, so not annotated"
     (folder,) = find_cases(tmp_path / "out")
     case = read_case(folder, (*NAMES, "SpinalCord"))
     assert case.annotated == (True, True, False)
@@ -84,25 +92,25 @@ def test_training_reads_what_was_archived_and_the_report_names_the_rest(tmp_path
         (row,) = csv.DictReader(file)
     assert row["matched"] == "Parotid_L (LT PAROTID); Larynx (Kehlkopf)"
     assert (row["case"], row["not matched"]) == (folder.name, "PTV70")
+    assert (row["study"], row["rtstruct"]) == ("in", "Meier/RS.dcm")
     written = b"".join(path.read_bytes() for path in folder.rglob("*.nrrd")) + folder.name.encode()
     assert not any(word.encode() in written for word in words_of_patient())
 
 
 def test_studies_that_cannot_be_used_are_named_and_passed_over(tmp_path: Path) -> None:
-    write_contoured_study(tmp_path / "in" / "a_good")
-    for name in ("b_bare", "c_two", "d_other", "e_twice"):
+    for name in ("a_good", "b_bare", "c_other", "d_cut"):
         write_contoured_study(tmp_path / "in" / name)
     (tmp_path / "in" / "b_bare" / "RS.dcm").unlink()
-    two = tmp_path / "in" / "c_two" / "RS.dcm"
-    (two.parent / "RS2.dcm").write_bytes(two.read_bytes())
-    dataset = pydicom.dcmread(tmp_path / "in" / "d_other" / "RS.dcm")
+    dataset = pydicom.dcmread(tmp_path / "in" / "c_other" / "RS.dcm")
     for roi in dataset.StructureSetROISequence:
         roi.ROIName = f"PTV{roi.ROINumber}"
-    dataset.save_as(tmp_path / "in" / "d_other" / "RS.dcm")
+    dataset.save_as(tmp_path / "in" / "c_other" / "RS.dcm")
+    (tmp_path / "in" / "d_cut" / "CT0005.dcm").unlink()
     studies = list(archive_studies(tmp_path / "in", tmp_path / "out"))
-    assert [bool(study.case) for study in studies] == [True, False, False, False, False]
+    assert [study.study for study in studies] == ["a_good", "b_bare", "c_other", "d_cut"]
+    assert [bool(study.case) for study in studies] == [True, False, False, False]
     for study, complaint in zip(
-        studies[1:], ("0 RTSTRUCTs", "2 RTSTRUCTs", "none of its ROIs", "there already"), strict=True
+        studies[1:], ("no RTSTRUCT was drawn on it", "none of its ROIs", "missing slices"), strict=True
     ):
         assert complaint in study.remarks[-1]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["archive.csv", studies[0].case]
@@ -114,66 +122,50 @@ def test_two_rois_of_one_structure_are_neither_taken(tmp_path: Path) -> None:
     write_rois(tmp_path / "study" / "RS.dcm", series, dict.fromkeys(("Parotid_L", "LT PAROTID", "Larynx"), contours))
     (archived,) = archive_studies(tmp_path / "study", tmp_path / "out")
     assert archived.matched == {"Larynx": "Larynx"}
-    assert archived.remarks == ("Parotid_L and LT PAROTID are both Parotid_L: neither was taken",)
+    assert archived.remarks[0] == "Parotid_L and LT PAROTID are both Parotid_L: neither was taken"
 
 
-def test_another_series_structure_set_is_not_taken(tmp_path: Path) -> None:
-    write_contoured_study(tmp_path / "study")
-    rtstruct = pydicom.dcmread(tmp_path / "study" / "RS.dcm")
-    frame = rtstruct.ReferencedFrameOfReferenceSequence[0].RTReferencedStudySequence[0]
-    frame.RTReferencedSeriesSequence[0].SeriesInstanceUID = "1.2.3.4711"
-    rtstruct.save_as(tmp_path / "study" / "RS.dcm")
-    archived = next(archive_studies(tmp_path / "study", tmp_path / "out"))
-    assert "0 RTSTRUCTs" in archived.remarks[0]
+def test_cases_of_one_patient_begin_alike_and_training_keeps_them_on_one_side(tmp_path: Path) -> None:
+    for name, patient in (("a_plan", "4711"), ("b_replan", "4711"), ("c_other", "4712")):
+        write_contoured_study(tmp_path / "in" / name, PatientID=patient)
+    cases = [study.case for study in archive_studies(tmp_path / "in", tmp_path / "out")]
+    plan, replan, other = map(patient_of, cases)
+    assert plan == replan != other
+    again = [study.case for study in archive_studies(tmp_path / "in", tmp_path / "again")]
+    assert not {plan, other} & {*map(patient_of, again)}  # what was drawn by chance tells nothing of PatientID
+    assert [case[-10:] for case in cases] == [case[-10:] for case in again]
 
 
-def write_as_exported(patient: Path, **changes: str) -> None:
-    """CT and RTSTRUCT in folders of their own, as many archives export them."""
-    write_contoured_study(patient / "CT", **changes)
-    (patient / "RS").mkdir()
-    (patient / "CT" / "RS.dcm").rename(patient / "RS" / "RS.dcm")
+def test_without_patient_id_a_study_is_a_patient_and_that_is_told(tmp_path: Path) -> None:
+    for name in "ab":
+        write_contoured_study(tmp_path / "in" / name, PatientID="")
+    first, second = archive_studies(tmp_path / "in", tmp_path / "out")
+    assert patient_of(first.case) != patient_of(second.case)
+    assert "no PatientID: other cases of the patient will begin otherwise" in first.remarks
 
 
-def test_ct_and_rtstruct_may_lie_in_folders_of_their_own(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        write_as_exported(tmp_path / "in" / name, SeriesInstanceUID=f"1.2.3.{ord(name)}")
-    studies = list(archive_studies(tmp_path / "in", tmp_path / "in" / "out"))
-    assert [(study.study, sorted(study.matched)) for study in studies] == [(name, sorted(NAMES)) for name in "ab"]
-    (alone,) = archive_studies(tmp_path / "in" / "a", tmp_path / "alone")
-    assert (alone.study, alone.case) == ("a", studies[0].case)
+def write_head(folder: Path, rois: dict[str, tuple[float, float]]) -> None:
+    """Soft tissue in air, with an ROI of 24 mm around each of some centres (x, y), mm from the first voxel."""
+    geometry = VolumeGeometry((20, 80, 80), (2.0, 2.0, 2.5))
+    hu = np.full(geometry.shape, -1000, np.int16)
+    hu[:, 5:75, 5:75] = 40
+    write_study(folder, CTVolume(hu, geometry), **own_uids(folder))
+    series = read_ct_series(folder)
+    drawn = {name: [item(circle(series, k, at, 12.0)) for k in range(2, 18)] for name, at in rois.items()}
+    write_rois(folder / "RS.dcm", series, drawn)
 
 
-def test_a_zipped_study_is_archived(tmp_path: Path) -> None:
-    write_as_exported(tmp_path / "a")
-    shutil.make_archive(str(tmp_path / "in" / "zipped"), "zip", tmp_path / "a")
-    (archived,) = archive_studies(tmp_path / "in", tmp_path / "out")
-    assert (archived.study, bool(archived.case)) == ("zipped", True)
-
-
-def test_of_several_series_that_with_the_rtstruct_is_taken(tmp_path: Path) -> None:
-    """A planning CT lies beside scans of another day, of a breath, of a cone beam."""
-    uid = "1.2.3.1"
-    write_as_exported(tmp_path / "study", StudyInstanceUID=uid)
-    write_contoured_study(tmp_path / "study" / "CBCT", StudyInstanceUID=uid, SeriesInstanceUID="1.2.3.2")
-    other = tmp_path / "study" / "CBCT" / "RS.dcm"
-    aside = other.rename(tmp_path / "RS.dcm")
-    (archived,) = archive_studies(tmp_path / "study", tmp_path / "out")
-    assert archived.case == case_name(read_ct_series(tmp_path / "study" / "CT"))
-    aside.rename(other)
-    with pytest.raises(StudyError):
-        list(archive_studies(tmp_path / "study", tmp_path / "both"))
-    assert "2 RTSTRUCTs of its 2 CT series" in (tmp_path / "both" / "archive.csv").read_text()
-
-
-def test_an_rtstruct_that_names_no_series_is_not_given_to_one_of_several(tmp_path: Path) -> None:
-    uid = "1.2.3.1"
-    write_as_exported(tmp_path / "study", StudyInstanceUID=uid)
-    write_contoured_study(tmp_path / "study" / "CBCT", StudyInstanceUID=uid, SeriesInstanceUID="1.2.3.2")
-    (tmp_path / "study" / "CBCT" / "RS.dcm").unlink()
-    edit(tmp_path / "study" / "RS" / "RS.dcm", ReferencedFrameOfReferenceSequence=None)
-    with pytest.raises(StudyError):
-        list(archive_studies(tmp_path / "study", tmp_path / "out"))
-    assert "0 RTSTRUCTs of its 2 CT series" in (tmp_path / "out" / "archive.csv").read_text()
+def test_what_deserves_a_look_is_told_and_what_training_will_skip(tmp_path: Path) -> None:
+    right, left = (40.0, 80.0), (120.0, 80.0)  # the patient's left is where x is large
+    write_head(tmp_path / "in" / "a_good", {"Parotid_L": left, "Parotid_R": right})
+    write_head(tmp_path / "in" / "b_odd", {"Parotid_L": left})
+    write_head(tmp_path / "in" / "c_bad", {"Parotid_L": right, "Parotid_R": left})
+    good, odd, bad = archive_studies(tmp_path / "in", tmp_path / "out")
+    assert good.remarks == ()
+    assert odd.remarks == ("Parotid_R: not drawn, though Parotid_L is",)
+    (skipped,) = survey_cases(tmp_path / "out", MODEL).skipped
+    assert skipped.name == bad.case
+    assert bad.remarks == (f"training will skip it: {skipped.skipped}",)
 
 
 def test_a_folder_that_holds_something_is_kept(tmp_path: Path) -> None:
@@ -197,8 +189,20 @@ def test_nothing_archived_is_an_error(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "skipped in: no CT slices" in result.stdout
     (line,) = result.stderr.splitlines()
-    assert line.startswith("error: no case came of 1 study in ")
+    assert line.startswith("error: no case came of ")
     assert "no CT slices" in (tmp_path / "out" / "archive.csv").read_text()
+    write_contoured_study(tmp_path / "in" / "now")
+    again = CliRunner().invoke(main, ["archive", str(tmp_path / "in"), str(tmp_path / "out")])
+    assert again.exit_code == 0, again.output
+    assert ",now/RS.dcm," in (tmp_path / "out" / "archive.csv").read_text()
+
+
+def test_a_table_of_that_name_that_is_none_of_ours_is_kept(tmp_path: Path) -> None:
+    write_contoured_study(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "archive.csv").write_text("patient,dose\n")
+    with pytest.raises(OutputError, match="holds files and was kept"):
+        next(archive_studies(tmp_path / "in", tmp_path / "out"))
 
 
 def test_the_report_tells_what_was_done_before_an_interruption(tmp_path: Path) -> None:
@@ -220,7 +224,7 @@ def test_an_roi_drawn_on_every_second_slice_is_not_taken_and_a_slice_left_out_is
     write_rois(tmp_path / "study" / "RS.dcm", series, rois)
     (archived,) = archive_studies(tmp_path / "study", tmp_path / "out")
     assert archived.matched == {"SpinalCord": "Cord"}
-    assert archived.remarks == (
+    assert archived.remarks[:2] == (
         "Larynx: drawn on 5 of the 9 slices from its first to its last: interpolate it, and export it again",
         "Cord: drawn on 8 of the 9 slices from its first to its last",
     )

@@ -182,6 +182,12 @@ def test_two_patients_never_become_one_study(tmp_path: Path) -> None:
     assert [study.name for study in find_studies(named)] == ["a_CT", "b_CT"]
 
 
+def test_a_zip_file_is_a_study_however_deep_it_lies(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "study")
+    packed = shutil.make_archive(str(tmp_path / "in" / "site" / "patient" / "export"), "zip", tmp_path / "study")
+    assert [study.path for study in find_studies([tmp_path / "in"])] == [Path(packed)]
+
+
 @pytest.mark.usefixtures("embedded")
 def test_unknown_structures_are_refused_before_anything_is_read(tmp_path: Path, runtime: Runtime) -> None:
     result = run(tmp_path / "not there", "--structures", "Spleen")

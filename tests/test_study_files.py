@@ -14,7 +14,7 @@ from anatomynet.client.cli import main
 from anatomynet.client.contours import trace_contours
 from anatomynet.client.rtstruct import write_rtstruct
 from anatomynet.client.study import read_ct_series, volume_from_series
-from anatomynet.client.study_files import opened_study
+from anatomynet.client.study_files import OpenedStudies, opened_study
 from anatomynet.engine.errors import StudyError
 from anatomynet.engine.structures import STRUCTURES
 from anatomynet.engine.volume import LabelMap
@@ -58,6 +58,19 @@ def test_a_zip_brings_the_series_of_its_folder(tmp_path: Path, unpacked_here: Pa
         found = volume_from_series(read_ct_series(folder))
     np.testing.assert_array_equal(found.hu, expected.hu)
     assert found.geometry == expected.geometry
+    assert not list(unpacked_here.iterdir())
+
+
+def test_the_studies_asked_for_last_stay_open(tmp_path: Path, unpacked_here: Path) -> None:
+    first, second, third = (zip_of(tmp_path / f"{name}.zip", ("file", b"data")) for name in ("a", "b", "c"))
+    with OpenedStudies(2) as opened:
+        one, other = opened.folder_of(first), opened.folder_of(second)
+        assert opened.folder_of(first) == one
+        last = opened.folder_of(third)  # in the place of the second
+        assert {*unpacked_here.iterdir()} == {one, last}
+        assert opened.folder_of(second) != other
+        with pytest.raises(StudyError):
+            opened.folder_of(zip_of(tmp_path / "bad.zip", ("../out", b"data")))
     assert not list(unpacked_here.iterdir())
 
 

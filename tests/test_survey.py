@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -150,6 +151,27 @@ def test_a_patient_to_learn_from_and_to_validate_with_is_refused(data: Path) -> 
     write_case(data.parent / "validation" / "x", {"Parotid_L": LEFT})
     with pytest.raises(DataError, match="train/a_good and validation/x are one CT: expected other patients"):
         survey_archive(data.parent, MODEL)
+
+
+def test_an_archived_patient_to_learn_from_and_to_validate_with_is_refused(data: Path) -> None:
+    """A plan and a replan: two CTs, whose names begin alike."""
+    for k, (folder, name) in enumerate(
+        (
+            ("train", "case_0a1b2c3d_0000000001"),
+            ("validation", "case_0a1b2c3d_0000000002"),
+            ("validation", "case_4e5f6071_0000000003"),
+        )
+    ):
+        write_case(data.parent / folder / name, {"Parotid_L": LEFT})
+        path = data.parent / folder / name / "img.nrrd"
+        hu, geometry = read_volume(path)
+        path.unlink()
+        write_nrrd(path, hu + np.int16(k + 1), geometry)
+    with pytest.raises(DataError, match=r"_0000000001 and .*_0000000002 are of one patient .* keep all case_0a1b2c3d_"):
+        survey_archive(data.parent, MODEL)
+    shutil.rmtree(data.parent / "validation" / "case_0a1b2c3d_0000000002")
+    taught, held_out = survey_archive(data.parent, MODEL)
+    assert (len(taught.cases), len(held_out.cases)) == (3, 1)
 
 
 def test_a_name_that_is_no_text_is_written_all_the_same(data: Path, tmp_path: Path) -> None:
