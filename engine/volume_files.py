@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anatomynet.engine.errors import DataError, GeometryError
+from anatomynet.engine.errors import DataError, GeometryError, OutputError
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.output import write_whole
 from anatomynet.engine.preprocess import canonical_from_array
@@ -47,11 +47,14 @@ def write_nrrd(path: Path, array: Array, geometry: VolumeGeometry) -> None:
     """Writes an array (z, y, x) on a canonical grid, gzipped, whole or not at all.
 
     Raises:
-        OutputError: it could not be written.
+        OutputError: it could not be written, or pynrrd is not there.
     """
     import io
 
-    import nrrd
+    try:
+        import nrrd
+    except ModuleNotFoundError as error:
+        raise OutputError("NRRD needs pynrrd: pip install 'anatomynet[formats]'") from error
 
     header = {
         "space": SPACES_LPS[0],

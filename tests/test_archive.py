@@ -1,6 +1,7 @@
 """A department's studies become cases that training reads: masks as plastimatch draws them, all else named."""
 
 import csv
+import sys
 from pathlib import Path
 from zlib import crc32
 
@@ -166,6 +167,14 @@ def test_what_deserves_a_look_is_told_and_what_training_will_skip(tmp_path: Path
     (skipped,) = survey_cases(tmp_path / "out", MODEL).skipped
     assert skipped.name == bad.case
     assert bad.remarks == (f"training will skip it: {skipped.skipped}",)
+
+
+def test_without_pynrrd_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_contoured_study(tmp_path / "in" / "study")
+    monkeypatch.setitem(sys.modules, "nrrd", None)
+    result = CliRunner().invoke(main, ["archive", str(tmp_path / "in"), str(tmp_path / "out")])
+    assert (result.exit_code, result.stderr) == (1, "error: NRRD needs pynrrd: pip install 'anatomynet[formats]'\n")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["archive.csv"]
 
 
 def test_a_folder_that_holds_something_is_kept(tmp_path: Path) -> None:
