@@ -35,7 +35,7 @@ from anatomynet.engine.region_network import RegionNetwork
 from anatomynet.engine.runtime import OnnxRuntime, Runtime, load_runtime
 from anatomynet.engine.volume import HounsfieldArray
 from anatomynet.export.composition import ComposedRuntime, PlanParts, plan_parts, write_part
-from anatomynet.export.gpu import visible_gpus
+from anatomynet.export.gpu import Gpu, visible_gpus
 from anatomynet.export.manifest import write_manifest
 from anatomynet.export.onnx import network_model, served_model, write_onnx
 from anatomynet.export.parity import Reference, check_parity, draw_reference
@@ -166,10 +166,10 @@ def tensorrt_form(source: Source, folder: Path, *, timing_cache_folder: Path) ->
         ParityError: it does not draw what the checkpoint draws.
         OutputError: a timing cache that cannot be written.
     """
-    trt, capability = require_tensorrt()
+    trt, gpu = require_tensorrt()
     parts = _proven_parts(source)
     timing_cache_folder.mkdir(parents=True, exist_ok=True)
-    label = f"trt{trt.__version__}-{_architecture(capability)}"
+    label = f"trt{trt.__version__}-{gpu.label}"
     plan = build_plan(
         trt, parts.network.SerializeToString(), source.config, timing_cache=timing_cache_folder / f"{label}.timing"
     )
@@ -181,7 +181,7 @@ def tensorrt_form(source: Source, folder: Path, *, timing_cache_folder: Path) ->
     _prove(source, ComposedRuntime(parts, source.config, middle=on_gpu, description=on_gpu.description), fp16=True)
     prepare_file, finish_file = _written_around(parts, folder)
     largest = (largest_slices(source.config), IN_PLANE_VOXELS, IN_PLANE_VOXELS)
-    plan_file = PlanFile(path, plan_version(plan), capability, largest)
+    plan_file = PlanFile(path, plan_version(plan), gpu.compute_capability, gpu.name, largest)
     return list(tensorrt_models(source.config, prepare=prepare_file, plan=plan_file, finish=finish_file))
 
 
@@ -208,8 +208,8 @@ def rtx_form(source: Source, folder: Path, *, architectures: Sequence[str]) -> P
     return home
 
 
-def require_tensorrt() -> tuple[ModuleType, str]:
-    """TensorRT, and the compute capability of this machine's GPU ("9.0"); asked before anything is computed.
+def require_tensorrt() -> tuple[ModuleType, Gpu]:
+    """TensorRT, and this machine's GPU, the first where there are several; asked before anything is computed.
 
     Raises:
         ExportError: what is missing, and how to get it.
@@ -226,7 +226,7 @@ def require_tensorrt() -> tuple[ModuleType, str]:
         raise ExportError("--backend tensorrt proves its plan on the GPU, and needs a PyTorch built with CUDA for that")
     trt = importlib.import_module("tensorrt")
     check_tensorrt_version(trt.__version__)
-    return trt, gpus[0].compute_capability
+    return trt, gpus[0]
 
 
 def require_rtx(architectures: Sequence[str]) -> ModuleType:
@@ -256,7 +256,3 @@ def _written_around(parts: PlanParts, folder: Path) -> tuple[Path, Path]:
 def _prove(source: Source, runtime: Runtime, *, fp16: bool) -> None:
     for report in check_parity(source.reference, runtime, fp16=fp16):
         click.echo(f"  {report}")
-
-
-def _architecture(compute_capability: str) -> str:
-    return f"sm{compute_capability.replace('.', '')}"

@@ -72,7 +72,7 @@ def written_ensemble(folder: Path, config: ModelConfig, parts: PlanParts) -> Pat
     prepare = write_part(parts.prepare, folder / "prepare.onnx")
     network = write_part(parts.network, folder / "network.plan")
     finish = write_part(parts.finish, folder / "finish.onnx")
-    plan = PlanFile(network, "10.13.0.35", "9.0", (largest_slices(config), 512, 512))
+    plan = PlanFile(network, "10.13.0.35", "9.0", "NVIDIA H100 80GB HBM3", (largest_slices(config), 512, 512))
     write_repository(folder / "repository", tensorrt_models(config, prepare=prepare, plan=plan, finish=finish))
     return folder / "repository"
 
