@@ -26,7 +26,7 @@ from anatomynet.engine.config import ModelConfig, shipped_weights
 from anatomynet.engine.data import read_case
 from anatomynet.engine.errors import ExportError
 from anatomynet.engine.gpu_runtime import has_gpu, load_gpu_runtime
-from anatomynet.engine.limits import IN_PLANE_VOXELS, largest_slices
+from anatomynet.engine.limits import IN_PLANE_VOXELS, SIDES_KEY, largest_slices
 from anatomynet.engine.output import write_whole
 from anatomynet.engine.phantom import make_phantom
 from anatomynet.engine.preprocess import prepare
@@ -36,7 +36,7 @@ from anatomynet.engine.runtime import OnnxRuntime, Runtime, load_runtime
 from anatomynet.engine.volume import HounsfieldArray
 from anatomynet.export.composition import ComposedRuntime, PlanParts, plan_parts, write_part
 from anatomynet.export.gpu import Gpu, visible_gpus
-from anatomynet.export.manifest import write_manifest
+from anatomynet.export.manifest import RTX_VERSION_KEY, write_manifest
 from anatomynet.export.onnx import network_model, served_model, write_onnx
 from anatomynet.export.parity import Reference, check_parity, draw_reference
 from anatomynet.export.plan import (
@@ -180,8 +180,7 @@ def tensorrt_form(source: Source, folder: Path, *, timing_cache_folder: Path) ->
     click.echo(f"{path.name}, {len(plan) / 1e6:.1f} MB; the engine names {convolutions} convolutions, none in FP32")
     _prove(source, ComposedRuntime(parts, source.config, middle=on_gpu, description=on_gpu.description), fp16=True)
     prepare_file, finish_file = _written_around(parts, folder)
-    largest = (largest_slices(source.config), IN_PLANE_VOXELS, IN_PLANE_VOXELS)
-    plan_file = PlanFile(path, plan_version(plan), gpu.compute_capability, gpu.name, largest)
+    plan_file = PlanFile(path, plan_version(plan), gpu.compute_capability, gpu.name, _largest_ct(source.config))
     return list(tensorrt_models(source.config, prepare=prepare_file, plan=plan_file, finish=finish_file))
 
 
@@ -189,7 +188,8 @@ def rtx_form(source: Source, folder: Path, *, architectures: Sequence[str]) -> P
     """A TensorRT-RTX plan for the named architectures ("sm89"), and the graphs around it, in a folder of their own.
 
     Returns:
-        That folder; prepare.onnx, the plan, finish.onnx, and their manifest.
+        That folder; prepare.onnx, the plan, finish.onnx, and their manifest, which says what runs the plan, on what,
+        up to which CT, and what it draws.
 
     Raises:
         ExportError: no TensorRT-RTX here, an architecture it does not know, a graph that it refuses.
@@ -204,7 +204,7 @@ def rtx_form(source: Source, folder: Path, *, architectures: Sequence[str]) -> P
     write_whole(home / f"{label}.plan", plan, overwrite=True)
     _written_around(parts, home)
     click.echo(f"{label}.plan, {len(plan) / 1e6:.1f} MB; its graph is proven, the plan itself has not run here")
-    write_manifest(home)
+    write_manifest(home, plan=_rtx_requirements(plan, source.config, architectures))
     return home
 
 
@@ -247,6 +247,21 @@ def _proven_parts(source: Source) -> PlanParts:
     parts = plan_parts(source.graph, source.config)
     _prove(source, ComposedRuntime(parts, source.config), fp16=True)
     return parts
+
+
+def _largest_ct(config: ModelConfig) -> tuple[int, int, int]:
+    return largest_slices(config), IN_PLANE_VOXELS, IN_PLANE_VOXELS
+
+
+def _rtx_requirements(plan: bytes, config: ModelConfig, architectures: Sequence[str]) -> dict[str, str]:
+    numbers = [name.lower().removeprefix("sm") for name in architectures]
+    return {
+        RTX_VERSION_KEY: plan_version(plan),
+        "compute_capabilities": " ".join(f"{number[:-1]}.{number[-1]}" for number in numbers),
+        "precision": "fp16",
+        SIDES_KEY: " ".join(map(str, _largest_ct(config))),
+        "model_config": config.to_json(),
+    }
 
 
 def _written_around(parts: PlanParts, folder: Path) -> tuple[Path, Path]:
