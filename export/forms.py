@@ -23,10 +23,11 @@ import torch
 
 from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.config import ModelConfig, shipped_weights
+from anatomynet.engine.contract import CONFIG_KEY
 from anatomynet.engine.data import read_case
 from anatomynet.engine.errors import ExportError
 from anatomynet.engine.gpu_runtime import has_gpu, load_gpu_runtime
-from anatomynet.engine.limits import IN_PLANE_VOXELS, largest_slices
+from anatomynet.engine.limits import IN_PLANE_VOXELS, SIDES_KEY, largest_slices
 from anatomynet.engine.output import write_whole
 from anatomynet.engine.phantom import make_phantom
 from anatomynet.engine.preprocess import prepare
@@ -35,8 +36,8 @@ from anatomynet.engine.region_network import RegionNetwork
 from anatomynet.engine.runtime import OnnxRuntime, Runtime, load_runtime
 from anatomynet.engine.volume import HounsfieldArray
 from anatomynet.export.composition import ComposedRuntime, PlanParts, plan_parts, write_part
-from anatomynet.export.gpu import visible_gpus
-from anatomynet.export.manifest import write_manifest
+from anatomynet.export.gpu import Gpu, visible_gpus
+from anatomynet.export.manifest import RTX_VERSION_KEY, write_manifest
 from anatomynet.export.onnx import network_model, served_model, write_onnx
 from anatomynet.export.parity import Reference, check_parity, draw_reference
 from anatomynet.export.plan import (
@@ -166,10 +167,10 @@ def tensorrt_form(source: Source, folder: Path, *, timing_cache_folder: Path) ->
         ParityError: it does not draw what the checkpoint draws.
         OutputError: a timing cache that cannot be written.
     """
-    trt, capability = require_tensorrt()
+    trt, gpu = require_tensorrt()
     parts = _proven_parts(source)
     timing_cache_folder.mkdir(parents=True, exist_ok=True)
-    label = f"trt{trt.__version__}-{_architecture(capability)}"
+    label = f"trt{trt.__version__}-{gpu.label}"
     plan = build_plan(
         trt, parts.network.SerializeToString(), source.config, timing_cache=timing_cache_folder / f"{label}.timing"
     )
@@ -180,8 +181,7 @@ def tensorrt_form(source: Source, folder: Path, *, timing_cache_folder: Path) ->
     click.echo(f"{path.name}, {len(plan) / 1e6:.1f} MB; the engine names {convolutions} convolutions, none in FP32")
     _prove(source, ComposedRuntime(parts, source.config, middle=on_gpu, description=on_gpu.description), fp16=True)
     prepare_file, finish_file = _written_around(parts, folder)
-    largest = (largest_slices(source.config), IN_PLANE_VOXELS, IN_PLANE_VOXELS)
-    plan_file = PlanFile(path, plan_version(plan), capability, largest)
+    plan_file = PlanFile(path, plan_version(plan), gpu.compute_capability, gpu.name, _largest_ct(source.config))
     return list(tensorrt_models(source.config, prepare=prepare_file, plan=plan_file, finish=finish_file))
 
 
@@ -189,7 +189,8 @@ def rtx_form(source: Source, folder: Path, *, architectures: Sequence[str]) -> P
     """A TensorRT-RTX plan for the named architectures ("sm89"), and the graphs around it, in a folder of their own.
 
     Returns:
-        That folder; prepare.onnx, the plan, finish.onnx, and their manifest.
+        That folder; prepare.onnx, the plan, finish.onnx, and their manifest, which says what runs the plan, on what,
+        up to which CT, and what it draws.
 
     Raises:
         ExportError: no TensorRT-RTX here, an architecture it does not know, a graph that it refuses.
@@ -204,12 +205,12 @@ def rtx_form(source: Source, folder: Path, *, architectures: Sequence[str]) -> P
     write_whole(home / f"{label}.plan", plan, overwrite=True)
     _written_around(parts, home)
     click.echo(f"{label}.plan, {len(plan) / 1e6:.1f} MB; its graph is proven, the plan itself has not run here")
-    write_manifest(home)
+    write_manifest(home, plan=_rtx_requirements(plan, source.config, architectures))
     return home
 
 
-def require_tensorrt() -> tuple[ModuleType, str]:
-    """TensorRT, and the compute capability of this machine's GPU ("9.0"); asked before anything is computed.
+def require_tensorrt() -> tuple[ModuleType, Gpu]:
+    """TensorRT, and this machine's GPU, the first where there are several; asked before anything is computed.
 
     Raises:
         ExportError: what is missing, and how to get it.
@@ -226,7 +227,7 @@ def require_tensorrt() -> tuple[ModuleType, str]:
         raise ExportError("--backend tensorrt proves its plan on the GPU, and needs a PyTorch built with CUDA for that")
     trt = importlib.import_module("tensorrt")
     check_tensorrt_version(trt.__version__)
-    return trt, gpus[0].compute_capability
+    return trt, gpus[0]
 
 
 def require_rtx(architectures: Sequence[str]) -> ModuleType:
@@ -249,6 +250,21 @@ def _proven_parts(source: Source) -> PlanParts:
     return parts
 
 
+def _largest_ct(config: ModelConfig) -> tuple[int, int, int]:
+    return largest_slices(config), IN_PLANE_VOXELS, IN_PLANE_VOXELS
+
+
+def _rtx_requirements(plan: bytes, config: ModelConfig, architectures: Sequence[str]) -> dict[str, str]:
+    numbers = [name.lower().removeprefix("sm") for name in architectures]
+    return {
+        RTX_VERSION_KEY: plan_version(plan),
+        "compute_capabilities": " ".join(f"{number[:-1]}.{number[-1]}" for number in numbers),
+        "precision": "fp16",
+        SIDES_KEY: " ".join(map(str, _largest_ct(config))),
+        CONFIG_KEY: config.to_json(),
+    }
+
+
 def _written_around(parts: PlanParts, folder: Path) -> tuple[Path, Path]:
     return write_part(parts.prepare, folder / "prepare.onnx"), write_part(parts.finish, folder / "finish.onnx")
 
@@ -256,7 +272,3 @@ def _written_around(parts: PlanParts, folder: Path) -> tuple[Path, Path]:
 def _prove(source: Source, runtime: Runtime, *, fp16: bool) -> None:
     for report in check_parity(source.reference, runtime, fp16=fp16):
         click.echo(f"  {report}")
-
-
-def _architecture(compute_capability: str) -> str:
-    return f"sm{compute_capability.replace('.', '')}"

@@ -232,7 +232,8 @@ def _check_repositories(arguments: Sequence[str]) -> None:
             sys.stderr.write(f"tritonserver: {repository} is not on this machine, and was not checked\n")
         else:
             _drop_bytecode(Path(repository))
-            check_repository(Path(repository))
+            for remark in check_repository(Path(repository)):
+                sys.stderr.write(f"tritonserver: {remark}\n")
 
 
 def _drop_bytecode(repository: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 from anatomynet import __version__
 from anatomynet.engine.contract import MODEL_NAME
 from anatomynet.engine.errors import ModelError
-from anatomynet.export.gpu import tensorrt_version, visible_gpus
+from anatomynet.export.gpu import tensorrt_versions, visible_gpus
 from anatomynet.export.triton_models import MODEL_SOURCE, shipped_model_source
 
 MANIFEST_NAME = "manifest.json"
@@ -23,7 +23,10 @@ MANIFEST_NAME = "manifest.json"
 SERVED_SUFFIXES = (".onnx", ".plan", ".safetensors")
 CONFIG_NAME = "config.pbtxt"
 KEYS = {"anatomynet_version", "needs", "plan", "sha256"}
-PLAN_KEYS = ("tensorrt_version", "compute_capability")
+PLAN_KEYS = ("tensorrt_version", "compute_capability", "gpu")
+# In place of these, of a plan for RTX workstations.
+RTX_VERSION_KEY = "tensorrt_rtx_version"
+KEYS_OF_PLANS = (PLAN_KEYS, (RTX_VERSION_KEY,))
 EXPORT_AGAIN = "write it anew with `anatomynet-export`"
 REBUILD = "build it on this machine, with `anatomynet-export --fp16 --backend tensorrt`"
 OTHER_BACKEND = "serve it on the machine it was built for, or export with `--backend python`"
@@ -34,14 +37,17 @@ def write_manifest(folder: Path, *, needs: Sequence[str] = (), plan: Mapping[str
 
     Args:
         needs: models of the same repository that this one calls.
-        plan: what alone can run its plan: tensorrt_version and compute_capability.
+        plan: what alone can run its plan, PLAN_KEYS; or RTX_VERSION_KEY and what else there is to know of it.
     """
     manifest = {"anatomynet_version": __version__, "needs": list(needs), "plan": plan, "sha256": _hashes(folder)}
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def check_repository(repository: Path) -> None:
+def check_repository(repository: Path) -> list[str]:
     """Whether every model in a repository is whole, ours, and can run here, and none is missing that another calls.
+
+    Returns:
+        What could not be found out, a line each.
 
     Raises:
         ModelError: no model `anatomynet`, one that anatomynet-export did not write, or that cannot run on this machine.
@@ -55,6 +61,7 @@ def check_repository(repository: Path) -> None:
             f"no model {MODEL_NAME} in {repository}, only {', '.join(folder.name for folder in folders)}: an export "
             f"may have been ended in the middle; {EXPORT_AGAIN}"
         )
+    remarks = []
     for folder in folders:
         check_files(folder)
         _check_nothing_added(folder)
@@ -62,7 +69,8 @@ def check_repository(repository: Path) -> None:
         for needed in read_manifest(folder)["needs"]:
             if not (repository / needed).is_dir():
                 raise ModelError(f"no model {needed} in {repository}, which {folder.name} calls: {EXPORT_AGAIN}")
-        _check_plan(folder)
+        remarks += _check_plan(folder)
+    return remarks
 
 
 def check_files(folder: Path) -> None:
@@ -97,7 +105,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read ({type(error).__name__}): {EXPORT_AGAIN}") from error
     if not _is_manifest(manifest):
-        raise ModelError(f"{path} is no manifest: expected {', '.join(sorted(KEYS))}; {EXPORT_AGAIN}")
+        raise ModelError(
+            f"{path} is no manifest: expected {', '.join(sorted(KEYS))}, of a plan {', '.join(PLAN_KEYS)}; "
+            f"{EXPORT_AGAIN}"
+        )
     return manifest
 
 
@@ -109,8 +120,12 @@ def _is_manifest(found: Any) -> TypeGuard[dict[str, Any]]:
         isinstance(found["sha256"], dict)
         and isinstance(needs, list)
         and all(isinstance(name, str) for name in needs)
-        and (plan is None or (isinstance(plan, dict) and all(isinstance(plan.get(key), str) for key in PLAN_KEYS)))
+        and (plan is None or (isinstance(plan, dict) and any(_has_strings(plan, keys) for keys in KEYS_OF_PLANS)))
     )
+
+
+def _has_strings(found: dict[str, Any], keys: Sequence[str]) -> bool:
+    return all(isinstance(found.get(key), str) for key in keys)
 
 
 def _check_nothing_added(folder: Path) -> None:
@@ -133,25 +148,53 @@ def _check_code(folder: Path) -> None:
             )
 
 
-def _check_plan(folder: Path) -> None:
+def _check_plan(folder: Path) -> list[str]:
+    """Returns what could not be found out; raises ModelError where a plan cannot run here."""
     plan = read_manifest(folder)["plan"]
     if plan is None:
-        return
-    gpus = {gpu.compute_capability: gpu.name for gpu in visible_gpus()}
+        return []
+    if RTX_VERSION_KEY in plan:
+        raise ModelError(
+            f"{folder} holds a plan of TensorRT-RTX {plan[RTX_VERSION_KEY]}, which no Triton backend loads: move it "
+            "out of the repository"
+        )
+    _check_gpus(folder, plan)
+    return _check_tensorrt(folder, plan["tensorrt_version"])
+
+
+def _check_gpus(folder: Path, plan: Mapping[str, str]) -> None:
+    gpus = visible_gpus()
     if not gpus:
         raise ModelError(f"{folder} holds a TensorRT plan, and no NVIDIA GPU is here: {OTHER_BACKEND}")
-    for capability, name in gpus.items():
-        if capability != plan["compute_capability"]:
+    for gpu in gpus:
+        if gpu.compute_capability != plan["compute_capability"]:
             raise ModelError(
                 f"{folder} holds a TensorRT plan for compute capability {plan['compute_capability']}, found "
-                f"{capability} ({name}): {REBUILD}"
+                f"{gpu.compute_capability} ({gpu.name}): {REBUILD}"
             )
-    here, built_by = tensorrt_version(), plan["tensorrt_version"]
-    if here is not None and list(map(str, here)) != built_by.split(".")[:3]:
+        # Refused, though TensorRT loads it: it warns of errors and deadlock, not of lost speed alone, unless a plan
+        # was built to run on other products of a compute capability, slower. Nor was this one proven there.
+        if gpu.name != plan["gpu"]:
+            raise ModelError(
+                f"{folder} holds a TensorRT plan built on {plan['gpu']}, found {gpu.name}, on which it may fail though "
+                f"both have compute capability {gpu.compute_capability}: {REBUILD}"
+            )
+
+
+def _check_tensorrt(folder: Path, built_by: str) -> list[str]:
+    found = [".".join(map(str, version)) for version in tensorrt_versions()]
+    if not found:
+        # Not refused: TensorRT does that itself as it loads the plan, and a server may know where else to look.
+        return [
+            f"{folder} holds a plan of TensorRT {built_by}, which no other version loads, and no libnvinfer was found "
+            "to tell which is here: the server will"
+        ]
+    if ".".join(built_by.split(".")[:3]) not in found:
         raise ModelError(
-            f"{folder} holds a plan of TensorRT {built_by}, found {'.'.join(map(str, here))}, which cannot read it: "
+            f"{folder} holds a plan of TensorRT {built_by}, found {' and '.join(found)}, which cannot read it: "
             f"{REBUILD}"
         )
+    return []
 
 
 def _may_be_served(name: str) -> bool:

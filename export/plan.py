@@ -25,6 +25,9 @@ TYPICAL_SLICES = 178
 # Where a plan tells who built it, a byte for each of four numbers; `trtexec --getPlanVersionOnly` reads the same.
 VERSION_BYTES = slice(24, 28)
 FP32_FORMAT = re.compile(r"\b(FP32|Float)\b", re.IGNORECASE)
+FP16_FORMAT = re.compile(r"\b(FP16|Half)\b", re.IGNORECASE)
+# What convolutions are called among an engine's layers; "correlation" by TensorRT's compiler, since 10.
+CONVOLUTION_KINDS = ("conv", "correlation")
 
 Shape = tuple[int, int, int, int, int]
 
@@ -92,23 +95,32 @@ def check_precision(trt: ModuleType, network: Any) -> None:
 
 
 def check_engine_precision(layer_information: str) -> int:
-    """Demands that no convolution of a built engine reads FP32: builders have silently fallen back to it.
+    """Demands that every convolution of a built engine says that it is in FP16: builders have silently fallen back.
 
     Args:
-        layer_information: JSON of TensorRT's engine inspector, built with detailed profiling verbosity.
+        layer_information: JSON of TensorRT's engine inspector, built with detailed profiling verbosity, and asked for
+            one size of input: for many at once it tells no formats.
 
     Returns:
         Convolutions that the engine names as such; what it fused under other names is not counted.
 
     Raises:
-        ExportError: a convolution in FP32.
+        ExportError: a convolution in FP32, or one that does not say what it computes in; no convolution.
     """
-    layers = [layer for layer in json.loads(layer_information)["Layers"] if isinstance(layer, dict)]
-    convolutions = [layer for layer in layers if _is_convolution(layer)]
+    convolutions = [layer for layer in _described_layers(layer_information) if _is_convolution(layer)]
+    if not convolutions:
+        raise ExportError(
+            "the built engine tells of no convolution, so nothing shows that it computes in FP16: expected AnatomyNet's"
+        )
     for layer in convolutions:
-        for tensor in layer.get("Inputs", []):
-            if FP32_FORMAT.search(tensor.get("Format/Datatype", "")):
-                raise ExportError(f"layer {layer['Name']} of the built engine reads FP32: expected FP16")
+        formats = _formats(layer)
+        if any(map(FP32_FORMAT.search, formats)):
+            raise ExportError(f"layer {layer.get('Name')} of the built engine computes in FP32: expected FP16")
+        if not any(map(FP16_FORMAT.search, formats)):
+            raise ExportError(
+                f"layer {layer.get('Name')} of the built engine does not say in what it computes "
+                f"({', '.join(formats) or 'no format'}): expected FP16"
+            )
     return len(convolutions)
 
 
@@ -150,8 +162,36 @@ def largest_shape(config: ModelConfig) -> Shape:
     return (1, 1, largest_slices(config), side, side)
 
 
+def _described_layers(layer_information: str) -> list[dict[str, Any]]:
+    """All layers of an engine; without detailed profiling verbosity it gives their names alone, or nothing."""
+    try:
+        layers = list(json.loads(layer_information)["Layers"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ExportError(
+            f"TensorRT's engine inspector said nothing that can be read ({type(error).__name__}), so nothing shows "
+            "that the plan computes in FP16"
+        ) from error
+    described = [layer for layer in layers if isinstance(layer, dict)]
+    if len(described) < len(layers):
+        raise ExportError(
+            f"TensorRT's engine inspector names {len(layers) - len(described)} of {len(layers)} layers and tells no "
+            "more, so nothing shows that they compute in FP16: expected a plan built with detailed profiling verbosity"
+        )
+    return described
+
+
 def _is_convolution(layer: dict[str, Any]) -> bool:
-    return any("conv" in str(layer.get(key, "")).lower() for key in ("LayerType", "ParameterType"))
+    kinds = " ".join(str(layer.get(key, "")) for key in ("LayerType", "ParameterType")).lower()
+    return any(kind in kinds for kind in CONVOLUTION_KINDS)
+
+
+def _formats(layer: dict[str, Any]) -> list[str]:
+    """What a layer reads: of its inputs, "Half" or "Row major linear FP16 format", and of its weights, "Half"."""
+    formats = [tensor.get("Format/Datatype") for tensor in layer.get("Inputs", [])]
+    weights = layer.get("Weights")
+    if isinstance(weights, dict):
+        formats.append(weights.get("Type"))
+    return [str(text) for text in formats if text]
 
 
 def _builder_config(trt: ModuleType, builder: Any, config: ModelConfig) -> Any:

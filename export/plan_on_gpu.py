@@ -35,8 +35,17 @@ class PlanOnGpu:
         self.description = f"the plan in TensorRT {trt.__version__}"
 
     def layer_information(self) -> str:
-        """JSON of the engine inspector: what the built layers are, and what they read."""
+        """JSON of the engine inspector: what the built layers are, and what they read at the plan's typical size.
+
+        Raises:
+            ExportError: TensorRT takes no such size.
+        """
+        # Of a plan for many sizes the inspector tells no tensor's format until it is given one.
+        _, typical, _ = self._engine.get_tensor_profile_shape("network_input", 0)
+        if not self._context.set_input_shape("network_input", typical):
+            raise ExportError(f"TensorRT does not take its plan's own size {tuple(typical)}; its messages are above")
         inspector = self._engine.create_engine_inspector()
+        inspector.execution_context = self._context
         return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
     def __call__(self, network_input: NDArray[np.float16]) -> tuple[LabelArray, NDArray[np.float32]]:

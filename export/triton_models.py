@@ -68,18 +68,24 @@ class PlanFile:
         path: the plan.
         tensorrt_version: that built it; another refuses it.
         compute_capability: of the GPU it was built on and for, "9.0".
+        gpu: that GPU's product name, as its driver tells it.
         largest_shape: CT (z, y, x) that its profile takes.
     """
 
     path: Path
     tensorrt_version: str
     compute_capability: str
+    gpu: str
     largest_shape: Shape
 
     @property
     def requirements(self) -> dict[str, str]:
         """What the launcher holds against the machine before the server starts."""
-        return {"tensorrt_version": self.tensorrt_version, "compute_capability": self.compute_capability}
+        return {
+            "tensorrt_version": self.tensorrt_version,
+            "compute_capability": self.compute_capability,
+            "gpu": self.gpu,
+        }
 
     @property
     def marks(self) -> dict[str, str]:

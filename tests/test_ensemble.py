@@ -1,22 +1,24 @@
 """The TensorRT ensemble in a real tritonserver: three written config.pbtxt, of which Triton makes one model.
 
 The server here has the Python backend alone, so each step's backend is swapped for a model that runs the very ONNX file
-in ONNX Runtime: names, types, shapes, queues and the wiring are as they were written.
+in ONNX Runtime: names, types, shapes, queues, warm-ups, options and the wiring are as they were written.
 """
 
+import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from google.protobuf import text_format
 
 from anatomynet.client.triton import TritonRuntime
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import GeometryError
 from anatomynet.engine.limits import largest_slices
 from anatomynet.engine.runtime import OpenVinoRuntime
+from anatomynet.export import triton_models
 from anatomynet.export.composition import ComposedRuntime, PlanParts, plan_parts, write_part
 from anatomynet.export.onnx import served_model, write_onnx
 from anatomynet.export.parity import check_parity, draw_reference
@@ -25,9 +27,9 @@ from anatomynet.export.triton_models import FINISH_NAME, PLAN_NAME, PREPARE_NAME
 from tests.random_network import CALIBRATION_SHAPE, random_config, random_graph, random_network, smooth_hu
 from tests.triton_servers import RunningServer, has_server, running_server
 
-model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
-
 SHAPES = ((21, 67, 83), (16, 64, 64), (8, 32, 32))
+# In place of whole CTs, for which a CPU would take a minute; of sizes that no test asks for.
+WARM_UP_SHAPES = ((16, 64, 96), (24, 96, 96), (32, 96, 64))
 TIPPED_SHARE = 0.01  # FP16 and FP32 of a random network
 
 STEP = """
@@ -41,6 +43,7 @@ import triton_python_backend_utils as pb_utils
 class TritonPythonModel:
     def initialize(self, args):
         config = json.loads(args["model_config"])
+        self.computed = Path(args["model_repository"]) / "computed.txt"
         folder = Path(args["model_repository"]) / args["model_version"]
         (file,) = [path for path in folder.iterdir() if path.suffix in (".onnx", ".plan")]
         self.session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
@@ -53,6 +56,8 @@ class TritonPythonModel:
     def respond(self, request):
         given = {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs}
         results = self.session.run(self.outputs, given)
+        with self.computed.open("a") as file:
+            file.write(json.dumps([array.shape for array in given.values()]) + "\\n")
         return pb_utils.InferenceResponse([pb_utils.Tensor(*pair) for pair in zip(self.outputs, results)])
 """
 
@@ -72,22 +77,26 @@ def written_ensemble(folder: Path, config: ModelConfig, parts: PlanParts) -> Pat
     prepare = write_part(parts.prepare, folder / "prepare.onnx")
     network = write_part(parts.network, folder / "network.plan")
     finish = write_part(parts.finish, folder / "finish.onnx")
-    plan = PlanFile(network, "10.13.0.35", "9.0", (largest_slices(config), 512, 512))
+    plan = PlanFile(network, "10.13.0.35", "9.0", "NVIDIA H100 80GB HBM3", (largest_slices(config), 512, 512))
     write_repository(folder / "repository", tensorrt_models(config, prepare=prepare, plan=plan, finish=finish))
     return folder / "repository"
 
 
 def swap_backend(model: Path, expected: str) -> None:
-    """Of one step, and nothing else; but no GPU is asked for, and a CPU would warm up for a minute."""
+    """Of one step. Else the server reads what was written, but for a GPU and the name of a file that is no Python."""
     path = model / "config.pbtxt"
-    described = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
-    assert described.backend == expected
-    described.backend = "python"
-    for field in ("default_model_filename", "optimization", "model_warmup"):
-        described.ClearField(field)
-    described.instance_group[0].kind = model_config_pb2.ModelInstanceGroup.KIND_CPU
-    path.write_text(text_format.MessageToString(described))
+    text, backends = re.subn(f'^backend: "{expected}"$', 'backend: "python"', path.read_text(), flags=re.MULTILINE)
+    assert backends == 1
+    for named in re.findall('^default_model_filename: "(.*)"$', text, flags=re.MULTILINE):
+        assert (model / "1" / named).is_file()
+    text = re.sub("^default_model_filename: .*$", "", text, flags=re.MULTILINE)
+    path.write_text(text.replace("kind: KIND_GPU", "kind: KIND_CPU"))
     (model / "1" / "model.py").write_text(STEP)
+
+
+def computed_by(model: Path) -> list[list[list[int]]]:
+    """The shapes of each request's inputs, warm-ups first."""
+    return [json.loads(line) for line in (model / "computed.txt").read_text().splitlines()]
 
 
 def unchecked_program(folder: Path) -> Path:
@@ -105,12 +114,24 @@ def ensemble(
         pytest.skip("no tritonserver here: pip install 'anatomynet[serve]'")
     folder, config = tmp_path_factory.mktemp("ensemble"), random_config(request.param)
     parts = plan_parts(random_graph(), config)
-    repository = written_ensemble(folder, config, parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_models, "COMMON_SHAPES", WARM_UP_SHAPES)
+        repository = written_ensemble(folder, config, parts)
     backends = {PREPARE_NAME: "onnxruntime", PLAN_NAME: "tensorrt", FINISH_NAME: "onnxruntime"}
     for name, backend in backends.items():
         swap_backend(repository / name, backend)
     with running_server(repository, folder=folder, program=unchecked_program(folder)) as server:
         yield config, parts, server
+
+
+def test_each_step_warms_up_as_it_was_written(ensemble: tuple[ModelConfig, PlanParts, RunningServer]) -> None:
+    config, _, server = ensemble
+    repository, stride = server.log.parent / "repository", config.in_plane_stride
+    whole = [list(shape) for shape in WARM_UP_SHAPES]
+    network = [[1, 1, z, y // stride, x // stride] for z, y, x in WARM_UP_SHAPES]
+    assert computed_by(repository / PREPARE_NAME)[:3] == [[shape] for shape in whole]
+    assert computed_by(repository / PLAN_NAME)[:3] == [[shape] for shape in network]
+    assert computed_by(repository / FINISH_NAME)[:3] == [[shape, shape] for shape in whole]
 
 
 def test_draws_what_the_embedded_engine_draws(

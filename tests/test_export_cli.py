@@ -12,8 +12,11 @@ import pytest
 from click.testing import CliRunner
 
 from anatomynet.engine.checkpoint import load_checkpoint, save_checkpoint
+from anatomynet.engine.config import model_config_from_json
+from anatomynet.engine.limits import largest_slices
 from anatomynet.engine.runtime import load_runtime
 from anatomynet.export.cli import main
+from anatomynet.export.manifest import read_manifest
 from tests.full_disk import largest_file
 from tests.random_network import (
     CALIBRATION_SHAPE,
@@ -200,6 +203,12 @@ def test_rtx_plan_without_a_gpu(checkpoint: Path, case: Path, tmp_path: Path) ->
         "finish.onnx",
         "manifest.json",
     }
+    plan = read_manifest(folder)["plan"]
+    assert f"rtx{plan['tensorrt_rtx_version']}-" in folder.name
+    assert (plan["compute_capabilities"], plan["precision"]) == ("8.6 8.9", "fp16")
+    config = load_checkpoint(checkpoint)[1]
+    assert plan["largest_shape_zyx"] == f"{largest_slices(config)} 512 512"
+    assert model_config_from_json(plan["model_config"]) == config
     assert not output.exists()
 
 

@@ -243,3 +243,17 @@ def test_no_repository(tmp_path: Path, form: str, exists: bool) -> None:
 def test_a_repository_elsewhere_is_not_looked_for(tmp_path: Path) -> None:
     script_at(tmp_path, SOMEONE_ELSES_SERVER)
     assert launched("--model-repository=s3://bucket/models", environment=environment_with(tmp_path)).returncode == 7
+
+
+def test_what_could_not_be_checked_is_told_and_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[str] = []
+    server = script_at(tmp_path, SOMEONE_ELSES_SERVER)
+    monkeypatch.setattr(sys, "argv", ["tritonserver", f"--model-repository={tmp_path}"])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(launcher, "check_repository", lambda repository: [f"{repository} could not be checked"])
+    monkeypatch.setattr(os, "execve", lambda path, command, environment: started.append(path))
+    launcher.main()
+    assert started == [str(server)]
+    assert capsys.readouterr().err == f"tritonserver: {tmp_path} could not be checked\n"

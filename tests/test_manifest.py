@@ -16,7 +16,8 @@ from anatomynet.export.manifest import check_files, check_repository
 from anatomynet.export.repository import write_repository
 from anatomynet.export.triton_models import PlanFile, python_model, tensorrt_models
 
-H100, RTX = Gpu("an H100", "9.0"), Gpu("an RTX 4090", "8.9")
+H100, H200, RTX = Gpu("NVIDIA H100 80GB HBM3", "9.0"), Gpu("NVIDIA H200", "9.0"), Gpu("an RTX 4090", "8.9")
+OURS = (10, 13, 0)
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def repository(tmp_path: Path, file: Path) -> Path:
 
 @pytest.fixture
 def plan_repository(tmp_path: Path, file: Path) -> Path:
-    plan = PlanFile(file, "10.13.0.35", "9.0", (1022, 512, 512))
+    plan = PlanFile(file, "10.13.0.35", "9.0", "NVIDIA H100 80GB HBM3", (1022, 512, 512))
     config = load_config("openkbp7")[0]
     write_repository(tmp_path / "plans", tensorrt_models(config, prepare=file, plan=plan, finish=file))
     return tmp_path / "plans"
@@ -80,6 +81,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "needs no names": (said_otherwise(needs=[1]), r"is no manifest"),
     "plan no table": (said_otherwise(plan="10.13"), r"is no manifest"),
     "half a plan": (said_otherwise(plan={"tensorrt_version": "10.13.0.35"}), r"is no manifest"),
+    "a plan for any product": (
+        said_otherwise(plan={"tensorrt_version": "10.13.0.35", "compute_capability": "9.0"}),
+        r"is no manifest: expected .*, of a plan tensorrt_version, compute_capability, gpu",
+    ),
+    "a plan for RTX": (
+        said_otherwise(plan={"tensorrt_rtx_version": "1.7.1.116"}),
+        r"a plan of TensorRT-RTX 1\.7\.1\.116, which no Triton backend loads",
+    ),
     "foreign code": (foreign_code, r"model\.py is not that of the installed anatomynet"),
     "foreign library": (foreign_library, r"libtriton_python\.so is not what"),
     "foreign model": (lambda model: (model.parent / "other" / "1").mkdir(parents=True), r"other has no manifest"),
@@ -88,7 +97,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
 def test_refused_in_one_line(repository: Path, damage: Callable[[Path], object], message: str) -> None:
-    check_repository(repository)
+    assert check_repository(repository) == []
     damage(repository / "anatomynet")
     with pytest.raises(ModelError, match=message) as caught:
         check_repository(repository)
@@ -128,41 +137,58 @@ def test_a_checkpoint_is_covered(tmp_path: Path, file: Path) -> None:
         check_repository(tmp_path / "repo")
 
 
-def machine(monkeypatch: pytest.MonkeyPatch, gpus: tuple[Gpu, ...], version: tuple[int, int, int] | None) -> None:
-    monkeypatch.setattr(manifest, "visible_gpus", lambda: gpus)
-    monkeypatch.setattr(manifest, "tensorrt_version", lambda: version)
-
-
-@pytest.mark.parametrize("version", [(10, 13, 0), None], ids=["same", "not to be found"])
-def test_a_plan_for_this_machine(
-    plan_repository: Path, monkeypatch: pytest.MonkeyPatch, version: tuple[int, int, int] | None
+def machine(
+    monkeypatch: pytest.MonkeyPatch, gpus: tuple[Gpu, ...], versions: tuple[tuple[int, int, int], ...] = (OURS,)
 ) -> None:
-    machine(monkeypatch, (H100, H100), version)
-    check_repository(plan_repository)
+    monkeypatch.setattr(manifest, "visible_gpus", lambda: gpus)
+    monkeypatch.setattr(manifest, "tensorrt_versions", lambda: versions)
+
+
+@pytest.mark.parametrize("versions", [(OURS,), ((11, 0, 1), OURS)], ids=["alone", "beside another"])
+def test_a_plan_for_this_machine(
+    plan_repository: Path, monkeypatch: pytest.MonkeyPatch, versions: tuple[tuple[int, int, int], ...]
+) -> None:
+    machine(monkeypatch, (H100, H100), versions)
+    assert check_repository(plan_repository) == []
+
+
+def test_a_plan_whose_tensorrt_is_not_found_is_remarked_on(
+    plan_repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT itself refuses what it did not build, as it loads: no reason to keep a server from starting."""
+    machine(monkeypatch, (H100,), ())
+    (remark,) = check_repository(plan_repository)
+    assert "anatomynet_plan holds a plan of TensorRT 10.13.0.35" in remark
+    assert "no libnvinfer" in remark
+    assert "\n" not in remark
 
 
 @pytest.mark.parametrize(
-    ("gpus", "version", "message"),
+    ("gpus", "versions", "message"),
     [
-        ((), None, "no NVIDIA GPU is here"),
-        ((H100, RTX), (10, 13, 0), r"compute capability 9\.0, found 8\.9 \(an RTX 4090\)"),
-        ((H100,), (10, 14, 1), r"plan of TensorRT 10\.13\.0\.35, found 10\.14\.1"),
+        ((), (), "no NVIDIA GPU is here"),
+        ((H100, RTX), (OURS,), r"compute capability 9\.0, found 8\.9 \(an RTX 4090\)"),
+        ((H200,), (OURS,), r"anatomynet_plan holds a TensorRT plan built on NVIDIA H100 80GB HBM3, found NVIDIA H200"),
+        ((H100, H200), (OURS,), r"built on NVIDIA H100 80GB HBM3, found NVIDIA H200.*: build it on this machine"),
+        ((H100,), ((10, 14, 1),), r"plan of TensorRT 10\.13\.0\.35, found 10\.14\.1"),
+        ((H100,), ((11, 0, 1), (10, 12, 0)), r"plan of TensorRT 10\.13\.0\.35, found 11\.0\.1 and 10\.12\.0"),
     ],
 )
 def test_a_plan_for_another_machine(
     plan_repository: Path,
     monkeypatch: pytest.MonkeyPatch,
     gpus: tuple[Gpu, ...],
-    version: tuple[int, int, int] | None,
+    versions: tuple[tuple[int, int, int], ...],
     message: str,
 ) -> None:
-    machine(monkeypatch, gpus, version)
-    with pytest.raises(ModelError, match=message):
+    machine(monkeypatch, gpus, versions)
+    with pytest.raises(ModelError, match=message) as caught:
         check_repository(plan_repository)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_step_that_is_missing(plan_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch, (H100,), None)
+    machine(monkeypatch, (H100,))
     (plan_repository / "anatomynet_finish").rename(plan_repository.parent / "elsewhere")
     with pytest.raises(ModelError, match=r"no model anatomynet_finish .* which anatomynet calls"):
         check_repository(plan_repository)

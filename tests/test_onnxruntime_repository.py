@@ -17,11 +17,12 @@ from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.phantom import make_phantom
 from anatomynet.engine.region_runtime import EmbeddedRegionFinder, shipped_region
 from anatomynet.engine.runtime import Runtime, load_runtime
+from anatomynet.export import triton_models
 from anatomynet.export.parity import check_parity, draw_reference
 from anatomynet.export.repository import write_repository
-from anatomynet.export.triton_models import onnxruntime_model, region_model
+from anatomynet.export.triton_models import COARSE_SHAPE, onnxruntime_model, region_model
 from tests.random_network import CALIBRATION_SHAPE, random_network, smooth_hu
-from tests.test_ensemble import SHAPES, swap_backend, unchecked_program
+from tests.test_ensemble import SHAPES, WARM_UP_SHAPES, computed_by, swap_backend, unchecked_program
 from tests.triton_servers import RunningServer, has_server, running_server
 
 
@@ -37,15 +38,23 @@ def server(
     if not has_server():
         pytest.skip("no tritonserver here: pip install 'anatomynet[serve]'")
     folder, finder = tmp_path_factory.mktemp("onnxruntime"), shipped_region(".onnx")
-    models = [
-        onnxruntime_model(random_model_config, random_onnx_files[0]),
-        region_model(EmbeddedRegionFinder(finder).config, finder, backend="onnxruntime"),
-    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_models, "COMMON_SHAPES", WARM_UP_SHAPES)
+        models = [
+            onnxruntime_model(random_model_config, random_onnx_files[0]),
+            region_model(EmbeddedRegionFinder(finder).config, finder, backend="onnxruntime"),
+        ]
     write_repository(folder / "repository", models)
     for name in (MODEL_NAME, REGION_NAME):
         swap_backend(folder / "repository" / name, "onnxruntime")
     with running_server(folder / "repository", folder=folder, program=unchecked_program(folder)) as running:
         yield running
+
+
+def test_both_warm_up_as_they_were_written(server: RunningServer) -> None:
+    repository = server.log.parent / "repository"
+    assert computed_by(repository / MODEL_NAME)[:3] == [[list(shape)] for shape in WARM_UP_SHAPES]
+    assert computed_by(repository / REGION_NAME)[0] == [list(COARSE_SHAPE)]
 
 
 def test_draws_what_the_embedded_engine_draws(server: RunningServer, embedded: Runtime) -> None:

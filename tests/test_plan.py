@@ -106,9 +106,14 @@ def engine_layer(kind: str, format_: str, **more: Any) -> dict[str, Any]:
     return {"Name": f"a {kind}", "LayerType": kind, "Inputs": [{"Name": "x", "Format/Datatype": format_}], **more}
 
 
+def inspected(*layers: Any) -> str:
+    return json.dumps({"Layers": layers, "Bindings": []})
+
+
 # What engine inspectors of TensorRT 8 to 10 have been seen to say.
 IN_HALF = ("Half", "Row major linear FP16 format", "Channel major FP16 format where channel % 4 == 0")
 IN_FLOAT = ("Float", "Row major linear FP32", "Channel major FP32 format where channel % 4 == 0")
+UNTOLD = "N/A due to dynamic shapes"
 
 
 @pytest.mark.parametrize("format_", IN_HALF)
@@ -116,18 +121,44 @@ def test_engine_in_half_passes(format_: str) -> None:
     layers = [
         engine_layer("CaskConvolution", format_),
         engine_layer("cask", format_, ParameterType="Deconvolution"),
+        engine_layer("correlation", format_),
+        engine_layer("CaskConvolution", UNTOLD, Weights={"Type": "Half", "Count": 756}),
         engine_layer("Reduce", IN_FLOAT[0]),
-        "an engine built without details names its layers alone",
     ]
-    assert check_engine_precision(json.dumps({"Layers": layers, "Bindings": []})) == 2
+    assert check_engine_precision(inspected(*layers)) == 4
 
 
 @pytest.mark.parametrize("format_", IN_FLOAT)
-@pytest.mark.parametrize("kind", ["CaskConvolution", "CaskDeconvolutionV2", "conv"])
+@pytest.mark.parametrize("kind", ["CaskConvolution", "CaskDeconvolutionV2", "conv", "correlation"])
 def test_engine_that_fell_back_to_fp32_is_refused(kind: str, format_: str) -> None:
     layers = [engine_layer("CaskConvolution", "Half"), engine_layer(kind, format_)]
-    with pytest.raises(ExportError, match=f"a {kind} of the built engine reads FP32"):
-        check_engine_precision(json.dumps({"Layers": layers}))
+    with pytest.raises(ExportError, match=f"a {kind} of the built engine computes in FP32"):
+        check_engine_precision(inspected(*layers))
+
+
+def test_engine_with_weights_in_fp32_is_refused() -> None:
+    with pytest.raises(ExportError, match="a conv of the built engine computes in FP32"):
+        check_engine_precision(inspected(engine_layer("conv", UNTOLD, Weights={"Type": "Float", "Count": 756})))
+
+
+UNREADABLE = {
+    "no layer": (inspected(), "tells of no convolution"),
+    "no convolution": (inspected(engine_layer("Reduce", "Float")), "tells of no convolution"),
+    "names alone": (inspected("stem/conv", "head/conv"), "names 2 of 2 layers and tells no more"),
+    "one name alone": (inspected(engine_layer("conv", "Half"), "head/conv"), "names 1 of 2 layers"),
+    "no formats": (inspected(engine_layer("conv", "Half"), engine_layer("deconv", UNTOLD)), "a deconv .* in what"),
+    "no inputs": (inspected({"Name": "a conv", "LayerType": "conv"}), "a conv .* in what"),
+    "nothing": ("", "said nothing that can be read"),
+    "no list of layers": ("{}", "said nothing that can be read"),
+}
+
+
+@pytest.mark.parametrize(("layer_information", "message"), UNREADABLE.values(), ids=UNREADABLE)
+def test_engine_that_tells_nothing_is_refused(layer_information: str, message: str) -> None:
+    """Silence is no proof of FP16."""
+    with pytest.raises(ExportError, match=message) as caught:
+        check_engine_precision(layer_information)
+    assert "\n" not in str(caught.value)
 
 
 def test_plan_that_is_cut_short() -> None:

@@ -78,7 +78,7 @@ def test_a_new_variant_replaces_all_parts_of_the_old_one(
 ) -> None:
     """One model that cannot be loaded keeps a server from starting: nothing of the old variant may stay."""
     repository = tmp_path / "repo"
-    plan = PlanFile(onnx_file, "10.13.0.35", "9.0", (1022, 512, 512))
+    plan = PlanFile(onnx_file, "10.13.0.35", "9.0", "NVIDIA H100 80GB HBM3", (1022, 512, 512))
     write_repository(repository, tensorrt_models(config, prepare=onnx_file, plan=plan, finish=onnx_file))
     folders = {path.name for path in repository.iterdir()}
     assert folders == {"anatomynet", "anatomynet_prepare", "anatomynet_plan", "anatomynet_finish"}
@@ -103,7 +103,7 @@ def test_the_old_models_come_back_where_the_swap_fails(
     tmp_path: Path, config: ModelConfig, onnx_file: Path, model: TritonModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repository = tmp_path / "repo"
-    plan = PlanFile(onnx_file, "10.13.0.35", "9.0", (1022, 512, 512))
+    plan = PlanFile(onnx_file, "10.13.0.35", "9.0", "NVIDIA H100 80GB HBM3", (1022, 512, 512))
     write_repository(repository, tensorrt_models(config, prepare=onnx_file, plan=plan, finish=onnx_file))
     before = files_in(repository)
     rename, renames = Path.rename, []
@@ -131,7 +131,7 @@ def test_two_exports_at_once_leave_the_models_of_one(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", slow_rename)
-    plan = PlanFile(onnx_file, "10.13.0.35", "9.0", (1022, 512, 512))
+    plan = PlanFile(onnx_file, "10.13.0.35", "9.0", "NVIDIA H100 80GB HBM3", (1022, 512, 512))
     exports = [
         tensorrt_models(config, prepare=onnx_file, plan=plan, finish=onnx_file),
         (python_model(config, [onnx_file]),),

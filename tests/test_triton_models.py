@@ -25,7 +25,7 @@ model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
 CONFIGS = ("openkbp7", "oar9")
 VOLUME = [-1, -1, -1]
 NETWORK_VOLUME = [1, 1, -1, -1, -1]
-ONNX, PLAN = Path("anatomynet.onnx"), Path("openkbp7-fp16-trt10.13.0.35-sm90.plan")
+ONNX, PLAN = Path("anatomynet.onnx"), Path("openkbp7-fp16-trt10.13.0.35-sm90-nvidia-h100-80gb-hbm3.plan")
 BACKENDS = {
     "python": ("anatomynet",),
     "onnxruntime": ("anatomynet",),
@@ -36,7 +36,7 @@ CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": 
 
 
 def models_of(backend: str, config: ModelConfig) -> dict[str, TritonModel]:
-    plan = PlanFile(PLAN, "10.13.0.35", "9.0", (largest_slices(config), 512, 512))
+    plan = PlanFile(PLAN, "10.13.0.35", "9.0", "NVIDIA H100 80GB HBM3", (largest_slices(config), 512, 512))
     models = {
         "python": (python_model(config, [ONNX]),),
         "onnxruntime": (onnxruntime_model(config, ONNX),),
@@ -160,5 +160,6 @@ def test_the_plan_is_named_after_what_runs_it() -> None:
         parameters = {key: value.string_value for key, value in model.parameters.items()}
         assert parameters["plan_tensorrt_version"] == "10.13.0.35"
         assert parameters["plan_compute_capability"] == "9.0"
+        assert parameters["plan_gpu"] == "NVIDIA H100 80GB HBM3"
         assert parameters["largest_shape_zyx"] == f"{largest_slices(config)} 512 512"
     assert tensors(plan.input) == [("network_input", "TYPE_FP16", NETWORK_VOLUME)]
