@@ -167,12 +167,12 @@ optimization { execution_accelerators { gpu_execution_accelerator [{
 
 
 def python_model(config: ModelConfig, onnx_files: Sequence[Path], *, checkpoint: Path | None = None) -> TritonModel:
-    """For Triton's Python backend: model.py runs what is fastest on the machine.
+    """For Triton's Python backend: model.py runs what the machine has.
 
     Args:
         config: of the checkpoint the files were exported from; becomes parameters of config.pbtxt.
         onnx_files: the served graph, one or more (FP32, FP16); kept under their own names.
-        checkpoint: its file, for GPUs that only PyTorch reaches; None leaves those to the CPU.
+        checkpoint: its file, what PyTorch computes on a GPU; None leaves that to ONNX Runtime's CUDA, or to the CPU.
 
     Raises:
         ExportError: no ONNX file, or two of one name.

@@ -22,7 +22,7 @@ from anatomynet.engine.gpu_operations import TorchOperations
 from anatomynet.engine.gpu_runtime import GpuRuntime, has_gpu
 from anatomynet.engine.network import AnatomyNet
 from anatomynet.engine.phantom import make_phantom
-from anatomynet.engine.runtime import OnnxRuntime, TorchRuntime, load_runtime
+from anatomynet.engine.runtime import CPU_PROVIDER, CUDA_PROVIDER, OnnxRuntime, Runtime, TorchRuntime, load_runtime
 from anatomynet.export.gpu import Gpu
 from anatomynet.export.parity import check_parity, draw_reference
 from anatomynet.export.triton_models import shipped_model_source
@@ -192,18 +192,57 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_served_through_pytorch_where_onnx_runtime_has_no_cuda(backend: ModuleType, folder: Path) -> None:
-    runtime = backend.fastest_runtime(folder)
-    if isinstance(runtime, OnnxRuntime):
-        pytest.skip("ONNX Runtime has CUDA here")
+class OnnxRuntimeOnGpu(OnnxRuntime):
+    """As where ONNX Runtime has CUDA; computes on the CPU."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.path = path
+        self.providers = (CUDA_PROVIDER, CPU_PROVIDER)
+
+
+def test_a_gpu_is_reached_through_pytorch_whatever_else_is_there(
+    backend: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has been timed there; ONNX Runtime's CUDA has not."""
+    monkeypatch.setattr(backend, "load_runtime", OnnxRuntimeOnGpu)
+    runtime, on_gpu = backend.chosen_runtime(folder)
     assert isinstance(runtime, GpuRuntime)
+    assert on_gpu
     assert runtime.model == load_runtime(folder / "openkbp7.onnx").model  # the checkpoint's hash too
+
+
+@pytest.mark.parametrize("lacking", ["checkpoint", "PyTorch with CUDA", "PyTorch"])
+def test_then_through_onnx_runtime_in_fp16(
+    lacking: str, backend: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copyfile(folder / "openkbp7.onnx", folder / "openkbp7-fp16.onnx")
+    monkeypatch.setattr(backend, "load_runtime", OnnxRuntimeOnGpu)
+    take_away(lacking, backend, folder, monkeypatch)
+    runtime, on_gpu = backend.chosen_runtime(folder)
+    assert (runtime.path.name, on_gpu) == ("openkbp7-fp16.onnx", True)
 
 
 @pytest.mark.parametrize("lacking", ["checkpoint", "GPU", "PyTorch with CUDA", "PyTorch"])
 def test_served_on_the_cpu_else(
     lacking: str, backend: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked: list[str] = []
+
+    def load(path: Path) -> Runtime:
+        asked.append(path.name)
+        return OnnxRuntime(path)
+
+    shutil.copyfile(folder / "openkbp7.onnx", folder / "openkbp7-fp16.onnx")
+    monkeypatch.setattr(backend, "load_runtime", load)
+    take_away(lacking, backend, folder, monkeypatch)
+    runtime, on_gpu = backend.chosen_runtime(folder)
+    assert isinstance(runtime, OnnxRuntime)
+    assert not on_gpu
+    assert asked == ["openkbp7.onnx"]
+
+
+def take_away(lacking: str, backend: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if lacking == "checkpoint":
         (folder / "openkbp7.safetensors").unlink()
     elif lacking == "GPU":
@@ -212,4 +251,19 @@ def test_served_on_the_cpu_else(
         monkeypatch.setattr("anatomynet.engine.gpu_runtime.has_gpu", lambda: False)
     else:
         monkeypatch.setitem(sys.modules, "anatomynet.engine.gpu_runtime", None)
-    assert not isinstance(backend.fastest_runtime(folder), GpuRuntime)
+
+
+@pytest.mark.parametrize("error", ["", "CUDA error: no kernel image is available for execution on the device\nmore"])
+def test_a_gpu_that_pytorch_sees_but_cannot_compute_on_is_none(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older than what that PyTorch was built for."""
+    really_ones = torch.ones
+
+    def ones(*shape: int, device: str) -> torch.Tensor:
+        assert device == "cuda"
+        if error:
+            raise RuntimeError(error)
+        return really_ones(*shape)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", ones)
+    assert has_gpu() == (not error)
