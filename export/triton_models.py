@@ -29,7 +29,8 @@ MODEL_SOURCE, REGION_SOURCE = "model.py", "region_model.py"
 LARGEST_QUEUE = 8
 # Longer than a full queue of whole volumes takes on two CPU cores, shorter than a clinic waits.
 QUEUE_TIMEOUT_S = 120
-# Voxels a side at the network's resolution: enough to compile and to allocate, half a second on two cores.
+# Voxels a side at the network's resolution: enough to compile and to allocate, half a second on two cores. On a GPU
+# model.py has drawn larger ones by then (export/warm_up.py).
 WARM_UP_SIDE = 64
 # Of the CT (z, y, x): what the client cuts to head and neck, to the body, and a whole scan. A GPU allocates for them
 # and picks kernels.

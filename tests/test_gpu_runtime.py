@@ -1,20 +1,14 @@
 """engine/gpu_runtime.py and engine/gpu_network.py: on a CPU in FP32, where they must be the checkpoint itself, and on a
-GPU, where one is. Which of all runtimes the Python backend takes."""
+GPU, where one is."""
 
-import importlib.util
-import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
 from anatomynet.engine.checkpoint import load_checkpoint
-from anatomynet.engine.config import shipped_weights
 from anatomynet.engine.errors import GeometryError, ModelError
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.gpu_network import TensorCoreNetwork
@@ -22,10 +16,8 @@ from anatomynet.engine.gpu_operations import TorchOperations
 from anatomynet.engine.gpu_runtime import GpuRuntime, has_gpu
 from anatomynet.engine.network import AnatomyNet
 from anatomynet.engine.phantom import make_phantom
-from anatomynet.engine.runtime import CPU_PROVIDER, CUDA_PROVIDER, OnnxRuntime, Runtime, TorchRuntime, load_runtime
-from anatomynet.export.gpu import Gpu
+from anatomynet.engine.runtime import TorchRuntime
 from anatomynet.export.parity import check_parity, draw_reference
-from anatomynet.export.triton_models import shipped_model_source
 from tests.random_network import STRIDES, random_config, random_network, smooth_hu
 
 ROUNDING = 1e-4  # of logits of about 10, in FP32
@@ -166,91 +158,6 @@ def test_on_a_gpu_it_passes_the_exports_gate(stride: int, without: str) -> None:
     runtime = GpuRuntime(network, config, operations=operations)
     assert runtime.description.endswith(without or "FP16")
     check_parity(draw_reference(network, config, hu), runtime, fp16=True)
-
-
-@pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The Python backend's model.py, as on a machine with a GPU."""
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", ModuleType("triton_python_backend_utils"))
-    spec = importlib.util.spec_from_file_location("served_model", shipped_model_source())
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "visible_gpus", lambda: (Gpu("an H100", "9.0"),))
-    monkeypatch.setattr("anatomynet.engine.gpu_runtime.has_gpu", lambda: True)
-    on_cpu = lambda path: GpuRuntime(*load_checkpoint(path), device="cpu")  # noqa: E731
-    monkeypatch.setattr("anatomynet.engine.gpu_runtime.load_gpu_runtime", on_cpu)
-    return module
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A version's folder, as `anatomynet-export --fp16` fills it."""
-    for suffix in (".onnx", ".safetensors"):
-        shutil.copyfile(shipped_weights(suffix), tmp_path / f"openkbp7{suffix}")
-    return tmp_path
-
-
-class OnnxRuntimeOnGpu(OnnxRuntime):
-    """As where ONNX Runtime has CUDA; computes on the CPU."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.path = path
-        self.providers = (CUDA_PROVIDER, CPU_PROVIDER)
-
-
-def test_a_gpu_is_reached_through_pytorch_whatever_else_is_there(
-    backend: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It has been timed there; ONNX Runtime's CUDA has not."""
-    monkeypatch.setattr(backend, "load_runtime", OnnxRuntimeOnGpu)
-    runtime, on_gpu = backend.chosen_runtime(folder)
-    assert isinstance(runtime, GpuRuntime)
-    assert on_gpu
-    assert runtime.model == load_runtime(folder / "openkbp7.onnx").model  # the checkpoint's hash too
-
-
-@pytest.mark.parametrize("lacking", ["checkpoint", "PyTorch with CUDA", "PyTorch"])
-def test_then_through_onnx_runtime_in_fp16(
-    lacking: str, backend: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copyfile(folder / "openkbp7.onnx", folder / "openkbp7-fp16.onnx")
-    monkeypatch.setattr(backend, "load_runtime", OnnxRuntimeOnGpu)
-    take_away(lacking, backend, folder, monkeypatch)
-    runtime, on_gpu = backend.chosen_runtime(folder)
-    assert (runtime.path.name, on_gpu) == ("openkbp7-fp16.onnx", True)
-
-
-@pytest.mark.parametrize("lacking", ["checkpoint", "GPU", "PyTorch with CUDA", "PyTorch"])
-def test_served_on_the_cpu_else(
-    lacking: str, backend: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-
-    def load(path: Path) -> Runtime:
-        asked.append(path.name)
-        return OnnxRuntime(path)
-
-    shutil.copyfile(folder / "openkbp7.onnx", folder / "openkbp7-fp16.onnx")
-    monkeypatch.setattr(backend, "load_runtime", load)
-    take_away(lacking, backend, folder, monkeypatch)
-    runtime, on_gpu = backend.chosen_runtime(folder)
-    assert isinstance(runtime, OnnxRuntime)
-    assert not on_gpu
-    assert asked == ["openkbp7.onnx"]
-
-
-def take_away(lacking: str, backend: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if lacking == "checkpoint":
-        (folder / "openkbp7.safetensors").unlink()
-    elif lacking == "GPU":
-        monkeypatch.setattr(backend, "visible_gpus", lambda: ())
-    elif lacking == "PyTorch with CUDA":
-        monkeypatch.setattr("anatomynet.engine.gpu_runtime.has_gpu", lambda: False)
-    else:
-        monkeypatch.setitem(sys.modules, "anatomynet.engine.gpu_runtime", None)
 
 
 @pytest.mark.parametrize("error", ["", "CUDA error: no kernel image is available for execution on the device\nmore"])

@@ -18,6 +18,7 @@ from anatomynet.engine.runtime import CUDA_PROVIDER, OnnxRuntime, Runtime, load_
 from anatomynet.export.gpu import visible_gpus
 from anatomynet.export.heap import keep_freed_memory
 from anatomynet.export.manifest import check_files
+from anatomynet.export.warm_up import warm_up
 
 
 class TritonPythonModel:
@@ -41,9 +42,20 @@ class TritonPythonModel:
             self.size_limit = size_limit_from_parameters(values, self.runtime.model)
         except AnatomyNetError as error:
             raise pb_utils.TritonModelException(str(error)) from error
-        if on_gpu:  # on a CPU the network takes so long, and so much memory, that it would not pay
-            keep_freed_memory()
+        if on_gpu:
+            self._prepare_gpu()
+        elif gpus := visible_gpus():
+            pb_utils.Logger.log_warn(
+                f"nothing here computes on {gpus[0].name}: expected PyTorch for CUDA (pip install 'anatomynet[gpu]') "
+                "and the checkpoint that anatomynet-export --fp16 adds"
+            )
         pb_utils.Logger.log_info(f"anatomynet runs on {self.runtime.description}")
+
+    def _prepare_gpu(self) -> None:
+        """What pays only there: on a CPU the network takes too long, and too much memory."""
+        keep_freed_memory()
+        for fault in warm_up(self.runtime, self.size_limit):
+            pb_utils.Logger.log_warn(f"not drawn before READY: {fault}")
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request; a request that cannot be answered gets one line that says why."""
