@@ -85,7 +85,9 @@ class GpuRuntime:
             with self._lock, torch.inference_mode(), self._set():
                 labels, confidence = self._computed(self._uploaded(hu))
                 return self._downloaded(labels), confidence.cpu().numpy()
-        except RuntimeError as error:  # out of memory too
+        except RuntimeError as error:
+            # Out of memory too, which is not foreseen as on a CPU: here it costs a moment and this volume alone, and
+            # how much is needed depends on how much there is (_slab_thickness).
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             raise failed(hu, self.description, error) from error

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anatomynet.engine.gpu_operations import TorchOperations
 
-pytest.importorskip("triton", reason="needs Triton's compiler: a PyTorch for CUDA, or pip install triton==3.6.0")
+pytest.importorskip("triton", reason="needs Triton's compiler: a PyTorch for CUDA, or see .ci/run")
 
 from anatomynet.engine import gpu_kernels
 from anatomynet.engine.gpu_kernels import KernelOperations
