@@ -44,7 +44,8 @@ sbom: $(VENV)/dev.stamp
 audit:
 	$(PYTHON) -m venv $(VENV)-audit
 	$(VENV)-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
-	$(VENV)-audit/bin/pip-audit --requirement requirements.lock --no-deps --disable-pip
+	$(VENV)-audit/bin/pip-audit --requirement requirements.lock \
+	    --requirement deploy/container/requirements-gpu.lock --no-deps --disable-pip
 
 clean:
 	rm -rf $(VENV) $(VENV)-audit build dist demo src/*.egg-info

@@ -14,8 +14,9 @@ from triton.errors import TritonError
 
 from anatomynet.engine.gpu_operations import TorchConvolutions, first_line
 
-# What the first use of a kernel raises where it cannot be compiled: no C compiler, or nowhere to keep what it made.
-FAILURES = (TritonError, RuntimeError, OSError, subprocess.SubprocessError)
+# What the first use of a kernel raises where it cannot be compiled: no C compiler, or nowhere to keep what it made. It
+# cannot be loaded from where nothing may be run (ImportError), nor where libcuda is not found (AssertionError).
+FAILURES = (TritonError, RuntimeError, OSError, subprocess.SubprocessError, ImportError, AssertionError)
 SLOPE = 0.01  # of LeakyReLU, as in engine.network
 BLOCK = 2048  # elements, or voxels times columns
 PROGRAMS = 1056  # of a reduction: eight for each multiprocessor of the largest GPUs

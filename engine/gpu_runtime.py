@@ -1,5 +1,5 @@
-"""A checkpoint on an NVIDIA GPU through PyTorch, in FP16: what Triton's Python backend computes with where ONNX Runtime
-has no CUDA. The middle of `segment`.
+"""A checkpoint on an NVIDIA GPU through PyTorch, in FP16: what Triton's Python backend computes with where PyTorch
+reaches a GPU. The middle of `segment`.
 
     CT -> pinned memory -> GPU -> blocks -> features -> head, slab by slab -> labels -> pinned memory -> LABEL_MAP
 
@@ -35,8 +35,13 @@ SLICES_AT_ONCE = 64  # of logits that are interpolated to the CT's grid
 
 
 def has_gpu() -> bool:
-    """Whether PyTorch sees an NVIDIA GPU."""
-    return torch.cuda.is_available()
+    """Whether PyTorch computes on an NVIDIA GPU: it also sees one that it was not built for."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        return bool(torch.ones(1, device="cuda").sum() == 1)
+    except RuntimeError:
+        return False
 
 
 class GpuRuntime:
@@ -80,7 +85,9 @@ class GpuRuntime:
             with self._lock, torch.inference_mode(), self._set():
                 labels, confidence = self._computed(self._uploaded(hu))
                 return self._downloaded(labels), confidence.cpu().numpy()
-        except RuntimeError as error:  # out of memory too
+        except RuntimeError as error:
+            # Out of memory too, which is not foreseen as on a CPU: here it costs a moment and this volume alone, and
+            # how much is needed depends on how much there is (_slab_thickness).
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             raise failed(hu, self.description, error) from error

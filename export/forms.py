@@ -125,8 +125,8 @@ def onnx_file(
 
 
 def python_form(source: Source, folder: Path, *, fp16: bool) -> list[TritonModel]:
-    """FP32 for CPUs; with `fp16` for GPUs FP16 beside it, and the checkpoint, which PyTorch computes in FP16 where ONNX
-    Runtime has no CUDA. See `onnx_file` for what it raises."""
+    """FP32 for CPUs; with `fp16` for GPUs the checkpoint beside it, which PyTorch computes in FP16, and FP16 for those
+    that only ONNX Runtime reaches. See `onnx_file` for what it raises."""
     if not fp16:
         return [python_model(source.config, [onnx_file(source, folder, fp16=False)])]
     files = [onnx_file(source, folder, fp16=half) for half in (False, True)]

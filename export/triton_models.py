@@ -30,7 +30,8 @@ MODEL_SOURCE, REGION_SOURCE = "model.py", "region_model.py"
 LARGEST_QUEUE = 8
 # Longer than a full queue of whole volumes takes on two CPU cores, shorter than a clinic waits.
 QUEUE_TIMEOUT_S = 120
-# Voxels a side at the network's resolution: enough to compile and to allocate, half a second on two cores.
+# Voxels a side at the network's resolution: enough to compile and to allocate, half a second on two cores. On a GPU
+# model.py has drawn larger ones by then (export/warm_up.py).
 WARM_UP_SIDE = 64
 # Of the CT (z, y, x): what the client cuts to head and neck, to the body, and a whole scan. A GPU allocates for them
 # and picks kernels.
@@ -174,12 +175,12 @@ optimization {{ execution_accelerators {{ gpu_execution_accelerator [{{
 
 
 def python_model(config: ModelConfig, onnx_files: Sequence[Path], *, checkpoint: Path | None = None) -> TritonModel:
-    """For Triton's Python backend: model.py runs what is fastest on the machine.
+    """For Triton's Python backend: model.py runs what the machine has.
 
     Args:
         config: of the checkpoint the files were exported from; becomes parameters of config.pbtxt.
         onnx_files: the served graph, one or more (FP32, FP16); kept under their own names.
-        checkpoint: its file, for GPUs that only PyTorch reaches; None leaves those to the CPU.
+        checkpoint: its file, what PyTorch computes on a GPU; None leaves that to ONNX Runtime's CUDA, or to the CPU.
 
     Raises:
         ExportError: no ONNX file, or two of one name.

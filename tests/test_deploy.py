@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from anatomynet import __version__
 from anatomynet.client.triton import TritonRuntime
 from anatomynet.engine.errors import ServerError
 from anatomynet.export.triton_models import LARGEST_QUEUE, QUEUE_TIMEOUT_S
@@ -48,6 +50,7 @@ InferenceServerException = pytest.importorskip("tritonclient.utils").InferenceSe
 
 SERVE = DEPLOY / "container" / "serve"
 CONTAINERFILE = (DEPLOY / "container" / "Containerfile").read_text()
+README = (DEPLOY / "README.md").read_text()
 # The last of the releases that fixed what SECURITY.md lists.
 OLDEST_TRITON = (26, 7)
 KEY = "anatomynet-admin-key"
@@ -137,6 +140,9 @@ def test_kubectl_builds_it(folder: str) -> None:
     assert limits["anatomynet"].get("nvidia.com/gpu") == (1 if folder == "kubernetes-gpu" else None)
     assert "nvidia.com/gpu" not in limits[PROXY]
     assert all(":" in pod["containers"][0]["image"] for pod in pods.values())
+    built_as = f"anatomynet-server:{__version__}" + ("-gpu" if folder == "kubernetes-gpu" else "")
+    assert pods["anatomynet"]["containers"][0]["image"] == built_as
+    assert f" -t {built_as} " in README
     (configuration_volume, _) = pods[PROXY]["volumes"]
     named = [
         source["configMap"]["name"] for source in configuration_volume["projected"]["sources"] if "configMap" in source
@@ -259,6 +265,36 @@ def test_the_container_runs_as_nobody_and_copies_what_is_there() -> None:
             for source in sources:
                 assert source == "triton_repo/" or (ROOT / source).exists(), source
                 assert f"!{source.rstrip('/')}" in allowed
+
+
+def stage(name: str) -> str:
+    """What a stage of the image does, a step a line."""
+    (text,) = re.findall(rf"^FROM \S+ AS {name}\n(.*?)(?=^FROM )", CONTAINERFILE, re.DOTALL | re.MULTILINE)
+    return "\n".join(line for line in text.replace("\\\n", " ").splitlines() if not line.startswith("#"))
+
+
+def test_the_image_for_a_gpu_has_what_compiles_its_kernels() -> None:
+    assert "apt-get" not in stage("server-cpu")
+    assert {"gcc", "libc6-dev", "python3-dev"} <= set(stage("server-gpu").split())
+
+
+@pytest.mark.parametrize(("cuda", "status"), [('"13.0"', 0), ("None", 1)], ids=["for CUDA", "for CPUs"])
+def test_the_image_for_a_gpu_takes_no_pytorch_for_cpus(cuda: str, status: int, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(f"class version:\n    cuda = {cuda}\n")
+    (program,) = re.findall(r"python -c '([^']+)'", stage("packages-gpu"))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, check=False, stderr=subprocess.DEVNULL)
+    assert run.returncode == status
+
+
+def test_kernels_are_kept_where_the_image_may_write_and_run_them() -> None:
+    """Docker's --tmpfs lets nothing be run unless it is told to; a pod's emptyDir does."""
+    (cache,) = re.findall(r"\bTRITON_CACHE_DIR=(\S+)", CONTAINERFILE)
+    assert Path(cache).parent == Path("/tmp")
+    (command,) = re.findall(r"^    docker run --gpus.*?anatomynet-server:\S+$", README, re.DOTALL | re.MULTILINE)
+    assert "--tmpfs /tmp:exec " in command
+    (container,) = pod_specs()["Deployment"]["containers"]
+    assert "/tmp" in {mount["mountPath"] for mount in container["volumeMounts"]}
 
 
 @pytest.fixture(scope="module")

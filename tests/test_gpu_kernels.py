@@ -12,7 +12,7 @@ from torch import Tensor
 
 from anatomynet.engine.gpu_operations import TorchOperations
 
-pytest.importorskip("triton", reason="needs Triton's compiler: a PyTorch for CUDA, or pip install triton==3.6.0")
+pytest.importorskip("triton", reason="needs Triton's compiler: a PyTorch for CUDA, or see .ci/run")
 
 from anatomynet.engine import gpu_kernels
 from anatomynet.engine.gpu_kernels import KernelOperations
@@ -84,6 +84,27 @@ def test_border_confidence(classes: int) -> None:
         by.border_confidence(blobs.to(torch.uint8), top, classes) for by in (KernelOperations(), TorchOperations())
     )
     torch.testing.assert_close(by_kernel, by_torch)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler."),
+        subprocess.CalledProcessError(1, ["gcc"]),
+        PermissionError(13, "Permission denied"),
+        ImportError("cuda_utils.so: failed to map segment from shared object"),
+        AssertionError("libcuda.so cannot found!\nPlease make sure GPU is set up"),
+    ],
+    ids=repr,
+)
+def test_what_keeps_them_from_being_compiled_is_their_fault(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No compiler, no headers, a cache that cannot be written, or whose files may not be run, a driver not found."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(gpu_kernels, "_combined", fails)
+    assert KernelOperations().fault(torch.device(DEVICE)) == str(error).splitlines()[0]
 
 
 def test_they_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:

@@ -1,20 +1,14 @@
 """engine/gpu_runtime.py and engine/gpu_network.py: on a CPU in FP32, where they must be the checkpoint itself, and on a
-GPU, where one is. Which of all runtimes the Python backend takes."""
+GPU, where one is."""
 
-import importlib.util
-import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
 from anatomynet.engine.checkpoint import load_checkpoint
-from anatomynet.engine.config import shipped_weights
 from anatomynet.engine.errors import GeometryError, ModelError
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.gpu_network import TensorCoreNetwork
@@ -22,10 +16,8 @@ from anatomynet.engine.gpu_operations import TorchOperations
 from anatomynet.engine.gpu_runtime import GpuRuntime, has_gpu
 from anatomynet.engine.network import AnatomyNet
 from anatomynet.engine.phantom import make_phantom
-from anatomynet.engine.runtime import OnnxRuntime, TorchRuntime, load_runtime
-from anatomynet.export.gpu import Gpu
+from anatomynet.engine.runtime import TorchRuntime
 from anatomynet.export.parity import check_parity, draw_reference
-from anatomynet.export.triton_models import shipped_model_source
 from tests.random_network import STRIDES, random_config, random_network, smooth_hu
 
 ROUNDING = 1e-4  # of logits of about 10, in FP32
@@ -168,48 +160,17 @@ def test_on_a_gpu_it_passes_the_exports_gate(stride: int, without: str) -> None:
     check_parity(draw_reference(network, config, hu), runtime, fp16=True)
 
 
-@pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The Python backend's model.py, as on a machine with a GPU."""
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", ModuleType("triton_python_backend_utils"))
-    spec = importlib.util.spec_from_file_location("served_model", shipped_model_source())
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "visible_gpus", lambda: (Gpu("an H100", "9.0"),))
-    monkeypatch.setattr("anatomynet.engine.gpu_runtime.has_gpu", lambda: True)
-    on_cpu = lambda path: GpuRuntime(*load_checkpoint(path), device="cpu")  # noqa: E731
-    monkeypatch.setattr("anatomynet.engine.gpu_runtime.load_gpu_runtime", on_cpu)
-    return module
+@pytest.mark.parametrize("error", ["", "CUDA error: no kernel image is available for execution on the device\nmore"])
+def test_a_gpu_that_pytorch_sees_but_cannot_compute_on_is_none(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older than what that PyTorch was built for."""
+    really_ones = torch.ones
 
+    def ones(*shape: int, device: str) -> torch.Tensor:
+        assert device == "cuda"
+        if error:
+            raise RuntimeError(error)
+        return really_ones(*shape)
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A version's folder, as `anatomynet-export --fp16` fills it."""
-    for suffix in (".onnx", ".safetensors"):
-        shutil.copyfile(shipped_weights(suffix), tmp_path / f"openkbp7{suffix}")
-    return tmp_path
-
-
-def test_served_through_pytorch_where_onnx_runtime_has_no_cuda(backend: ModuleType, folder: Path) -> None:
-    runtime = backend.fastest_runtime(folder)
-    if isinstance(runtime, OnnxRuntime):
-        pytest.skip("ONNX Runtime has CUDA here")
-    assert isinstance(runtime, GpuRuntime)
-    assert runtime.model == load_runtime(folder / "openkbp7.onnx").model  # the checkpoint's hash too
-
-
-@pytest.mark.parametrize("lacking", ["checkpoint", "GPU", "PyTorch with CUDA", "PyTorch"])
-def test_served_on_the_cpu_else(
-    lacking: str, backend: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if lacking == "checkpoint":
-        (folder / "openkbp7.safetensors").unlink()
-    elif lacking == "GPU":
-        monkeypatch.setattr(backend, "visible_gpus", lambda: ())
-    elif lacking == "PyTorch with CUDA":
-        monkeypatch.setattr("anatomynet.engine.gpu_runtime.has_gpu", lambda: False)
-    else:
-        monkeypatch.setitem(sys.modules, "anatomynet.engine.gpu_runtime", None)
-    assert not isinstance(backend.fastest_runtime(folder), GpuRuntime)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", ones)
+    assert has_gpu() == (not error)

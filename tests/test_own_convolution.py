@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="needs Triton's compiler: a PyTorch for CUDA, or pip install triton==3.6.0")
+pytest.importorskip("triton", reason="needs Triton's compiler: a PyTorch for CUDA, or see .ci/run")
 
 from anatomynet.engine.gpu_convolution import Kind
 from anatomynet.engine.gpu_network import TensorCoreNetwork

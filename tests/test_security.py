@@ -28,6 +28,7 @@ NOT_LOCKED = {"tensorrt"}
 # What an environment has by itself, this project, and a GPU's compilers, of .ci/run or of a PyTorch for CUDA.
 COMPILERS = {"triton", "cuda-bindings", "cuda-pathfinder", "nvidia-cuda-nvrtc"}
 NOT_ASKED_FOR = {"anatomynet", "pip", "wheel"} | COMPILERS
+GPU_LOCK = ROOT / "deploy" / "container" / "requirements-gpu.lock"
 
 
 def unsafe(source: str) -> list[str]:
@@ -101,6 +102,16 @@ def locked() -> dict[str, str]:
 def test_lock_and_constraints_agree(locked: dict[str, str]) -> None:
     chosen = pinned(ROOT / "constraints.txt")
     assert {name: locked.get(name) for name in chosen} == chosen
+
+
+def test_what_a_gpu_has_besides_is_locked_once(locked: dict[str, str]) -> None:
+    """And it has the very compilers by which the tests compile its kernels."""
+    besides = pinned(GPU_LOCK)
+    assert besides.keys().isdisjoint(locked)
+    assert besides.keys() >= COMPILERS
+    constraint = str(GPU_LOCK.relative_to(ROOT))
+    install = (ROOT / ".ci" / "run").read_text().partition(f"--constraint {constraint}")[2].splitlines()[0]
+    assert COMPILERS - {"cuda-pathfinder"} == set(install.split())
 
 
 def test_lock_holds_what_the_project_asks_for(locked: dict[str, str]) -> None:
@@ -223,8 +234,11 @@ def test_a_weakness_would_be_found(locked: dict[str, str], judged: dict[str, Any
 
 def test_what_is_weak_or_not_open_is_optional_and_in_no_image(judged: dict[str, Any]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    shipped = [*project["dependencies"], *project["optional-dependencies"]["local"]]
-    recipe = (ROOT / "deploy" / "container" / "Containerfile").read_text()
-    assert "pip install --no-cache-dir -c constraints.txt -c requirements.lock '.[local]'" in recipe
+    extras = project["optional-dependencies"]
+    shipped = [*project["dependencies"], *extras["local"], *extras["gpu"]]
+    recipe = (ROOT / "deploy" / "container" / "Containerfile").read_text().replace("\\\n", "")
+    on_cpu, on_gpu = re.findall(r"pip install --no-cache-dir ([^&\n]+)", recipe)
+    assert on_cpu == "-c constraints.txt -c requirements.lock '.[local]'"
+    assert on_gpu.split() == [*on_cpu.split()[:-1], "-c", GPU_LOCK.name, "'.[local,gpu]'"]
     names = {canonicalize_name(packaging_requirements.Requirement(text).name) for text in shipped}
     assert names.isdisjoint(judged["weak"].keys() | judged["licences"]["exceptions"].keys())

@@ -19,13 +19,14 @@ from anatomynet.engine.runtime import CUDA_PROVIDER, OnnxRuntime, Runtime, load_
 from anatomynet.export.gpu import visible_gpus
 from anatomynet.export.heap import keep_freed_memory
 from anatomynet.export.manifest import check_files
+from anatomynet.export.warm_up import warm_up
 
 
 class TritonPythonModel:
     """The model `anatomynet`: CT -> LABEL_MAP, CONFIDENCE. Triton itself checks names, types and dimensions."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Loads what runs fastest here.
+        """Loads what computes here.
 
         Raises:
             TritonModelException: files that do not fit this machine, or config.pbtxt; the model is not READY then.
@@ -36,15 +37,26 @@ class TritonPythonModel:
         values = {key: value["string_value"] for key, value in parameters.items()}
         try:
             check_files(home)
-            self.runtime = fastest_runtime(folder)
+            self.runtime, on_gpu = chosen_runtime(folder)
             if self.runtime.model != model_config_from_json(values[CONFIG_KEY]):
                 raise ModelError("config.pbtxt and what lies beside it are of two models: run anatomynet-export")
             self.size_limit = size_limit_from_parameters(values, self.runtime.model)
         except AnatomyNetError as error:
             raise pb_utils.TritonModelException(str(error)) from error
-        if visible_gpus():  # on a CPU the network takes so long, and so much memory, that it would not pay
-            keep_freed_memory()
+        if on_gpu:
+            self._prepare_gpu()
+        elif gpus := visible_gpus():
+            pb_utils.Logger.log_warn(
+                f"nothing here computes on {gpus[0].name}: expected PyTorch for CUDA (pip install 'anatomynet[gpu]') "
+                "and the checkpoint that anatomynet-export --fp16 adds"
+            )
         pb_utils.Logger.log_info(f"anatomynet runs on {self.runtime.description}")
+
+    def _prepare_gpu(self) -> None:
+        """What pays only there: on a CPU the network takes too long, and too much memory."""
+        keep_freed_memory()
+        for fault in warm_up(self.runtime, self.size_limit):
+            pb_utils.Logger.log_warn(f"not drawn before READY: {fault}")
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request; a request that cannot be answered gets one line that says why."""
@@ -69,9 +81,11 @@ class TritonPythonModel:
         )
 
 
-def fastest_runtime(folder: Path) -> Runtime:
-    """On a GPU the FP16 graph through ONNX Runtime, or else the checkpoint through PyTorch; the FP32 graph on a CPU,
-    which computes FP16 in FP32 and gains nothing.
+def chosen_runtime(folder: Path) -> tuple[Runtime, bool]:
+    """What computes here, and whether that is a GPU.
+
+    On a GPU the checkpoint through PyTorch, which has been timed there, or else the FP16 graph through ONNX Runtime,
+    which has not; the FP32 graph on a CPU, which computes FP16 in FP32 and gains nothing.
 
     Raises:
         ModelError: no ONNX file, or one that cannot be run here.
@@ -79,10 +93,13 @@ def fastest_runtime(folder: Path) -> Runtime:
     files = sorted(folder.glob("*.onnx"), key=lambda file: "fp16" in file.stem)
     if not files:
         raise ModelError(f"no ONNX file in {folder}: run anatomynet-export")
+    by_torch = _torch_on_gpu(folder)
+    if by_torch:
+        return by_torch, True
     runtime = load_runtime(files[0])
     if isinstance(runtime, OnnxRuntime) and CUDA_PROVIDER in runtime.providers:
-        return load_runtime(files[-1]) if len(files) > 1 else runtime
-    return _torch_on_gpu(folder) or runtime
+        return load_runtime(files[-1]) if len(files) > 1 else runtime, True
+    return runtime, False
 
 
 def _torch_on_gpu(folder: Path) -> Runtime | None:
