@@ -103,14 +103,14 @@ def survey_cases(folder: Path, model: ModelConfig, *, alias_file: Path | None = 
         ModelError: an alias file that cannot be used.
     """
     cases, reports, first_of, digests = [], [], dict[str, str](), dict[str, str]()
-    for case, ct in _read_cases(folder, model, alias_file):
-        if isinstance(case, CaseReport):
-            reports.append(case)
+    for read, ct in _read_cases(folder, model, alias_file):
+        if isinstance(read, CaseReport):
+            reports.append(read)
             continue
-        reports.append(_report(case, model, same_as=first_of.setdefault(ct, case.name)))
+        reports.append(_report(read, model, same_as=first_of.setdefault(ct, read.name)))
         if not reports[-1].skipped:
-            cases.append(case)
-            digests[case.name] = _digest_with_contours(case, ct)
+            cases.append(read)
+            digests[read.name] = _digest_with_contours(read, ct)
     survey = Survey(folder.name, cases, tuple(reports), digests)
     if survey.skipped and (strict or not cases):
         first = survey.skipped[0]
@@ -186,8 +186,9 @@ def _digest(case: Case) -> str:
 
 def _digest_with_contours(case: Case, ct: str) -> str:
     """Of all that is learnt from a case whose CT has that digest."""
-    text = repr((ct, case.labels.shape, case.volume.geometry.spacing, case.annotated))
-    return hashlib.sha256(text.encode() + np.ascontiguousarray(case.labels).tobytes()).hexdigest()
+    digest = hashlib.sha256(repr((ct, case.labels.shape, case.volume.geometry.spacing, case.annotated)).encode())
+    digest.update(np.ascontiguousarray(case.labels).data)
+    return digest.hexdigest()
 
 
 def _report(case: Case, model: ModelConfig, *, same_as: str) -> CaseReport:

@@ -317,7 +317,7 @@ def _resume(training: Training, output: Path) -> None:
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder with train/ and validation/.")
 @click.option("--config", default="openkbp7", show_default=True, help="A shipped configuration, or a TOML file.")
 @click.option("--output", type=click.Path(path_type=Path), help="Checkpoint to write; runs/NAME.safetensors.")
-@click.option("--resume", is_flag=True, help="Go on from the state beside --output.")
+@click.option("--resume", is_flag=True, help="Go on from the state beside --output, with the same cases.")
 @click.option("--overwrite", is_flag=True, help="Lose the run that is at --output, if there is one.")
 @click.option(
     "--from",
