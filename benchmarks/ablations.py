@@ -37,11 +37,11 @@ from tqdm import tqdm
 
 from anatomynet.engine.command import reports_errors
 from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
-from anatomynet.engine.data import Case, cut_to_body, cut_to_head_and_neck
+from anatomynet.engine.data import Case
 from anatomynet.engine.errors import DataError
 from anatomynet.engine.network import AnatomyNet, ResidualBlock, SqueezeExcitation
 from anatomynet.engine.survey import survey_archive
-from anatomynet.engine.train import finder_for, phantom_case, validate
+from anatomynet.engine.train import cases_to_learn_from, finder_for, phantom_case, validate
 from benchmarks.common import machine, write_result
 from benchmarks.oar9_phantoms import FIRST_UNSEEN_SEED, device_name, trained, with_structures_withheld
 
@@ -224,7 +224,7 @@ def cases_of(data: Path | None, phantoms: int | None, model: ModelConfig) -> tup
         raise DataError("nothing to learn from, or two things: expected --data FOLDER or --phantoms N")
     if data:
         taught, held_out = survey_archive(data, model)
-        return [cut_to_body(cut_to_head_and_neck(case)) for case in taught.cases], held_out.cases
+        return cases_to_learn_from(taught), held_out.cases
     x, y, z = ((low + high) / 2 for low, high in zip(model.smallest_spacing, model.largest_spacing, strict=True))
     spacing = (x * model.in_plane_stride, y * model.in_plane_stride, z)
     count = phantoms or 0

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from anatomynet.engine.command import reports_errors
 from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
-from anatomynet.engine.data import cut_to_body, cut_to_head_and_neck, find_cases
+from anatomynet.engine.data import find_cases
 from anatomynet.engine.network import AIR
 from anatomynet.engine.runtime import Runtime, TorchRuntime
 from anatomynet.engine.survey import survey_archive
-from anatomynet.engine.train import fit, patient_counts
+from anatomynet.engine.train import cases_to_learn_from, fit, patient_counts
 from anatomynet.engine.training import Training
 from benchmarks.accuracy import CAUTION, PUBLISHED, measured, runtime_from_checkpoint
 from benchmarks.common import machine, write_result
@@ -98,17 +98,18 @@ class DynUNetOfAnySize(nn.Module):
 
 def trained(data: Path, model: ModelConfig, train: TrainConfig, output: Path, *, resume: bool) -> Runtime:
     """The best of a run over the cases that anatomynet-train takes, ready to draw."""
-    taught, held_out = survey_archive(data, model)
-    cases = [cut_to_body(cut_to_head_and_neck(case)) for case in taught.cases]
-    model = replace(model, patients=patient_counts(cases))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     training = Training(model, train, device, new_network=DynUNetOfAnySize)
     if resume:
         training.restore(output.with_suffix(".state.safetensors"))
+    taught, held_out = survey_archive(data, model)
+    training.take_cases({survey.folder: survey.digests for survey in (taught, held_out)}, archive=data)
+    cases = cases_to_learn_from(taught)
+    training.count_patients(patient_counts(cases))
     fit(training, cases, held_out.cases, output)
     network = DynUNetOfAnySize(model.classes)
     network.load_state_dict(load_file(output))
-    return TorchRuntime(network.eval(), model, device)
+    return TorchRuntime(network.eval(), training.model, device)
 
 
 def parameters(network: nn.Module) -> int:

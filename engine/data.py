@@ -114,7 +114,7 @@ def read_case(folder: Path, structures: tuple[str, ...], *, alias_file: Path | N
         elif not mask.any():
             empty.append(name)
         else:
-            drawn[name] = int(mask.sum())
+            drawn[name] = np.count_nonzero(mask)
             labels[mask] = structures.index(name) + 1
     if not drawn:
         found = f"; empty: {', '.join(empty)}" if empty else ""
@@ -122,7 +122,9 @@ def read_case(folder: Path, structures: tuple[str, ...], *, alias_file: Path | N
         raise DataError(f"{folder}: none of {', '.join(structures)} in its structures/{found}")
     remarks = [f"{name}: its mask is empty, so it is not annotated" for name in empty]
     remarks += _shared_voxels(folder, labels, {structures.index(name) + 1: (name, n) for name, n in drawn.items()})
-    volume = CTVolume(np.clip(np.rint(hu), -32768, 32767).astype(np.int16), geometry)
+    if hu.dtype != np.int16:
+        hu = np.clip(np.rint(hu), -32768, 32767)
+    volume = CTVolume(hu.astype(np.int16), geometry)
     annotated = tuple(name in drawn for name in structures)
     return Case(folder.name, volume, labels, annotated, tuple(unmatched), tuple(remarks))
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.runtime import Runtime
 from anatomynet.engine.segment import segment
+from anatomynet.engine.structure_region import boxes_of
 from anatomynet.engine.volume import CTVolume, LabelArray, LabelMap
 
 INSIDE_SHARE = 0.5  # of a block: from here on its voxel is inside
@@ -19,8 +20,9 @@ INSIDE_SHARE = 0.5  # of a block: from here on its voxel is inside
 def block_means(array: NDArray[np.generic], stride: int) -> NDArray[np.float32]:
     """Means of stride x stride voxels in plane, (z, y, x), whose sides are multiples of it."""
     depth, height, width = array.shape
-    blocks = array.reshape(depth, height // stride, stride, width // stride, stride)
-    means: NDArray[np.float32] = blocks.mean(axis=(2, 4), dtype=np.float32)
+    # Rows first, which are added whole: both axes at once take five times as long.
+    rows = array.reshape(depth, height // stride, stride, width).mean(axis=2, dtype=np.float32)
+    means: NDArray[np.float32] = rows.reshape(depth, height // stride, width // stride, stride).mean(axis=3)
     return means
 
 
@@ -29,8 +31,12 @@ def reduced_labels(labels: LabelArray, stride: int, *, count: int) -> LabelArray
     if stride == 1:
         return labels
     reduced = np.zeros((labels.shape[0], labels.shape[1] // stride, labels.shape[2] // stride), np.uint8)
-    for label in range(1, count + 1):
-        reduced[block_means(labels == label, stride) >= INSIDE_SHARE] = label
+    for label, box in enumerate(boxes_of(labels, count), start=1):
+        if box is not None:
+            z, *sides = box
+            y, x = (slice(side.start // stride, -(-side.stop // stride)) for side in sides)
+            rows, columns = (slice(side.start * stride, side.stop * stride) for side in (y, x))
+            reduced[z, y, x][block_means(labels[z, rows, columns] == label, stride) >= INSIDE_SHARE] = label
     return reduced
 
 

@@ -37,7 +37,7 @@ from anatomynet.engine.region import RegionFinder
 from anatomynet.engine.region_runtime import EmbeddedRegionFinder
 from anatomynet.engine.resolution import draw_reduced
 from anatomynet.engine.runtime import TorchRuntime, available_cores
-from anatomynet.engine.survey import summary_lines, survey_archive, write_survey
+from anatomynet.engine.survey import Survey, summary_lines, survey_archive, write_survey
 from anatomynet.engine.training import Training
 
 # Threads that make samples. One is enough for two cores, where a sample takes 8 ms, a phantom 0.23 s and a step half a
@@ -113,6 +113,12 @@ def phantom_case(model: ModelConfig, *, spacing: Point, seed: int) -> Case:
     return cut_to_body(Case(f"phantom_{seed}", volume, truth.labels, annotated, synthetic=True))
 
 
+def cases_to_learn_from(survey: Survey) -> list[Case]:
+    """The cases of a survey, cut to head and neck and to the body; it keeps none: whole, they would fill memory too."""
+    whole, survey.cases[:] = survey.cases[::-1], ()
+    return [cut_to_body(cut_to_head_and_neck(whole.pop())) for _ in range(len(whole))]
+
+
 def patient_counts(cases: Sequence[Case]) -> tuple[int, ...]:
     """For each structure, how many patients have its contours; phantoms are none."""
     counts = np.sum([case.annotated for case in cases if not case.synthetic], axis=0, dtype=int)
@@ -159,7 +165,9 @@ def fit(training: Training, cases: list[Case], held_out: list[Case], output: Pat
     """
     train = training.train
     losses = training.losses
-    _forget_rows(output.with_suffix(".csv"), beyond=training.step)
+    log = output.with_suffix(".csv")
+    if (kept := _kept_log(log, until=training.step)) is not None:
+        write_whole(log, kept, overwrite=True)
     with (
         _Interruptible() as interruption,
         event_log(output, first=training.step) as write_events,
@@ -173,8 +181,8 @@ def fit(training: Training, cases: list[Case], held_out: list[Case], output: Pat
             if training.step % train.steps_per_epoch == 0 or training.step == train.steps:
                 row = keep_best(training, held_out, output, loss=_finite_mean(losses, training.step))
                 bar.write(_told(row))
-                _append_row(output.with_suffix(".csv"), row)
-                write_curves(output.with_suffix(".csv"))
+                _append_row(log, row)
+                write_curves(log)
                 write_events(row)
                 losses.clear()
                 training.save(_state_of(output))
@@ -274,24 +282,42 @@ def _forget_run(output: Path) -> None:
     forget_events(output)
 
 
-def _forget_rows(path: Path, *, beyond: int) -> None:
-    """Leaves out of a log what was written after the state that a run goes on from: it comes again."""
-    if path.is_file() and path.stat().st_size:
-        try:
-            header, *rows = path.read_bytes().decode().splitlines(keepends=True)  # csv's own line ends
-            kept = [row for row in rows if int(row.split(",")[0]) <= beyond]
-        except ValueError as error:
-            raise OutputError(
-                f"{path} is not the log that anatomynet-train wrote: move it away, and another begins"
-            ) from error
-        write_whole(path, "".join((header, *kept)).encode(), overwrite=True)
+def _kept_log(path: Path, *, until: int) -> bytes | None:
+    """Of a log, what was written before the state that a run goes on from: the rest comes again. None without one.
+
+    Raises:
+        OutputError: the file is no log.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        return None
+    try:
+        header, *rows = path.read_bytes().decode().splitlines(keepends=True)  # csv's own line ends
+        kept = [row for row in rows if int(row.split(",")[0]) <= until]
+    except ValueError as error:
+        raise OutputError(
+            f"{path} is not the log that anatomynet-train wrote: move it away, and another begins"
+        ) from error
+    return "".join((header, *kept)).encode()
+
+
+def _resume(training: Training, output: Path) -> None:
+    """Restores what is saved beside `output`, and refuses what could not go on, before a case is read."""
+    state = _state_of(output)
+    training.restore(state)
+    if training.validated and not output.is_file():  # what comes may be worse, and would not be written
+        raise OutputError(f"{output}, the best of this run so far, is not there: put it back, or begin anew")
+    _kept_log(output.with_suffix(".csv"), until=training.step)
+    if not training.digests:
+        click.echo(
+            f"{state} does not tell which cases it was trained on, being older: be sure that they are these", err=True
+        )
 
 
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder with train/ and validation/.")
 @click.option("--config", default="openkbp7", show_default=True, help="A shipped configuration, or a TOML file.")
 @click.option("--output", type=click.Path(path_type=Path), help="Checkpoint to write; runs/NAME.safetensors.")
-@click.option("--resume", is_flag=True, help="Go on from the state beside --output.")
+@click.option("--resume", is_flag=True, help="Go on from the state beside --output, with the same cases.")
 @click.option("--overwrite", is_flag=True, help="Lose the run that is at --output, if there is one.")
 @click.option(
     "--from",
@@ -329,20 +355,20 @@ def main(
     output = output or Path("runs") / f"{model.name}.safetensors"
     _prepare_output(output, overwrite=resume or overwrite)  # before an hour of training, not after
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    surveys = survey_archive(data, model, alias_file=aliases, strict=strict)
-    write_survey(output.with_suffix(".cases.csv"), surveys)
-    for survey in surveys:
-        click.echo("\n".join(summary_lines(survey, model)))
-    cases, held_out = [cut_to_body(cut_to_head_and_neck(case)) for case in surveys[0].cases], surveys[1].cases
-    training = Training(dataclasses.replace(model, patients=patient_counts(cases)), train, device)
+    training = Training(model, train, device)
     if begin_with:
         training.begin_with(None if begin_with == SHIPPED_NAME else Path(begin_with))
     if resume:
-        training.restore(_state_of(output))
-        if training.validated and not output.is_file():  # what comes may be worse, and would not be written
-            raise OutputError(f"{output}, the best of this run so far, is not there: put it back, or begin anew")
-    else:
+        _resume(training, output)
+    surveys = survey_archive(data, model, alias_file=aliases, strict=strict)
+    for survey in surveys:
+        click.echo("\n".join(summary_lines(survey, model)))
+    training.take_cases({survey.folder: survey.digests for survey in surveys}, archive=data)
+    write_survey(output.with_suffix(".cases.csv"), surveys)  # only now that nothing is refused any more
+    if not resume:
         _forget_run(output)
+    cases, held_out = cases_to_learn_from(surveys[0]), surveys[1].cases
+    training.count_patients(patient_counts(cases))
     if begin_with:
         click.echo(_told(keep_best(training, held_out, output, loss=math.nan)))
     fit(training, cases, held_out, output)

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from anatomynet.engine.augmentation import Sample
 from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.config import ModelConfig, TrainConfig, model_config_from_json
-from anatomynet.engine.errors import ModelError
+from anatomynet.engine.errors import DataError, ModelError
 from anatomynet.engine.losses import hybrid_loss
 from anatomynet.engine.network import AnatomyNet
 from anatomynet.engine.output import write_whole
@@ -31,7 +31,10 @@ LARGEST_GRADIENT = 12.0
 MOMENTUM = 0.9  # of the paper's second stage (section 3.1)
 MAY_CHANGE = ("steps", "steps_per_epoch")  # when a run is resumed
 NOT_VALIDATED = -1.0  # below the worst DSC: the first validation always writes a checkpoint
+CASES_TOLD = 3  # by name, of those that are other ones
 FINAL_RATE = 0.01  # share of the learning rate that is left at the end
+
+CaseDigests = dict[str, dict[str, str]]  # folder -> case -> a digest of all that is learnt from it
 
 
 class Training:
@@ -66,6 +69,7 @@ class Training:
         self.losses: list[Tensor] = []  # of the epoch's steps so far, on the device
         self.optimiser = self._new_optimiser()
         self.best = NOT_VALIDATED  # DSC
+        self.digests: CaseDigests = {}  # of what is learnt from and validated with; none where nobody told
 
     def begin_with(self, path: Path | None) -> None:
         """Takes the weights of a checkpoint instead of random ones; None is the shipped one.
@@ -85,10 +89,24 @@ class Training:
             )
         for own in (self.network, self.average):
             own.load_state_dict(network.state_dict())
-        self._count_patients_of(model)
+        self.count_patients(model.patients)
 
-    def _count_patients_of(self, model: ModelConfig) -> None:
-        pairs = itertools.zip_longest(self.model.patients, model.patients, fillvalue=0)
+    def take_cases(self, digests: CaseDigests, *, archive: Path) -> None:
+        """Notes which cases an archive holds to learn from and to validate with; the state tells them from then on.
+
+        Raises:
+            DataError: they are not those that a resumed run was begun with: what it learnt from might validate it.
+        """
+        if self.digests and (told := "; ".join(_differences(self.digests, digests))):
+            raise DataError(
+                f"{archive} holds other cases than the run was begun with ({told}): put those back, or start a new "
+                "output, which --from may begin with these weights"
+            )
+        self.digests = digests
+
+    def count_patients(self, patients: Iterable[int]) -> None:
+        """Takes in how many patients have each structure's contours; of several counts the largest."""
+        pairs = itertools.zip_longest(self.model.patients, patients, fillvalue=0)
         self.model = dataclasses.replace(self.model, patients=tuple(max(pair) for pair in pairs))
 
     def learn(self, sample: Sample) -> Tensor:
@@ -185,6 +203,8 @@ class Training:
         train = json.dumps(dataclasses.asdict(self.train), sort_keys=True)
         metadata = {"model": self.model.to_json(), "train": train, "step": str(self.step), "best": repr(self.best)}
         metadata["losses"] = json.dumps([float(loss) for loss in self.losses])
+        if self.digests:
+            metadata["cases"] = json.dumps(self.digests, sort_keys=True)
         write_whole(path, save(tensors, metadata=metadata), overwrite=True)
 
     def restore(self, path: Path) -> None:
@@ -209,9 +229,10 @@ class Training:
                 network.load_state_dict(_with_prefix(tensors, prefix))
             except RuntimeError as error:
                 raise ModelError(f"{path} holds another network than this one: start a new output") from error
-        self._count_patients_of(model)  # the checkpoint that the run began with may have had others
+        self.count_patients(model.patients)  # the checkpoint that the run began with may have had others
         self.step, self.best = int(metadata["step"]), float(metadata["best"])
         losses = json.loads(metadata.get("losses", "[]"))  # states older than that lack them
+        self.digests = json.loads(metadata.get("cases", "{}"))
         self.losses[:] = [torch.tensor(loss, device=self.device) for loss in losses]
         self._go_on_after(json.loads(metadata["train"])["steps"] if "train" in metadata else self.train.steps, tensors)
 
@@ -286,6 +307,22 @@ def _check_recipe(saved: str | None, train: TrainConfig, path: Path) -> None:
     if changed:
         told = ", ".join(f"{name} {before[name]} then, {now.get(name)} now" for name in changed)
         raise ModelError(f"{path} was trained otherwise ({told}): nobody could repeat such a run; start a new output")
+
+
+def _differences(before: CaseDigests, now: CaseDigests) -> Iterator[str]:
+    """Of each folder, how many cases are other ones, and the first of them by name."""
+    for folder, new in now.items():
+        old = before.get(folder, {})
+        changed = {name for name in old.keys() & new.keys() if old[name] != new[name]}
+        kinds = {"more": new.keys() - old.keys(), "fewer": old.keys() - new.keys(), "changed": changed}
+        told = [_counted(sorted(names), kind) for kind, names in kinds.items() if names]
+        if told:
+            yield f"{folder}: {', '.join(told)}"
+
+
+def _counted(names: list[str], kind: str) -> str:
+    first = ", ".join(names[:CASES_TOLD]) + (", ..." if len(names) > CASES_TOLD else "")
+    return f"{len(names)} case{'s' if len(names) > 1 else ''} {kind} ({first})"
 
 
 def frozen_from(train: TrainConfig) -> int:

@@ -43,6 +43,22 @@ def test_half_a_block_is_inside() -> None:
     assert reduced_labels(labels, 2, count=2).tolist() == [[[1, 0]]]
 
 
+@pytest.mark.parametrize("stride", [2, 4])
+def test_a_label_is_where_it_fills_half_of_a_block_wherever_its_box_begins(stride: int) -> None:
+    labels = np.zeros((5, 24, 32), np.uint8)
+    labels[1:4, 3:22, 5:31] = np.random.default_rng(0).integers(0, 4, (3, 19, 26))
+    labels[:, 10:17, 9:19] = 5
+    labels[2, 23, 31] = 6
+    expected = np.zeros((5, 24 // stride, 32 // stride), np.uint8)
+    for place in np.ndindex(expected.shape):
+        z, y, x = place
+        block = labels[z, y * stride : (y + 1) * stride, x * stride : (x + 1) * stride]
+        for label in range(1, 8):
+            if 2 * np.count_nonzero(block == label) >= block.size:
+                expected[place] = label
+    assert np.array_equal(reduced_labels(labels, stride, count=7), expected)
+
+
 @dataclass
 class Bright:
     """Draws what is above 300 HU as the first structure, voxel by voxel."""

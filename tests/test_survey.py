@@ -3,14 +3,18 @@
 import csv
 import os
 import shutil
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import nrrd
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from anatomynet.engine.config import ModelConfig
+from anatomynet.engine.data import Case, read_case
 from anatomynet.engine.errors import DataError
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.survey import summary_lines, survey_archive, survey_cases, write_survey
@@ -172,6 +176,81 @@ def test_an_archived_patient_to_learn_from_and_to_validate_with_is_refused(data:
     shutil.rmtree(data.parent / "validation" / "case_0a1b2c3d_0000000002")
     taught, held_out = survey_archive(data.parent, MODEL)
     assert (len(taught.cases), len(held_out.cases)) == (3, 1)
+
+
+def test_several_cases_are_read_at_once_and_told_in_the_order_of_their_names(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more of them than readers: each holds a CT at full resolution, and its masks."""
+    write_case(data / "c_bad", {"Thyroid": LEFT})
+    write_case(data / "d_late", {"Parotid_L": LEFT})
+    expected = survey_cases(data, MODEL)
+    lock, both = threading.Lock(), threading.Barrier(2, timeout=60)
+    reading, most = 0, 0
+
+    def read(folder: Path, structures: tuple[str, ...], *, alias_file: Path | None = None) -> Case:
+        nonlocal reading, most
+        with lock:
+            reading += 1
+            most = max(most, reading)
+        both.wait()  # one reader alone would wait here for ever
+        time.sleep(0.2 if folder.name == "a_good" else 0)  # the first is the last to be read
+        try:
+            return read_case(folder, structures, alias_file=alias_file)
+        finally:
+            with lock:
+                reading -= 1
+
+    monkeypatch.setattr("anatomynet.engine.survey.READERS", 2)
+    monkeypatch.setattr("anatomynet.engine.survey.read_case", read)
+    survey = survey_cases(data, MODEL)
+    assert most == 2
+    assert survey.reports == expected.reports
+    assert [case.name for case in survey.cases] == ["a_good", "b_one", "d_late"]
+
+
+def test_after_an_error_no_more_cases_are_read(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after Ctrl-C."""
+    for number in range(20):
+        write_case(data / f"c_{number:02}", {"Parotid_L": LEFT})
+    asked = []
+
+    def read(folder: Path, structures: tuple[str, ...], *, alias_file: Path | None = None) -> Case:
+        asked.append(folder.name)
+        return read_case(folder, structures, alias_file=alias_file)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("anatomynet.engine.survey.READERS", 1)
+    monkeypatch.setattr("anatomynet.engine.survey.read_case", read)
+    monkeypatch.setattr("anatomynet.engine.survey._report", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        survey_cases(data, MODEL)
+    assert len(asked) < 22
+
+
+def test_all_that_is_learnt_from_a_case_is_in_its_digest(tmp_path: Path) -> None:
+    """Its place in the scanner is not: nothing is learnt from that."""
+    boxes: dict[str, Box] = {"Parotid_L": LEFT, "Parotid_R": RIGHT}
+    write_case(tmp_path / "a", boxes)
+    write_case(tmp_path / "moved", boxes, replace(GEOMETRY, origin=(0.0, 0.0, 3.0)))
+    write_case(tmp_path / "contour", boxes | {"Parotid_L": np.s_[6:14, 20:28, 34:39]})
+    write_case(tmp_path / "fewer", {"Parotid_L": LEFT})
+    write_case(tmp_path / "spacing", boxes, replace(GEOMETRY, spacing=(4.0, 4.0, 2.9)))
+    write_case(tmp_path / "ct", boxes)
+    hu, header = nrrd.read(str(tmp_path / "ct" / "img.nrrd"))
+    hu[0, 0, 0] += 1
+    nrrd.write(str(tmp_path / "ct" / "img.nrrd"), hu, header)
+    digests = survey_cases(tmp_path, MODEL).digests
+    assert list(digests) == ["a", "contour", "ct", "fewer", "moved", "spacing"]
+    assert digests["a"] == digests["moved"]
+    assert len(set(digests.values())) == 5
+
+
+def test_a_case_that_is_skipped_has_no_digest(data: Path) -> None:
+    write_case(data / "c_bad", {"Parotid_L": RIGHT, "Parotid_R": LEFT})
+    assert list(survey_cases(data, MODEL).digests) == ["a_good", "b_one"]
 
 
 def test_a_name_that_is_no_text_is_written_all_the_same(data: Path, tmp_path: Path) -> None:

@@ -4,10 +4,13 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,12 +27,15 @@ from torch import Tensor, nn
 
 from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
-from anatomynet.engine.data import read_case
+from anatomynet.engine.data import Case, read_case
 from anatomynet.engine.errors import DataError, ModelError
+from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.region import RegionConfig
 from anatomynet.engine.region_runtime import EmbeddedRegionFinder
 from anatomynet.engine.runtime import TorchRuntime
+from anatomynet.engine.survey import Survey
 from anatomynet.engine.train import (
+    cases_to_learn_from,
     chosen_by_structure,
     keep_best,
     main,
@@ -37,7 +43,7 @@ from anatomynet.engine.train import (
     validate,
 )
 from anatomynet.engine.training import Training
-from anatomynet.engine.volume import HounsfieldArray
+from anatomynet.engine.volume import CTVolume, HounsfieldArray
 from tests import synthetic_head
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -383,6 +389,138 @@ def test_resuming_for_more_steps_is_possible(data: Path, trained: Path, tmp_path
         (tmp_path / path.name).write_bytes(path.read_bytes())
     assert train(data, tmp_path / trained.name, "--resume", "--steps", str(STEPS + 1)).exit_code == 0
     assert rows_of(tmp_path / "tiny.csv")[-1]["step"] == STEPS + 1
+
+
+@pytest.fixture
+def resumable(trained: Path, tmp_path: Path) -> Path:
+    """The checkpoint of a finished run, all of it in a folder of its own."""
+    folder = shutil.copytree(trained.parent, tmp_path / "run")
+    return folder / trained.name
+
+
+def files_of(output: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in output.parent.iterdir() if path.is_file()}
+
+
+def exchange(archive: Path) -> None:
+    (archive / "train").rename(archive / "between")
+    (archive / "validation").rename(archive / "train")
+    (archive / "between").rename(archive / "validation")
+
+
+def add(archive: Path) -> None:
+    write_case(archive / "train" / "d", 1)
+    write_case(archive / "train" / "e", 4)
+
+
+def remove(archive: Path) -> None:
+    shutil.rmtree(archive / "train" / "b")
+
+
+def damage(archive: Path) -> None:
+    (archive / "train" / "b" / "img.nrrd").write_bytes(b"broken")
+
+
+def draw_anew(archive: Path) -> None:
+    shutil.rmtree(archive / "validation" / "c")
+    write_case(archive / "validation" / "c", 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (exchange, "train: 1 case more (c), 2 cases fewer (a, b); validation: 2 cases more (a, b), 1 case fewer (c)"),
+        (add, "train: 2 cases more (d, e)"),
+        (remove, "train: 1 case fewer (b)"),
+        (damage, "train: 1 case fewer (b)"),
+        (draw_anew, "validation: 1 case changed (c)"),
+    ],
+)
+def test_resuming_with_other_cases_is_refused(
+    data: Path, resumable: Path, tmp_path: Path, change: Callable[[Path], None], told: str
+) -> None:
+    """Patients that were learnt from would validate."""
+    archive = shutil.copytree(data, tmp_path / "archive")
+    change(archive)
+    before = files_of(resumable)
+    complaint = refusal(train(archive, resumable, "--resume", "--steps", str(STEPS + 1)))
+    assert f"{archive} holds other cases than the run was begun with ({told}): " in complaint
+    assert "start a new output" in complaint
+    assert files_of(resumable) == before
+
+
+def test_the_same_cases_elsewhere_are_the_same(data: Path, resumable: Path, tmp_path: Path) -> None:
+    archive = shutil.copytree(data, tmp_path / "archive")
+    result = train(archive, resumable, "--resume", "--steps", str(STEPS + 1))
+    assert result.exit_code == 0, result.output
+
+
+def test_of_many_other_cases_a_few_are_named(data: Path, resumable: Path, tmp_path: Path) -> None:
+    archive = shutil.copytree(data, tmp_path / "archive")
+    for number in range(6):
+        write_case(archive / "train" / f"d{number}", 0)
+    assert "6 cases more (d0, d1, d2, ...)" in refusal(train(archive, resumable, "--resume"))
+
+
+def test_a_state_that_does_not_tell_its_cases_goes_on_and_says_so(data: Path, resumable: Path) -> None:
+    """As runs wrote it that began before it did; from here on it tells."""
+    state = resumable.with_suffix(".state.safetensors")
+    with safe_open(state, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    cases = metadata.pop("cases")
+    save_file(tensors, state, metadata)
+    result = train(data, resumable, "--resume", "--steps", str(STEPS + 1))
+    assert result.exit_code == 0, result.output
+    assert f"{state} does not tell which cases it was trained on" in result.stderr
+    with safe_open(state, "pt") as file:
+        assert file.metadata()["cases"] == cases
+    again = train(data, resumable, "--resume", "--steps", str(STEPS + 2))
+    assert "does not tell" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "complaint"),
+    [
+        ("tiny.state.safetensors", b"", "nothing to resume"),
+        ("tiny.safetensors", None, "is not there"),
+        ("tiny.csv", b"step;loss\n5;0.5\n", "is not the log"),
+    ],
+)
+def test_what_cannot_be_resumed_is_told_before_a_case_is_read(
+    resumable: Path, data: Path, monkeypatch: pytest.MonkeyPatch, file: str, text: bytes | None, complaint: str
+) -> None:
+    """And nothing that it left is written over, the report on its cases among it."""
+    path = resumable.with_name(file)
+    path.unlink() if text is None else path.write_bytes(text)
+    resumable.with_suffix(".cases.csv").write_text("of that run")
+    before = files_of(resumable)
+    monkeypatch.setattr("anatomynet.engine.train.survey_archive", lambda *_, **__: pytest.fail("read"))
+    assert complaint in refusal(train(data, resumable, "--resume", "--steps", str(STEPS + 1)))
+    assert files_of(resumable) == before
+
+
+def test_what_cannot_be_begun_with_is_told_before_a_case_is_read(
+    resumable: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files_of(resumable)
+    monkeypatch.setattr("anatomynet.engine.train.survey_archive", lambda *_, **__: pytest.fail("read"))
+    assert "expected the [model] of tiny" in refusal(train(data, resumable, "--overwrite", "--from", "openkbp7"))
+    assert files_of(resumable) == before
+
+
+def test_cases_at_full_size_do_not_stay_beside_those_that_are_cut() -> None:
+    geometry = VolumeGeometry((24, 96, 96), (4.0, 4.0, 3.0))
+    hu = np.full(geometry.shape, -1000, np.int16)
+    hu[:, 32:64, 32:64] = 40
+    volume = CTVolume(hu, geometry)
+    cases = [Case(name, volume, np.zeros(geometry.shape, np.uint8), ()) for name in ("a", "b")]
+    survey = Survey("train", cases, (), {})
+    full = weakref.ref(hu)
+    del hu, volume, cases
+    first, second = cases_to_learn_from(survey)
+    assert first.volume.geometry.shape < geometry.shape
+    assert (first.name, second.name) == ("a", "b")
+    assert full() is None
 
 
 def test_a_row_that_was_logged_before_its_state_comes_once(data: Path, trained: Path, tmp_path: Path) -> None:
