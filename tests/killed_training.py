@@ -55,11 +55,12 @@ def _train_and_die(moment: str, times: int, options: list[str], said: Path) -> N
     with said.open("w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     torch.set_num_threads(1)  # sums in one order
+    command: Any = train
     learner: Any = training.Training
     if moment == "best written":
-        train.save_checkpoint = dies_at(times, checkpoint.save_checkpoint)
+        command.save_checkpoint = dies_at(times, checkpoint.save_checkpoint)
     elif moment == "row and curves written":
-        train.write_curves = dies_at(times, curves.write_curves)
+        command.write_curves = dies_at(times, curves.write_curves)
     elif moment == "step done":
         learner.learn = dies_at(times, learner.learn)
     elif moment in ("all but the state written", "state written"):
