@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.triton_servers import LAUNCHER, START_TIMEOUT_S, free_ports
+from tests.triton_servers import COMPLETE, LAUNCHER, START_TIMEOUT_S, free_ports
 
 SHARED_MEMORY_FOLDER = Path("/dev/shm")
 # The model can be loaded anew, and nothing else is loaded.
@@ -53,6 +53,7 @@ class BreakableServer:
             f"--model-repository={self.repository}",
             *ports,
             f"--metrics-port={self.metrics_port}",
+            COMPLETE,
         ]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(

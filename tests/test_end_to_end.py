@@ -24,7 +24,7 @@ from anatomynet.engine.resolution import INSIDE_SHARE, block_means, draw_reduced
 from anatomynet.engine.runtime import TorchRuntime, load_runtime
 from anatomynet.engine.segment import segment
 from anatomynet.engine.structures import STRUCTURES
-from tests.openkbp import REDUCTION, requires_openkbp, validation_case, write_study
+from tests.openkbp import OPENKBP, REDUCTION, requires_openkbp, validation_case, write_study
 
 if TYPE_CHECKING:
     from tests.triton_servers import ServerStarter
@@ -41,9 +41,13 @@ pytestmark = requires_openkbp
 
 @pytest.fixture(scope="module")
 def shipped_server(start_server: "ServerStarter", tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """HOST:PORT of the real tritonserver on the repository that anatomynet-export makes of the shipped checkpoint."""
+    """HOST:PORT of the real tritonserver on the repository that anatomynet-export makes of the shipped checkpoint.
+
+    Proved on a patient: a quarter of the synthetic one's voxels, and still more than FP16 can count.
+    """
     repository = tmp_path_factory.mktemp("shipped") / "triton_repo"
-    subprocess.run([BIN / "anatomynet-export", "--fp16", "--output", repository], check=True)
+    case = OPENKBP / "validation" / PATIENTS[0]
+    subprocess.run([BIN / "anatomynet-export", "--fp16", "--output", repository, "--parity-input", case], check=True)
     with start_server(repository) as server:
         yield server.url
 

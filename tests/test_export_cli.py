@@ -16,6 +16,7 @@ from anatomynet.engine.config import model_config_from_json
 from anatomynet.engine.limits import largest_slices
 from anatomynet.engine.runtime import load_runtime
 from anatomynet.export.cli import main
+from anatomynet.export.forms import parity_volume
 from anatomynet.export.manifest import read_manifest
 from tests.full_disk import largest_file
 from tests.random_network import (
@@ -76,6 +77,12 @@ def test_fills_a_repository_and_says_so(checkpoint: Path, case: Path, tmp_path: 
     assert all(load_runtime(path).model == config for path in version.glob("*.onnx"))
     assert (version / "openkbp7.safetensors").read_bytes() == checkpoint.read_bytes()
     assert (output / "anatomynet" / "config.pbtxt").is_file()
+
+
+def test_without_a_case_the_proof_is_on_a_whole_synthetic_patient() -> None:
+    hu = parity_volume(random_config(), None)
+    assert (hu.shape, hu.dtype.name) == ((178, 512, 512), "int16")
+    assert (hu > -200).mean() > 0.1, "a body"
 
 
 @pytest.mark.usefixtures("_graph_of_the_session")

@@ -468,7 +468,7 @@ def test_a_client_that_is_killed_while_its_region_is_registered_harms_nobody(
     assert_answers(server, embedded)
 
 
-# 80 MB are too little for a region that is kept, another one, and the server's own memory of that volume, enough for
+# 40 MB are too little for a region that is kept, another one, and the server's own memory of that volume, enough for
 # two of the three; too little for the region and the server's own memory of the next volume, enough for the latter
 # alone; and too little for the last.
 FULL_SHARED_MEMORY = """
@@ -484,14 +484,14 @@ server.start()
 try:
     with TritonRuntime(server.url) as first, TritonRuntime(server.url) as second:
         for runtime in (first, second):
-            runtime.infer(np.zeros((40, 512, 512), np.int16))
+            runtime.infer(np.zeros((20, 512, 512), np.int16))
         print("by shared memory" in first.description, "by shared memory" in second.description)
     with TritonRuntime(server.url) as runtime:
-        label_map, _ = runtime.infer(np.zeros((64, 512, 512), np.int16))
+        label_map, _ = runtime.infer(np.zeros((32, 512, 512), np.int16))
         print(label_map.shape, "by gRPC" in runtime.description)
     with TritonRuntime(server.url) as runtime:
         try:
-            runtime.infer(np.zeros((128, 512, 512), np.int16))
+            runtime.infer(np.zeros((64, 512, 512), np.int16))
         except ServerError as error:
             print(error)
     with TritonRuntime(server.url) as runtime:
@@ -504,7 +504,7 @@ print(*(path.name for path in Path("/dev/shm").iterdir()))
 
 def test_full_shared_memory(random_repository: Path, tmp_path: Path) -> None:
     alone = ["unshare", "--map-root-user", "--mount"]
-    small = "mount -t tmpfs -o size=80m tmpfs /dev/shm"
+    small = "mount -t tmpfs -o size=40m tmpfs /dev/shm"
     if subprocess.run([*alone, "sh", "-c", small], capture_output=True, check=False).returncode:
         pytest.skip("a small /dev/shm takes a mount namespace")
     python = [sys.executable, "-c", FULL_SHARED_MEMORY]
@@ -518,7 +518,7 @@ def test_full_shared_memory(random_repository: Path, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     kept, first, second, third, left = run.stdout.split("\n")[:5]
     assert kept == "True True"
-    assert first == "(64, 512, 512) True"
+    assert first == "(32, 512, 512) True"
     assert "/dev/shm is full" in second
     assert third == "(24, 96, 128)"
     assert left == ""

@@ -68,7 +68,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind, Tiling], 
     @functools.cache
     def build(kind: Kind, tiling: Tiling) -> ctypes.CDLL:
         library = folder / f"{abs(hash((kind, tiling)))}.so"
-        command = [compiler, "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", str(library), str(SOURCE)]
+        # This processor's own conversions of FP16 to FP32: in software they were two thirds of the time.
+        fast = ["-O2", "-march=native"]
+        command = [compiler, "-std=c++17", *fast, "-w", "-shared", "-fPIC", "-o", str(library), str(SOURCE)]
         if subprocess.run([*command, *macros(kind, tiling)], check=False, stderr=subprocess.DEVNULL).returncode:
             raise RuntimeError(f"g++ does not compile {kind}")
         return ctypes.CDLL(str(library))

@@ -1,10 +1,7 @@
 """A run that is killed, at any moment, and resumed: to the last byte what it would have been."""
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tests.test_train import WAIT_S, refusal, train, write_archive
+from tests.killed_training import status_of_killed
+from tests.test_train import CONFIG, STEPS, STEPS_PER_EPOCH, WAIT_S, refusal, train, write_archive
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,7 +22,12 @@ EVENTS = "tiny.tensorboard"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_archive(tmp_path_factory.mktemp("data"))
+    """With a recipe of three epochs of three steps: all that matters is that the second is better than the first."""
+    folder = write_archive(tmp_path_factory.mktemp("data"))
+    steps = f"steps = {STEPS}\nsteps_per_epoch = {STEPS_PER_EPOCH}\n"
+    assert steps in CONFIG
+    (folder / "tiny.toml").write_text(CONFIG.replace(steps, "steps = 9\nsteps_per_epoch = 3\nseed = 3\n"))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +42,9 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def killed(data: Path, output: Path, moment: str, times: int, *options: str) -> None:
     """Trains in a process that kills itself at that moment."""
     options = ("--data", str(data), "--config", str(data / "tiny.toml"), "--output", str(output), *options)
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.killed_training", moment, str(times), *options],
-        capture_output=True,
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=WAIT_S,
-        check=False,
-    )
-    assert run.returncode == -signal.SIGKILL, run.stderr.decode()
+    said = data / "said.txt"
+    status = status_of_killed(moment, times, options, said=said, wait_s=WAIT_S)
+    assert status == -signal.SIGKILL, said.read_text()
 
 
 def state_of(folder: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -80,11 +77,11 @@ def assert_alike(found: Path, expected: Path) -> None:
 @pytest.mark.parametrize(
     ("moment", "times", "step"),
     [
-        ("state written", 1, 5),
-        ("step done", 13, 10),  # in the middle of the third epoch
-        ("best written", 2, 5),
-        ("row and curves written", 2, 5),
-        ("all but the state written", 4, 15),
+        ("state written", 1, 3),
+        ("step done", 8, 6),  # in the middle of the third epoch
+        ("best written", 2, 3),
+        ("row and curves written", 2, 3),
+        ("all but the state written", 3, 6),
     ],
 )
 def test_killed_and_resumed_it_is_the_run_that_nothing_happened_to(
@@ -100,7 +97,7 @@ def test_killed_and_resumed_it_is_the_run_that_nothing_happened_to(
 
 def test_killed_again_after_it_was_resumed(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "tiny.safetensors"
-    killed(data, output, "step done", 7)
+    killed(data, output, "step done", 5)
     killed(data, output, "all but the state written", 2, "--resume")
     assert train(data, output, "--resume").exit_code == 0
     assert_alike(tmp_path, undisturbed)

@@ -62,9 +62,9 @@ def phantom() -> tuple[CTVolume, LabelMap]:
 
 @pytest.fixture(scope="module")
 def slab(phantom: tuple[CTVolume, LabelMap]) -> CTVolume:
-    """Few slices, where what is drawn is only compared."""
+    """Few slices, told as finer ones, so that nothing is resampled: what is drawn is only compared."""
     hu = np.ascontiguousarray(phantom[0].hu[50:82])
-    return CTVolume(hu, VolumeGeometry((32, *PHANTOM.shape[1:]), PHANTOM.spacing))
+    return CTVolume(hu, VolumeGeometry((32, *PHANTOM.shape[1:]), (1.2, 1.2, 3.0)))
 
 
 def random_finder(hu: NDArray[np.int16]) -> tuple[RegionNetwork, RegionConfig]:

@@ -9,14 +9,12 @@ import torch
 
 from anatomynet.engine.network import ServedNetwork
 from anatomynet.engine.runtime import OnnxRuntime, OpenVinoRuntime, TorchRuntime
-from anatomynet.export.onnx import network_model, served_model, write_onnx
+from anatomynet.export.onnx import served_model, write_onnx
 from anatomynet.export.slabs import SLAB, split_network
 from tests.random_network import (
-    changed_network,
     random_config,
     random_graph,
     random_network,
-    shift_class,
     smooth_hu,
 )
 
@@ -63,10 +61,13 @@ def test_sizes_one_after_another_get_their_own_answers(model_file: Path) -> None
 
 def test_slabs_without_structures(tmp_path: Path) -> None:
     """Their boxes of foreground are empty, and their sums are nothing."""
-    network = changed_network()
-    shift_class(network, 0, 1000)
+    graph = random_graph()
+    last = [node for node in graph.graph.node if node.op_type == "Conv"][-1]  # to the classes
+    (bias,) = (tensor for tensor in graph.graph.initializer if tensor.name == last.input[2])
+    values = onnx.numpy_helper.to_array(bias) + np.array([1000, *[0] * (CONFIG.classes - 1)], np.float32)
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
     path = tmp_path / "empty.onnx"
-    write_onnx(served_model(network_model(network), CONFIG, fp16=False), path)
+    write_onnx(served_model(graph, CONFIG, fp16=False), path)
     for runtime in (OpenVinoRuntime(path), OnnxRuntime(path)):
         labels, confidence = runtime.infer(smooth_hu((TWO_SLABS + 1, 24, 32)))
         assert not labels.any()

@@ -97,7 +97,7 @@ def test_a_run_resumed_with_another_number_of_steps_may_lie_in_its_other_stage(t
 
 def test_statistics_frozen_by_a_resumption_are_the_averaged_ones(tmp_path: Path) -> None:
     """A run of fewer steps freezes them earlier; what serves has averaged ones."""
-    plan = replace(PLAN, steps=8, frozen_norm_share=0.25)  # from step 6 on
+    plan = replace(PLAN, steps=8, frozen_norm_share=0.25, whole_share=0.0)  # from step 6 on
     begun = Training(MODEL, plan, torch.device("cpu"))
     for sample in islice(samples(uniform_cases(), MODEL, plan, first=0), 5):
         begun.learn(sample)

@@ -20,6 +20,8 @@ from tests.waiting import wait_until
 LAUNCHER = Path(sys.executable).with_name("tritonserver")
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 60
+# As the container starts it: Triton does not load a model once more beforehand, to find out what config.pbtxt lacks.
+COMPLETE = "--disable-auto-complete-config"
 FIRST_OUTGOING_PORT = 32_768  # Linux's own default of net.ipv4.ip_local_port_range
 
 
@@ -83,7 +85,7 @@ def _launched(repository: Path, options: Sequence[str], folder: Path, program: P
     http_port, grpc_port, metrics_port = free_ports(3)
     command = [
         str(program),
-        *([f"--model-repository={repository}"] if program == LAUNCHER else []),
+        *([f"--model-repository={repository}", COMPLETE] if program == LAUNCHER else []),
         f"--http-port={http_port}",
         f"--grpc-port={grpc_port}",
         f"--metrics-port={metrics_port}",
