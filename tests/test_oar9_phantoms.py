@@ -1,7 +1,6 @@
 """The network really learns structures of which no case has all, and only because what is missing is masked.
 
-The small version of benchmarks/oar9_phantoms.py: two structures of a left side at 9 mm, one annotated a case. Both
-sides would take twice the time to show the same.
+The small version of benchmarks/oar9_phantoms.py: three structures at 9 mm, one annotated a case.
 """
 
 from dataclasses import replace
@@ -22,24 +21,20 @@ from anatomynet.engine.volume import CTVolume
 from benchmarks import oar9_phantoms
 from benchmarks.oar9_phantoms import FIRST_UNSEEN_SEED, planned_steps, trained, with_structures_withheld
 
-# A second thread gains little on so few voxels, and costs another process its core.
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SPACING = (9.0, 9.0, 9.0)
 MODEL = ModelConfig("small", ("Mandible", "Parotid_L", "Parotid_R"), 1, SPACING, SPACING, (-250.0, 550.0))
-LEFT = replace(MODEL, structures=("Mandible", "Parotid_L"))
 JAW = np.s_[1:13, 0:14, 2:22]  # where these structures lie in 24 x 24 x 24 voxels
-LEFT_JAW = np.s_[1:13, 0:14, 12:22]
+JAW_SHAPE = (12, 14, 20)
 CASES, UNSEEN = 16, 4
-LEARNT = 0.55  # DSC of each structure: 0.72 to 0.82 in eight runs, of four seeds
-NOT_LEARNT = 0.3  # 0.00 where nothing was masked, by each of them after 120 steps
+LEARNT = 0.55  # DSC of each structure: 0.66 to 0.83 in eight runs, of four seeds
+NOT_LEARNT = 0.3  # 0.00 in both runs in which nothing was masked
 # The paper's loss: lambda 0.5. In float32, so that every processor learns alike.
 TRAIN = TrainConfig(
-    steps=160,
+    steps=200,
     learning_rate=5e-3,
     warmup_steps=10,
     precision="float32",
-    crop=(12, 14, 10),
+    crop=JAW_SHAPE,
     whole_share=1.0,
     phantom_share=0.0,
     frozen_norm_share=0.3,
@@ -48,35 +43,33 @@ TRAIN = TrainConfig(
 )
 
 
-def jaw(seed: int, model: ModelConfig = MODEL, box: tuple[slice, slice, slice] = JAW) -> Case:
-    volume, truth = make_phantom(VolumeGeometry((24, 24, 24), SPACING), seed=seed, structures=model.structures)
-    hu, labels = (np.ascontiguousarray(array[box]) for array in (volume.hu, truth.labels))
-    z, y, x = hu.shape
-    annotated = (True,) * len(model.structures)
-    return Case(str(seed), CTVolume(hu, VolumeGeometry((z, y, x), SPACING)), labels, annotated, synthetic=True)
+def jaw(seed: int) -> Case:
+    volume, truth = make_phantom(VolumeGeometry((24, 24, 24), SPACING), seed=seed, structures=MODEL.structures)
+    hu, labels = (np.ascontiguousarray(array[JAW]) for array in (volume.hu, truth.labels))
+    return Case(str(seed), CTVolume(hu, VolumeGeometry(JAW_SHAPE, SPACING)), labels, (True,) * 3, synthetic=True)
 
 
 @pytest.fixture(scope="module")
 def withheld() -> list[Case]:
-    return one_structure_each([jaw(seed, LEFT, LEFT_JAW) for seed in range(CASES)])
+    return one_structure_each([jaw(seed) for seed in range(CASES)])
 
 
 @pytest.fixture(scope="module")
 def unseen() -> list[Case]:
-    return [jaw(seed, LEFT, LEFT_JAW) for seed in range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + UNSEEN)]
+    return [jaw(seed) for seed in range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + UNSEEN)]
 
 
 def one_structure_each(cases: list[Case]) -> list[Case]:
-    """The first case keeps the first structure, the second the second, the third the first again."""
+    """The first case keeps the first structure, the second the second, and so on."""
     return [
-        replace(case, labels=np.where(case.labels == i % 2 + 1, case.labels, 0), annotated=(i % 2 == 0, i % 2 == 1))
+        replace(case, labels=np.where(case.labels == i % 3 + 1, case.labels, 0), annotated=tuple(np.arange(3) == i % 3))
         for i, case in enumerate(cases)
     ]
 
 
 def scores_after_training(cases: list[Case], unseen: list[Case], missing: str) -> dict[str, float]:
-    training = trained(cases, LEFT, replace(TRAIN, missing=missing), torch.device("cpu"))
-    scores = validate(training.average, LEFT, unseen, "cpu")
+    training = trained(cases, MODEL, replace(TRAIN, missing=missing), torch.device("cpu"))
+    scores = validate(training.average, MODEL, unseen, "cpu")
     return {name: float(np.mean(values)) for name, values in scores.items()}
 
 
@@ -89,7 +82,7 @@ def test_structures_of_which_no_case_has_all_are_learnt(withheld: list[Case], un
 
 def test_without_masks_they_are_not(withheld: list[Case], unseen: list[Case]) -> None:
     """What nobody contoured counts as background: the same data and steps teach not to draw."""
-    blind = [replace(case, annotated=(True, True)) for case in withheld]
+    blind = [replace(case, annotated=(True,) * 3) for case in withheld]
     scores = scores_after_training(blind, unseen, "mask")
     assert min(scores.values()) <= NOT_LEARNT, scores
 
