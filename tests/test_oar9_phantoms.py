@@ -21,6 +21,9 @@ from anatomynet.engine.volume import CTVolume
 from benchmarks import oar9_phantoms
 from benchmarks.oar9_phantoms import FIRST_UNSEEN_SEED, planned_steps, trained, with_structures_withheld
 
+# A second thread gains little on so few voxels, and costs another process its core.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SPACING = (9.0, 9.0, 9.0)
 MODEL = ModelConfig("small", ("Mandible", "Parotid_L", "Parotid_R"), 1, SPACING, SPACING, (-250.0, 550.0))
 JAW = np.s_[1:13, 0:14, 2:22]  # where these structures lie in 24 x 24 x 24 voxels
