@@ -9,6 +9,7 @@ from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.gpu_runtime import GpuRuntime
 from anatomynet.engine.network import AnatomyNet, ServedNetwork
+from anatomynet.export.parity import Reference, worst_margin
 from benchmarks.gpu_trial import Row, Trial, median_seconds
 
 
@@ -22,10 +23,14 @@ def measure_labels(trial: Trial) -> None:
 
 
 def changed_labels(trial: Trial, network: AnatomyNet, config: ModelConfig) -> Row:
-    """Share of labels, DSC of each structure, and confidence, against FP32; median seconds, both copies included."""
+    """Share of labels, the worst margin among these (the export's gate), DSC of each structure, and confidence, against
+    FP32; median seconds, both copies included."""
     with torch.inference_mode():
         served = ServedNetwork(network, config).to(trial.device).eval()
-        expected, expected_confidence = (t.cpu().numpy() for t in served(torch.from_numpy(trial.hu).to(trial.device)))
+        hu = torch.from_numpy(trial.hu).to(trial.device)
+        expected, expected_confidence = (t.cpu().numpy() for t in served(hu))
+        coarse = served.network(served.network_input_from_hu(hu)).cpu()
+    reference = Reference(served.cpu(), trial.hu, coarse, expected)
     own = GpuRuntime(network.cpu(), config, device=trial.device)
     labels, confidence = own.infer(trial.hu)
     count = config.classes
@@ -34,6 +39,7 @@ def changed_labels(trial: Trial, network: AnatomyNet, config: ModelConfig) -> Ro
     dsc = {name: 2 * int(common[i]) / int(both[i]) for i, name in enumerate(config.structures, 1) if both[i]}
     return {
         "changed_share": float((labels != expected).mean()),
+        "worst_margin": worst_margin(reference, labels != expected),
         "dsc": dsc,
         "confidence_difference": float(np.abs(confidence - expected_confidence).max()),
         "seconds": median_seconds(lambda: own.infer(trial.hu), trial),

@@ -195,7 +195,7 @@ def _compare(
         subject=subject,
         voxels=labels.size,
         changed=int(changed.sum()),
-        worst_margin=_worst_margin(reference, changed),
+        worst_margin=worst_margin(reference, changed),
         smallest_dsc=dsc.get(worst, 1.0),
         worst_structure=worst,
         confidence_difference=float(np.maximum(beyond_ties, 0).max()),  # NaN stays NaN
@@ -241,7 +241,8 @@ def _border_sums(
     return sums, voxels
 
 
-def _worst_margin(reference: Reference, changed: NDArray[np.bool_]) -> float:
+def worst_margin(reference: Reference, changed: NDArray[np.bool_]) -> float:
+    """The largest margin between the reference's two best logits among voxels, bool (z, y, x); 0 if there are none."""
     worst = 0.0
     for slab in _slabs(changed.shape[0]):
         if changed[slab].any():
