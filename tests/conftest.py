@@ -1,4 +1,4 @@
-"""What several tests share: a model with random weights, and a real tritonserver that serves it."""
+"""What several tests share: a model with random weights, a real tritonserver that serves it, a small study."""
 
 import os
 from collections.abc import Iterator
@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from anatomynet.client.ct_writer import write_ct_series
 from anatomynet.engine.config import ModelConfig
+from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.phantom import make_phantom
+from anatomynet.engine.volume import CTVolume
 from tests.triton_servers import RunningServer, ServerStarter, has_server, running_server
 
 # Without a GPU Triton's compiler interprets, if it is told so before anything imports it, and torch._dynamo does.
@@ -83,3 +87,12 @@ def triton_server(start_server: ServerStarter, random_repository: Path) -> Itera
     """The random model, served for the whole session: leave it as it was."""
     with start_server(random_repository) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def small_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The phantom on a coarse grid that is told as a fine one, so that nothing is resampled: 40 x 104 x 104."""
+    folder = tmp_path_factory.mktemp("small_study") / "study"
+    volume, _ = make_phantom(VolumeGeometry((40, 104, 104), (4.8, 4.8, 8.9)))
+    write_ct_series(folder, CTVolume(volume.hu, VolumeGeometry((40, 104, 104), (1.0, 1.0, 2.5))))
+    return folder

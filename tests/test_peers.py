@@ -7,9 +7,6 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from anatomynet.client.ct_writer import write_ct_series
-from anatomynet.engine.geometry import VolumeGeometry
-from anatomynet.engine.phantom import make_phantom
 from benchmarks import common, peers
 from benchmarks.peers import EAGER, MIRRORED, MONAI, NNUNET, OURS, OURS_WHOLE, SIMPLE_ITK, STAGES, median_row
 
@@ -17,19 +14,10 @@ pytest.importorskip("monai", reason="a peer is MONAI's")
 pytest.importorskip("SimpleITK", reason="a peer reads with it")
 
 
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The phantom on a coarse grid that is told as a fine one, so that nothing is resampled: 40 x 104 x 104."""
-    folder = tmp_path_factory.mktemp("peers") / "study"
-    volume, _ = make_phantom(VolumeGeometry((40, 104, 104), (4.8, 4.8, 8.9)))
-    write_ct_series(folder, type(volume)(volume.hu, VolumeGeometry((40, 104, 104), (1.0, 1.0, 2.5))))
-    return folder
-
-
-def test_every_peer_that_is_there_has_a_row(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_peer_that_is_there_has_a_row(small_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(peers, "has_nnunet", lambda: False)
-    arguments = ["--study", str(study), "--repeats", "1", "--warm-ups", "0", "--roi", "40", "32", "32"]
+    arguments = ["--study", str(small_study), "--repeats", "1", "--warm-ups", "0", "--roi", "40", "32", "32"]
     outcome = CliRunner().invoke(peers.main, arguments)
     assert outcome.exit_code == 0, outcome.output
     written = json.loads((tmp_path / "peers.json").read_text())
