@@ -3,6 +3,7 @@
 Exit status 0 done, 1 an AnatomyNetError, 2 usage (click's own), 130 interrupted.
 """
 
+import errno
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -12,6 +13,7 @@ import click
 from anatomynet.engine.errors import AnatomyNetError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -30,5 +32,11 @@ def reports_errors(command: Callable[Parameters, Result]) -> Callable[Parameters
         except KeyboardInterrupt as interruption:
             click.echo("interrupted", err=True)
             raise SystemExit(INTERRUPTED) from interruption
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            # Of a file that is written this is told by who writes it: what is left is `> log.txt`.
+            click.echo(f"error: standard output has no room ({error.strerror}): make some, and run it again", err=True)
+            raise SystemExit(1) from error
 
     return run
