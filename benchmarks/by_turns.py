@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import click
 from tqdm import tqdm
@@ -23,12 +22,10 @@ import anatomynet
 from anatomynet.engine.command import reports_errors
 from benchmarks.common import machine, study_or_phantom, table_lines, write_result
 from benchmarks.served import write_shipped_repository
-from benchmarks.stages import STAGES, run_once
+from benchmarks.stages import STAGES, Run, run_once
 from tests.triton_servers import running_server
 
 HERE = Path(anatomynet.__file__).resolve().parents[2]
-
-Run = dict[str, Any]
 
 
 @click.command()

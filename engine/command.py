@@ -35,8 +35,9 @@ def reports_errors(command: Callable[Parameters, Result]) -> Callable[Parameters
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
-            # Of a file that is written this is told by who writes it: what is left is `> log.txt`.
-            click.echo(f"error: standard output has no room ({error.strerror}): make some, and run it again", err=True)
+            # Who writes a result tells of it there: what is left is `> log.txt`, and what is kept for a moment.
+            place = "where the output goes, or for temporary files"
+            click.echo(f"error: {error.strerror} {place}: make room, and run it again", err=True)
             raise SystemExit(1) from error
 
     return run

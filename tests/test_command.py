@@ -30,7 +30,8 @@ def run(body: str, stdout: Path) -> subprocess.CompletedProcess[str]:
 def test_output_that_cannot_be_written_is_one_line(body: str) -> None:
     """As where `> log.txt` is on a full disk."""
     ended = run(body, Path("/dev/full"))
-    line = "error: standard output has no room (No space left on device): make some, and run it again\n"
+    place = "where the output goes, or for temporary files"
+    line = f"error: No space left on device {place}: make room, and run it again\n"
     assert (ended.returncode, ended.stderr) == (1, line)
 
 
