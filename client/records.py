@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -133,8 +134,9 @@ def _record_path(file: Path) -> Path:
 def _remove_abandoned(folder: Path) -> None:
     """What killed runs left unfinished."""
     for path in folder.glob(f"*{UNFINISHED}"):
-        if path.is_dir() and time.time() - path.stat().st_mtime > ABANDONED_S:
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another study's, which was finished meanwhile
+            if time.time() - path.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _hash_of(file: Path) -> str:

@@ -99,8 +99,9 @@ def test_a_hundred_studies_with_five_bad_ones(
     for outcome in segment_studies([studies], output_folder=results, runtime=runtime):
         outcomes.append(outcome)
         most = max(most, sum(volume() is not None for volume in volumes))
+    failures = {o.study.name: o.error for o in outcomes if o.status == "failed"}
+    assert set(failures) == set(words), failures
     assert Counter(o.status for o in outcomes) == {"drawn": STUDIES - BAD, "failed": BAD}
-    assert {o.study.name for o in outcomes if o.status == "failed"} == set(words)
     assert len(list(results.glob("*.rtstruct.dcm"))) == STUDIES - BAD
     assert len(volumes) >= STUDIES - BAD
     assert most <= IN_FLIGHT
