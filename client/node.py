@@ -271,6 +271,7 @@ def status_lines(spool: Spool) -> Iterator[str]:
             sent_to = f"sent to {', '.join(job.record.delivered)}" if job.record.delivered else ""
             detail = "; ".join(filter(None, (sent_to, job.record.problem)))
             yield _status_line(state, job.key, job.record, detail)
+    yield from (f"failure: {problem}" for problem in spool.told.values())
 
 
 def retry_parked(spool: Spool, tail: str = "") -> list[str]:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from anatomynet.client.headers import UID_TAIL_LENGTH
+from anatomynet.client.node_log import log
 from anatomynet.engine.errors import NodeError
 from anatomynet.engine.output import write_whole
 
@@ -106,11 +107,16 @@ class Job:
 
 
 class Spool:
-    """The folders of a node. Whoever holds `lock` in this process may look; whoever is `changing` may rename."""
+    """The folders of a node. Whoever holds `lock` in this process may look; whoever is `changing` may rename.
+
+    Attributes:
+        told: what lies in the way, and what of it was logged: once, since a node looks twice a second.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.lock = threading.Lock()
+        self.told: dict[Path, str] = {}
 
     def prepare(self) -> None:
         """Makes the folders, readable by their owner alone.
@@ -163,7 +169,7 @@ class Spool:
             yield
 
     def jobs(self, *states: str) -> list[Job]:
-        """The series in these states, the one that has waited longest first."""
+        """The series in these states, the one that has waited longest first; what is none of them is told."""
         found = []
         for state in states:
             for folder in sorted((self.folder / state).iterdir()):
@@ -171,6 +177,8 @@ class Spool:
                     found.append(Job(folder, read_record(folder)))
                 except FileNotFoundError:  # renamed meanwhile
                     continue
+                except NotADirectoryError:
+                    self._tell(folder, f"a stray file in {folder.parent}: move it elsewhere")
         return sorted(found, key=lambda job: job.record.since)
 
     def generations(self, key: str) -> list[Job]:
@@ -205,9 +213,21 @@ class Spool:
         rename_durably(folder, self.folder / TRASH / f"{folder.name}.{os.urandom(4).hex()}")
 
     def empty_trash(self) -> None:
-        """Deletes what was discarded."""
-        for folder in (self.folder / TRASH).iterdir():
-            shutil.rmtree(folder)
+        """Deletes what was discarded; what cannot be deleted is told."""
+        for path in (self.folder / TRASH).iterdir():
+            try:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            except OSError as error:
+                self._tell(path, f"something in {path.parent} cannot be deleted: {error.strerror}")
+
+    def _tell(self, path: Path, problem: str) -> None:
+        """Logs what lies in the way, without its name, which may be a patient's."""
+        if path not in self.told:
+            self.told[path] = problem
+            log("failure", reason=problem)
 
 
 def series_key(series_instance_uid: str) -> str:

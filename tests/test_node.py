@@ -1,6 +1,9 @@
 """The node as a whole: CT from Orthanc and dcmtk, contours to Orthanc, and a node that is killed in between."""
 
+import errno
+import logging
 import os
+import shutil
 import signal
 import stat
 import threading
@@ -24,7 +27,7 @@ from anatomynet.client.ct_writer import write_ct_series
 from anatomynet.client.node import MOST_STARTS, Node, retry_parked, status_lines
 from anatomynet.client.node_arrivals import Arrivals
 from anatomynet.client.node_config import Destination
-from anatomynet.client.node_spool import PARKED, READY, SEGMENTED, SENT, TRASH, Job, Spool
+from anatomynet.client.node_spool import PARKED, READY, RECEIVED, SEGMENTED, SENT, TRASH, Job, Spool
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.volume import CTVolume
 from tests.dicom_nodes import (
@@ -382,6 +385,45 @@ def test_a_damaged_record_does_not_keep_the_node_from_tidying(series: list[Path]
     bench.node = Node(bench.config, bench.spool, bench.arrivals)
     bench.node.step()
     assert not bench.jobs(SENT)
+
+
+@pytest.mark.parametrize("state", [RECEIVED, READY, SENT, TRASH])
+def test_a_stray_file_does_not_keep_the_node_from_drawing(series: list[Path], tmp_path: Path, state: str) -> None:
+    """Once it ended every step before it began."""
+    stray = tmp_path / "spool" / state / "Name^of_a_patient.dcm"
+    stray.parent.mkdir(parents=True, mode=0o700)
+    (tmp_path / "spool").chmod(0o700)
+    stray.write_text("put here by hand")
+    bench = Bench(tmp_path)
+    bench.receive(series[:5], released=False)
+    bench.work()
+    assert len(bench.jobs(PARKED)) == 1
+    assert stray.exists() == (state in (READY, SENT))
+    assert [line for line in status_lines(bench.spool) if "a stray file" in line] == (
+        [f"failure: a stray file in {stray.parent}: move it elsewhere"] if stray.exists() else []
+    )
+
+
+def test_what_cannot_be_deleted_is_told_once_and_the_rest_is_done(
+    series: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    bench = Bench(tmp_path)
+    for name in ("one", "two"):
+        (bench.spool.folder / TRASH / name).mkdir()
+    remove = shutil.rmtree
+
+    def of_another_user(path: Path) -> None:
+        if path.name == "one":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        remove(path)
+
+    monkeypatch.setattr(shutil, "rmtree", of_another_user)
+    bench.receive(series[:5], released=False)
+    bench.work()
+    assert len(bench.jobs(PARKED)) == 1
+    assert [path.name for path in (bench.spool.folder / TRASH).iterdir()] == ["one"]
+    assert caplog.text.count("cannot be deleted: Permission denied") == 1
 
 
 def test_retry_of_nothing_is_told(tmp_path: Path) -> None:
