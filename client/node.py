@@ -73,11 +73,7 @@ class Node:
             OutputError, OSError: the spool cannot be written; trying again later may do.
         """
         self._spool.empty_trash()
-        for key in self._arrivals.settled(
-            quiet_seconds=self._config.quiet_seconds, after_release=self._config.quiet_seconds_after_release
-        ):
-            job = self._arrivals.complete(key)
-            self._log(job, "complete" if job.state == READY else "parked", reason=job.record.problem or None)
+        if self._complete():
             return True
         for job in self._spool.jobs(SEGMENTED, READY):
             # A series that grows again is left alone: its contours would be of half of it.
@@ -87,6 +83,24 @@ class Node:
         if time.monotonic() >= self._next_expiry:
             self._next_expiry = time.monotonic() + EXPIRY_INTERVAL_S
             self._expire()
+        return False
+
+    def _complete(self) -> bool:
+        """Makes a job of the next series that is settled, and whether there was one."""
+        for key in self._arrivals.settled(
+            quiet_seconds=self._config.quiet_seconds, after_release=self._config.quiet_seconds_after_release
+        ):
+            if self._due.get(key, 0.0) > time.monotonic():
+                continue
+            try:
+                job = self._arrivals.complete(key)
+            except (OutputError, OSError) as error:  # what keeps one series need not keep the others
+                self._due[key] = time.monotonic() + self._config.retry_seconds
+                log("failure", series=key_tail(key), reason=error)
+                continue
+            self._due.pop(key, None)
+            self._log(job, "complete" if job.state == READY else "parked", reason=job.record.problem or None)
+            return True
         return False
 
     def _advance(self, job: Job) -> None:
@@ -281,9 +295,10 @@ def retry_parked(spool: Spool, tail: str = "") -> list[str]:
         A line a series.
 
     Raises:
-        NodeError: no spool there, no such series.
+        NodeError: no spool there, or another user's; no such series.
     """
     check_spool(spool)
+    spool.check_owner()
     os.umask(PRIVATE_UMASK)
     lines = []
     with spool.changing():
@@ -301,9 +316,13 @@ def check_spool(spool: Spool) -> None:
     """Refuses a folder that is no spool.
 
     Raises:
-        NodeError: it is none.
+        NodeError: it is none, or another user's.
     """
-    if not (spool.folder / PARKED).is_dir():
+    try:
+        is_spool = (spool.folder / PARKED).is_dir()
+    except PermissionError as error:
+        raise NodeError(f"{spool.folder} is not this user's to read: run it as the node's user") from error
+    if not is_spool:
         raise NodeError(f"no spool at {spool.folder}: expected one that `anatomynet-client listen` made")
 
 

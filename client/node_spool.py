@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import json
 import os
+import pwd
 import shutil
 import threading
 from collections.abc import Iterator
@@ -132,6 +133,17 @@ class Spool:
         except OSError as error:
             raise NodeError(f"the spool {self.folder} cannot be made: {error.strerror or error}") from error
 
+    def check_owner(self) -> None:
+        """Refuses to write as another user than the spool's: its node could not read that.
+
+        Raises:
+            NodeError: this process is another user's.
+        """
+        owner = self.folder.stat().st_uid
+        if os.geteuid() != owner:
+            user = _user_name(owner)
+            raise NodeError(f"the spool {self.folder} is {user}'s, whose node could not read it then: run it as {user}")
+
     @contextmanager
     def owned(self) -> Iterator[None]:
         """For as long as the block lasts this process is the spool's node, the only one.
@@ -179,6 +191,9 @@ class Spool:
                     continue
                 except NotADirectoryError:
                     self._tell(folder, f"a stray file in {folder.parent}: move it elsewhere")
+                except OSError as error:
+                    tail = key_tail(folder.name.rpartition("_")[0])
+                    self._tell(folder, f"{tail} in {folder.parent} cannot be read: {error.strerror}; whose is it?")
         return sorted(found, key=lambda job: job.record.since)
 
     def generations(self, key: str) -> list[Job]:
@@ -238,6 +253,13 @@ def series_key(series_instance_uid: str) -> str:
 def instance_name(sop_instance_uid: str) -> str:
     """The name of a slice's file; it may stand in a message, which no whole UID may."""
     return f"CT-{_short(sop_instance_uid)}.dcm"
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:  # as in many a container
+        return f"uid {uid}"
 
 
 def _short(uid: str) -> str:

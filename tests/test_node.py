@@ -27,7 +27,8 @@ from anatomynet.client.ct_writer import write_ct_series
 from anatomynet.client.node import MOST_STARTS, Node, retry_parked, status_lines
 from anatomynet.client.node_arrivals import Arrivals
 from anatomynet.client.node_config import Destination
-from anatomynet.client.node_spool import PARKED, READY, RECEIVED, SEGMENTED, SENT, TRASH, Job, Spool
+from anatomynet.client.node_spool import PARKED, READY, RECEIVED, RECORD_NAME, SEGMENTED, SENT, TRASH, Job, Spool
+from anatomynet.engine.errors import NodeError
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.volume import CTVolume
 from tests.dicom_nodes import (
@@ -404,6 +405,82 @@ def test_a_stray_file_does_not_keep_the_node_from_drawing(series: list[Path], tm
     )
 
 
+def test_retry_by_another_user_is_refused_in_one_line(
+    series: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root it once gave the node a record that it could not read, and kept it from drawing."""
+    bench = Bench(tmp_path)
+    bench.receive(series[:5], released=False)
+    bench.work()
+    user = bench.spool.folder.owner()
+    monkeypatch.setattr(os, "geteuid", lambda: bench.spool.folder.stat().st_uid + 1)
+    with pytest.raises(NodeError, match=f"run it as {user}$"):
+        retry_parked(bench.spool)
+    assert len(bench.jobs(PARKED)) == 1
+
+
+def test_a_spool_that_this_user_may_not_enter_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(tmp_path)
+
+    def is_dir(self: Path) -> bool:
+        raise of_another_user(self)
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    with pytest.raises(NodeError, match="run it as the node's user"):
+        list(status_lines(bench.spool))
+
+
+def of_another_user(path: Path) -> PermissionError:
+    return PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def test_a_record_that_cannot_be_read_does_not_keep_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    both = [write_series(tmp_path / f"study{seed}", seed=seed) for seed in (1, 2)]
+    bench = Bench(tmp_path)
+    bench.receive(both[0])
+    assert bench.node.step()
+    (unreadable,) = (job.folder / RECORD_NAME for job in bench.jobs(READY))
+    read = Path.read_bytes
+
+    def read_bytes(self: Path) -> bytes:
+        if self == unreadable:
+            raise of_another_user(self)
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    bench.receive(both[1])
+    bench.work()
+    assert len(bench.jobs(SENT)) == 1
+    assert caplog.text.count("cannot be read: Permission denied") == 1
+    (line,) = [line for line in status_lines(bench.spool) if line.startswith("failure")]
+    assert line.endswith(f"in {bench.spool.folder / READY} cannot be read: Permission denied; whose is it?")
+
+
+def test_a_series_that_cannot_be_completed_does_not_keep_the_others(
+    series: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path)
+    bench.receive(series[:5], released=False)
+    bench.receive(write_series(tmp_path / "study", seed=2)[:5], released=False)
+    first, second = bench.arrivals.settled(quiet_seconds=0.0, after_release=0.0)
+    generations = bench.spool.generations
+
+    def generations_of(key: str) -> list[Job]:
+        if key == first:
+            raise of_another_user(bench.spool.folder / key)
+        return generations(key)
+
+    monkeypatch.setattr(bench.spool, "generations", generations_of)
+    bench.work()
+    assert [job.key for job in bench.jobs(PARKED)] == [second]
+    monkeypatch.undo()
+    bench.work()
+    assert {job.key for job in bench.jobs(PARKED)} == {first, second}
+
+
 def test_what_cannot_be_deleted_is_told_once_and_the_rest_is_done(
     series: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -413,12 +490,12 @@ def test_what_cannot_be_deleted_is_told_once_and_the_rest_is_done(
         (bench.spool.folder / TRASH / name).mkdir()
     remove = shutil.rmtree
 
-    def of_another_user(path: Path) -> None:
+    def rmtree(path: Path) -> None:
         if path.name == "one":
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            raise of_another_user(path)
         remove(path)
 
-    monkeypatch.setattr(shutil, "rmtree", of_another_user)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
     bench.receive(series[:5], released=False)
     bench.work()
     assert len(bench.jobs(PARKED)) == 1
