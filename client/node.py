@@ -11,7 +11,6 @@ is the same object to its destination.
 import os
 import shutil
 import signal
-import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -234,18 +233,19 @@ def run_node(config: NodeConfig) -> None:
     log_to_stderr()
     spool = Spool(config.spool)
     spool.prepare()
-    stop = threading.Event()
+    # No Event: its `set` waits for a lock that the very wait which the signal interrupts may hold.
+    signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda number, _: signals.append(number))
     with spool.owned():
         check_settings(config)
         arrivals = Arrivals(spool, most_instances=config.most_instances)
         node = Node(config, spool, arrivals)
         with listening(config, arrivals) as (_, port):
             log("listening", ae_title=config.ae_title, port=port, spool=spool.folder)
-            while not stop.is_set():
+            while not signals:
                 if not _stepped(node):
-                    stop.wait(POLL_S)
+                    time.sleep(POLL_S)
     log("stopped")
 
 

@@ -6,6 +6,8 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -204,6 +206,39 @@ def test_one_that_is_taken_and_one_that_is_missing_are_one_line(tmp_path: Path) 
     assert (missing.exit_code, len(missing.stderr.splitlines())) == (1, 1)
     both = CliRunner().invoke(main, ["listen", "--config", str(node.config), "--status", "--retry"])
     assert both.exit_code == 2
+
+
+# Has the main thread signalled where it waits between steps, in the middle of the wait.
+SIGNALLED_AS_IT_WAITS = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from anatomynet.client import node
+from tests.dicom_nodes import node_config
+
+waits = []
+
+def signalled(real):
+    def wait(*args, **kwargs):
+        if waits and threading.current_thread() is threading.main_thread():
+            waits.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+    return wait
+
+threading.Condition.wait, time.sleep = signalled(threading.Condition.wait), signalled(time.sleep)
+node.check_settings = lambda config: None
+node._stepped = lambda _: waits.append(True)
+node.run_node(node_config(Path(sys.argv[1])))
+"""
+
+
+def test_a_signal_in_the_middle_of_its_wait_ends_it(tmp_path: Path) -> None:
+    """An Event's wait holds a lock that its `set` waits for: once the node heard of no signal any more but SIGKILL."""
+    command = [sys.executable, "-c", SIGNALLED_AS_IT_WAITS, str(tmp_path / "spool")]
+    root = Path(__file__).resolve().parents[1]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.splitlines()[-1].endswith("Z stopped")
 
 
 # The node's steps, in this process.
