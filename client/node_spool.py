@@ -22,12 +22,13 @@ import os
 import pwd
 import shutil
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from anatomynet.client.headers import UID_TAIL_LENGTH
 from anatomynet.client.node_log import log
@@ -39,6 +40,7 @@ JOB_STATES = (READY, SEGMENTED, SENT, PARKED)
 STATES = (RECEIVED, *JOB_STATES, TRASH)
 RECORD_NAME = "job.json"
 NODE_LOCK, CHANGE_LOCK = "node.lock", "change.lock"
+LOCK_ATTEMPTS, LOCK_WAIT_S = 10, 0.05
 PRIVATE_FOLDER = 0o700
 OTHERS = 0o077
 DIGEST_LENGTH = 16
@@ -152,10 +154,8 @@ class Spool:
             NodeError: another process is.
         """
         with (self.folder / NODE_LOCK).open("a+", encoding="ascii") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise NodeError(f"another node, pid {self.node_pid()}, works in the spool {self.folder}") from error
+            if not _locked_alone(file):
+                raise NodeError(f"another node, pid {self.node_pid()}, works in the spool {self.folder}")
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
@@ -197,12 +197,12 @@ class Spool:
         return sorted(found, key=lambda job: job.record.since)
 
     def generations(self, key: str) -> list[Job]:
-        """Every job of a series, the oldest first."""
-        found = [
-            Job(folder, read_record(folder))
-            for state in JOB_STATES
-            for folder in (self.folder / state).glob(f"{key}_*")
-        ]
+        """Every job of a series, the oldest first; who is not `changing` may miss one that another process moves."""
+        found = []
+        for state in JOB_STATES:
+            for folder in (self.folder / state).glob(f"{key}_*"):
+                with suppress(FileNotFoundError):  # renamed meanwhile
+                    found.append(Job(folder, read_record(folder)))
         return sorted(found, key=lambda job: job.generation)
 
     def save(self, job: Job, **changes: Any) -> Job:
@@ -253,6 +253,16 @@ def series_key(series_instance_uid: str) -> str:
 def instance_name(sop_instance_uid: str) -> str:
     """The name of a slice's file; it may stand in a message, which no whole UID may."""
     return f"CT-{_short(sop_instance_uid)}.dcm"
+
+
+def _locked_alone(file: IO[str]) -> bool:
+    """Whether a file is this process's alone now; who only looks whether it is another's keeps it for no time."""
+    for _ in range(LOCK_ATTEMPTS):
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(LOCK_WAIT_S)
+    return False
 
 
 def _user_name(uid: int) -> str:
