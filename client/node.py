@@ -86,18 +86,22 @@ class Node:
 
     def _complete(self) -> bool:
         """Makes a job of the next series that is settled, and whether there was one."""
-        for key in self._arrivals.settled(
-            quiet_seconds=self._config.quiet_seconds, after_release=self._config.quiet_seconds_after_release
-        ):
+        quiet = {
+            "quiet_seconds": self._config.quiet_seconds,
+            "after_release": self._config.quiet_seconds_after_release,
+        }
+        for key in self._arrivals.settled(**quiet):
             if self._due.get(key, 0.0) > time.monotonic():
                 continue
             try:
-                job = self._arrivals.complete(key)
+                job = self._arrivals.complete(key, **quiet)
             except (OutputError, OSError) as error:  # what keeps one series need not keep the others
                 self._due[key] = time.monotonic() + self._config.retry_seconds
                 log("failure", series=key_tail(key), reason=error)
                 continue
             self._due.pop(key, None)
+            if job is None:
+                continue
             self._log(job, "complete" if job.state == READY else "parked", reason=job.record.problem or None)
             return True
         return False

@@ -201,7 +201,9 @@ def test_a_slice_on_disk_after_its_association_was_broken_does_not_count_as_its_
     event = SimpleNamespace(assoc=association, request=request, encoded_dataset=lambda: data)
     receiver.store(cast("Event", event))
     (key,) = arrivals.settled(quiet_seconds=0, after_release=0)
-    assert arrivals.complete(key).state == PARKED
+    job = arrivals.complete(key, quiet_seconds=0, after_release=0)
+    assert job
+    assert job.state == PARKED
 
 
 def test_damaged_instances_are_refused(series: list[Path]) -> None:
