@@ -11,7 +11,6 @@ is the same object to its destination.
 import os
 import shutil
 import signal
-import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -73,11 +72,7 @@ class Node:
             OutputError, OSError: the spool cannot be written; trying again later may do.
         """
         self._spool.empty_trash()
-        for key in self._arrivals.settled(
-            quiet_seconds=self._config.quiet_seconds, after_release=self._config.quiet_seconds_after_release
-        ):
-            job = self._arrivals.complete(key)
-            self._log(job, "complete" if job.state == READY else "parked", reason=job.record.problem or None)
+        if self._complete():
             return True
         for job in self._spool.jobs(SEGMENTED, READY):
             # A series that grows again is left alone: its contours would be of half of it.
@@ -87,6 +82,28 @@ class Node:
         if time.monotonic() >= self._next_expiry:
             self._next_expiry = time.monotonic() + EXPIRY_INTERVAL_S
             self._expire()
+        return False
+
+    def _complete(self) -> bool:
+        """Makes a job of the next series that is settled, and whether there was one."""
+        quiet = {
+            "quiet_seconds": self._config.quiet_seconds,
+            "after_release": self._config.quiet_seconds_after_release,
+        }
+        for key in self._arrivals.settled(**quiet):
+            if self._due.get(key, 0.0) > time.monotonic():
+                continue
+            try:
+                job = self._arrivals.complete(key, **quiet)
+            except (OutputError, OSError) as error:  # what keeps one series need not keep the others
+                self._due[key] = time.monotonic() + self._config.retry_seconds
+                log("failure", series=key_tail(key), reason=error)
+                continue
+            self._due.pop(key, None)
+            if job is None:
+                continue
+            self._log(job, "complete" if job.state == READY else "parked", reason=job.record.problem or None)
+            return True
         return False
 
     def _advance(self, job: Job) -> None:
@@ -220,18 +237,19 @@ def run_node(config: NodeConfig) -> None:
     log_to_stderr()
     spool = Spool(config.spool)
     spool.prepare()
-    stop = threading.Event()
+    # No Event: its `set` waits for a lock that the very wait which the signal interrupts may hold.
+    signals: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda number, _: signals.append(number))
     with spool.owned():
         check_settings(config)
         arrivals = Arrivals(spool, most_instances=config.most_instances)
         node = Node(config, spool, arrivals)
         with listening(config, arrivals) as (_, port):
             log("listening", ae_title=config.ae_title, port=port, spool=spool.folder)
-            while not stop.is_set():
+            while not signals:
                 if not _stepped(node):
-                    stop.wait(POLL_S)
+                    time.sleep(POLL_S)
     log("stopped")
 
 
@@ -271,6 +289,7 @@ def status_lines(spool: Spool) -> Iterator[str]:
             sent_to = f"sent to {', '.join(job.record.delivered)}" if job.record.delivered else ""
             detail = "; ".join(filter(None, (sent_to, job.record.problem)))
             yield _status_line(state, job.key, job.record, detail)
+    yield from (f"failure: {problem}" for problem in spool.told.values())
 
 
 def retry_parked(spool: Spool, tail: str = "") -> list[str]:
@@ -280,9 +299,10 @@ def retry_parked(spool: Spool, tail: str = "") -> list[str]:
         A line a series.
 
     Raises:
-        NodeError: no spool there, no such series.
+        NodeError: no spool there, or another user's; no such series.
     """
     check_spool(spool)
+    spool.check_owner()
     os.umask(PRIVATE_UMASK)
     lines = []
     with spool.changing():
@@ -300,9 +320,13 @@ def check_spool(spool: Spool) -> None:
     """Refuses a folder that is no spool.
 
     Raises:
-        NodeError: it is none.
+        NodeError: it is none, or another user's.
     """
-    if not (spool.folder / PARKED).is_dir():
+    try:
+        is_spool = (spool.folder / PARKED).is_dir()
+    except PermissionError as error:
+        raise NodeError(f"{spool.folder} is not this user's to read: run it as the node's user") from error
+    if not is_spool:
         raise NodeError(f"no spool at {spool.folder}: expected one that `anatomynet-client listen` made")
 
 

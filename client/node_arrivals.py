@@ -73,6 +73,11 @@ class _Arriving:
     senders: set[object] = field(default_factory=set)
     broken: bool = False
 
+    def is_settled(self, *, quiet_seconds: float, after_release: float) -> bool:
+        """Whether nothing was added for long enough."""
+        quiet = quiet_seconds if self.senders or self.broken else after_release
+        return time.monotonic() - self.changed >= quiet
+
 
 class Arrivals:
     """The series that still grow; any thread may call.
@@ -158,25 +163,29 @@ class Arrivals:
     def settled(self, *, quiet_seconds: float, after_release: float) -> list[str]:
         """Keys of the series to which nothing was added for long enough."""
         with self._spool.lock:
-            now = time.monotonic()
             return [
                 key
                 for key, arriving in self._arriving.items()
-                if now - arriving.changed >= (quiet_seconds if arriving.senders or arriving.broken else after_release)
+                if arriving.is_settled(quiet_seconds=quiet_seconds, after_release=after_release)
             ]
 
-    def complete(self, key: str) -> Job:
+    def complete(self, key: str, *, quiet_seconds: float, after_release: float) -> Job | None:
         """Makes a job of a series: READY with all that was ever received of it, or PARKED where its end was lost.
 
         Jobs of fewer of its slices are discarded where nobody has got their contours, else their contours are named
         in the notes.
+
+        Returns:
+            None where something was added since it was settled: it grows on.
         """
         with self._spool.changing():
+            arriving = self._arriving[key]
+            if not arriving.is_settled(quiet_seconds=quiet_seconds, after_release=after_release):
+                return None
             folder = self._spool.folder / RECEIVED / key
             earlier = self._spool.generations(key)
             if earlier:
                 _link_missing(earlier[-1].ct, folder / "ct")
-            arriving = self._arriving[key]
             broken = arriving.broken and not arriving.senders
             state, record = _completed(folder, earlier, broken=broken)
             write_record(folder, record)
@@ -218,10 +227,10 @@ def arriving_folders(spool: Spool) -> Iterator[tuple[str, JobRecord, int, bool]]
     """Key, record, slices, and whether it is not released, of every series that still grows; for who only looks."""
     for folder in sorted((spool.folder / RECEIVED).iterdir()):
         try:
-            record = read_record(folder)
-        except FileNotFoundError:  # begun, or renamed, just now
+            record, slices = read_record(folder), len(list((folder / "ct").glob("*.dcm")))
+        except (FileNotFoundError, NotADirectoryError):  # begun, or renamed, just now; or a stray file
             continue
-        yield folder.name, record, len(list((folder / "ct").glob("*.dcm"))), (folder / UNRELEASED).exists()
+        yield folder.name, record, slices, (folder / UNRELEASED).exists()
 
 
 def _completed(folder: Path, earlier: list[Job], *, broken: bool) -> tuple[str, JobRecord]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from io import BytesIO
 from socketserver import BaseServer
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pydicom
 from pydicom.dataset import Dataset
@@ -142,8 +143,9 @@ class _Receiver:
         self._config = config
         self._arrivals = arrivals
         self._largest = int(config.largest_instance_mb * 1e6)
-        self._measured: dict[Association, int] = {}
-        self._counts: dict[Association, Counter[str]] = {}
+        # Weak, for what is still read or stored of an association after its end.
+        self._measured: WeakKeyDictionary[Association, int] = WeakKeyDictionary()
+        self._counts: WeakKeyDictionary[Association, Counter[str]] = WeakKeyDictionary()
 
     def check_caller(self, event: Event) -> None:
         """Rejects a caller that no [[peer]] names."""
@@ -161,9 +163,9 @@ class _Receiver:
 
     def measure(self, event: Event) -> None:
         """Breaks an association before an instance that is too large fills the memory."""
-        if not isinstance(event.pdu, P_DATA_TF):
-            return
         assoc = event.assoc
+        if not isinstance(event.pdu, P_DATA_TF) or assoc.is_aborted:  # what was on its way already
+            return
         _acknowledge_at_once(assoc)
         data = [item.presentation_data_value or b"\1" for item in event.pdu.presentation_data_value_items]
         ends = any(each[0] & 0b11 == 0b10 for each in data)  # a message's last piece of data (PS3.8 E.2)
@@ -173,6 +175,7 @@ class _Receiver:
         if size > self._largest:
             log("refused", reason="instance above largest_instance_mb", calling=assoc.requestor.ae_title)
             assoc.abort(block=False)
+            return
         self._measured[assoc] = size
 
     def store(self, event: Event) -> int:
@@ -190,6 +193,8 @@ class _Receiver:
         except (NodeError, OutputError, OSError) as error:
             log("refused", series=tail, reason=error)
             return OUT_OF_RESOURCES
+        if event.assoc.is_aborted:  # by `measure`, in another thread, before this slice was there
+            self._arrivals.lose(event.assoc)
         if done == STARTED:
             log(done, series=tail, calling=event.assoc.requestor.ae_title)
         self._counts.setdefault(event.assoc, Counter())[STORED if done == STARTED else done] += 1

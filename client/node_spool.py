@@ -19,16 +19,19 @@ import fcntl
 import hashlib
 import json
 import os
+import pwd
 import shutil
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from anatomynet.client.headers import UID_TAIL_LENGTH
+from anatomynet.client.node_log import log
 from anatomynet.engine.errors import NodeError
 from anatomynet.engine.output import write_whole
 
@@ -37,6 +40,7 @@ JOB_STATES = (READY, SEGMENTED, SENT, PARKED)
 STATES = (RECEIVED, *JOB_STATES, TRASH)
 RECORD_NAME = "job.json"
 NODE_LOCK, CHANGE_LOCK = "node.lock", "change.lock"
+LOCK_ATTEMPTS, LOCK_WAIT_S = 10, 0.05
 PRIVATE_FOLDER = 0o700
 OTHERS = 0o077
 DIGEST_LENGTH = 16
@@ -106,11 +110,16 @@ class Job:
 
 
 class Spool:
-    """The folders of a node. Whoever holds `lock` in this process may look; whoever is `changing` may rename."""
+    """The folders of a node. Whoever holds `lock` in this process may look; whoever is `changing` may rename.
+
+    Attributes:
+        told: what lies in the way, and what of it was logged: once, since a node looks twice a second.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.lock = threading.Lock()
+        self.told: dict[Path, str] = {}
 
     def prepare(self) -> None:
         """Makes the folders, readable by their owner alone.
@@ -126,6 +135,17 @@ class Spool:
         except OSError as error:
             raise NodeError(f"the spool {self.folder} cannot be made: {error.strerror or error}") from error
 
+    def check_owner(self) -> None:
+        """Refuses to write as another user than the spool's: its node could not read that.
+
+        Raises:
+            NodeError: this process is another user's.
+        """
+        owner = self.folder.stat().st_uid
+        if os.geteuid() != owner:
+            user = _user_name(owner)
+            raise NodeError(f"the spool {self.folder} is {user}'s, whose node could not read it then: run it as {user}")
+
     @contextmanager
     def owned(self) -> Iterator[None]:
         """For as long as the block lasts this process is the spool's node, the only one.
@@ -134,10 +154,8 @@ class Spool:
             NodeError: another process is.
         """
         with (self.folder / NODE_LOCK).open("a+", encoding="ascii") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise NodeError(f"another node, pid {self.node_pid()}, works in the spool {self.folder}") from error
+            if not _locked_alone(file):
+                raise NodeError(f"another node, pid {self.node_pid()}, works in the spool {self.folder}")
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
@@ -163,7 +181,7 @@ class Spool:
             yield
 
     def jobs(self, *states: str) -> list[Job]:
-        """The series in these states, the one that has waited longest first."""
+        """The series in these states, the one that has waited longest first; what is none of them is told."""
         found = []
         for state in states:
             for folder in sorted((self.folder / state).iterdir()):
@@ -171,15 +189,20 @@ class Spool:
                     found.append(Job(folder, read_record(folder)))
                 except FileNotFoundError:  # renamed meanwhile
                     continue
+                except NotADirectoryError:
+                    self._tell(folder, f"a stray file in {folder.parent}: move it elsewhere")
+                except OSError as error:
+                    tail = key_tail(folder.name.rpartition("_")[0])
+                    self._tell(folder, f"{tail} in {folder.parent} cannot be read: {error.strerror}; whose is it?")
         return sorted(found, key=lambda job: job.record.since)
 
     def generations(self, key: str) -> list[Job]:
-        """Every job of a series, the oldest first."""
-        found = [
-            Job(folder, read_record(folder))
-            for state in JOB_STATES
-            for folder in (self.folder / state).glob(f"{key}_*")
-        ]
+        """Every job of a series, the oldest first; who is not `changing` may miss one that another process moves."""
+        found = []
+        for state in JOB_STATES:
+            for folder in (self.folder / state).glob(f"{key}_*"):
+                with suppress(FileNotFoundError):  # renamed meanwhile
+                    found.append(Job(folder, read_record(folder)))
         return sorted(found, key=lambda job: job.generation)
 
     def save(self, job: Job, **changes: Any) -> Job:
@@ -205,9 +228,21 @@ class Spool:
         rename_durably(folder, self.folder / TRASH / f"{folder.name}.{os.urandom(4).hex()}")
 
     def empty_trash(self) -> None:
-        """Deletes what was discarded."""
-        for folder in (self.folder / TRASH).iterdir():
-            shutil.rmtree(folder)
+        """Deletes what was discarded; what cannot be deleted is told."""
+        for path in (self.folder / TRASH).iterdir():
+            try:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            except OSError as error:
+                self._tell(path, f"something in {path.parent} cannot be deleted: {error.strerror}")
+
+    def _tell(self, path: Path, problem: str) -> None:
+        """Logs what lies in the way, without its name, which may be a patient's."""
+        if path not in self.told:
+            self.told[path] = problem
+            log("failure", reason=problem)
 
 
 def series_key(series_instance_uid: str) -> str:
@@ -218,6 +253,23 @@ def series_key(series_instance_uid: str) -> str:
 def instance_name(sop_instance_uid: str) -> str:
     """The name of a slice's file; it may stand in a message, which no whole UID may."""
     return f"CT-{_short(sop_instance_uid)}.dcm"
+
+
+def _locked_alone(file: IO[str]) -> bool:
+    """Whether a file is this process's alone now; who only looks whether it is another's keeps it for no time."""
+    for _ in range(LOCK_ATTEMPTS):
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(LOCK_WAIT_S)
+    return False
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:  # as in many a container
+        return f"uid {uid}"
 
 
 def _short(uid: str) -> str:

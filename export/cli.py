@@ -163,15 +163,16 @@ def move_in_place(folder: Path, home: Path) -> Path:
     Raises:
         ExportError: a place that cannot be written.
     """
-    place, beside = home / folder.name, home / f".{folder.name}.part"
+    from anatomynet.export.repository import alone_in
+
+    place = home / folder.name
     try:
-        shutil.rmtree(beside, ignore_errors=True)
         home.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(folder, beside)
-        shutil.rmtree(place, ignore_errors=True)
-        beside.replace(place)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=home) as beside:
+            copied = shutil.copytree(folder, Path(beside) / folder.name)
+            with alone_in(home):
+                shutil.rmtree(place, ignore_errors=True)
+                copied.replace(place)
     except OSError as error:
         raise ExportError(f"could not write {place}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return place

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from anatomynet.engine.errors import AnatomyNetError, ServerError
+from anatomynet.engine.errors import AnatomyNetError, ModelError, ServerError
 from anatomynet.export.manifest import check_repository
 
 CONTAINER_SERVER = Path("/opt/tritonserver/bin/tritonserver")
@@ -231,18 +231,30 @@ def _check_repositories(arguments: Sequence[str]) -> None:
         if "://" in repository:
             sys.stderr.write(f"tritonserver: {repository} is not on this machine, and was not checked\n")
         else:
-            _drop_bytecode(Path(repository))
-            for remark in check_repository(Path(repository)):
+            for remark in _check_without_bytecode(Path(repository)):
                 sys.stderr.write(f"tritonserver: {remark}\n")
 
 
-def _drop_bytecode(repository: Path) -> None:
-    """What a server before compiled of model.py: code that no manifest vouches for, and soon compiled again.
+def _check_without_bytecode(repository: Path) -> list[str]:
+    """`check_repository` without what a server before, or one that starts beside this, compiled of model.py.
 
-    Where it cannot be removed, the check refuses it.
+    That is code that no manifest vouches for, soon compiled again. Where it cannot be removed, the check refuses it.
     """
-    for folder in repository.glob("*/*/__pycache__"):
+    _drop_bytecode(repository)
+    while True:
+        try:
+            return check_repository(repository)
+        except ModelError:
+            if not _drop_bytecode(repository):
+                raise
+
+
+def _drop_bytecode(repository: Path) -> bool:
+    """Whether there was any, and all of it is gone."""
+    folders = list(repository.glob("*/*/__pycache__"))
+    for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+    return bool(folders) and not any(folder.exists() for folder in folders)
 
 
 def _values(arguments: Sequence[str], option: str) -> list[str]:

@@ -50,8 +50,18 @@ def check_repository(repository: Path) -> list[str]:
         What could not be found out, a line each.
 
     Raises:
-        ModelError: no model `anatomynet`, one that anatomynet-export did not write, or that cannot run on this machine.
+        ModelError: no model `anatomynet`, one that anatomynet-export did not write, or that cannot be read or run here.
     """
+    try:
+        return _checked(repository)
+    except OSError as error:
+        raise ModelError(
+            f"{error.filename} cannot be read: {error.strerror}; if an export to {repository} has just replaced it, "
+            "start the server again"
+        ) from error
+
+
+def _checked(repository: Path) -> list[str]:
     folders = sorted(path for path in repository.iterdir() if path.is_dir()) if repository.is_dir() else []
     if not folders:
         found = "an empty one" if repository.is_dir() else "no such folder"

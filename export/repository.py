@@ -43,7 +43,7 @@ def write_repository(output: Path, models: Sequence[TritonModel]) -> None:
             old.mkdir()
             for model in models:
                 _write_model(new / model.name, model)
-            with _alone_in(output):
+            with alone_in(output):
                 _swap_in(new, output, old)
     except OSError as error:
         raise ExportError(f"could not write {output}: {error.strerror}: {error.filename}") from error
@@ -70,8 +70,8 @@ def _folder_beside(output: Path) -> Path:
 
 
 @contextmanager
-def _alone_in(output: Path) -> Iterator[None]:
-    """Two exports that swap at once would leave models of both: the second waits for the first."""
+def alone_in(output: Path) -> Iterator[None]:
+    """Keeps two exports from swapping at once, which would leave models of both: the second waits for the first."""
     descriptor = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(OSError):  # a file system without locks
@@ -83,21 +83,17 @@ def _alone_in(output: Path) -> Iterator[None]:
 
 def _swap_in(new: Path, output: Path, old: Path) -> None:
     """Renames alone; the old models come back where one fails, and go with their folder where none does."""
-    names = sorted(folder.name for folder in new.iterdir())
-    moved: list[tuple[Path, Path]] = []
+    # The one that clients ask for comes last: its parts are there before it is.
+    names = sorted((folder.name for folder in new.iterdir()), key=lambda name: name == MODEL_NAME)
+    replaced = [name for name in dict.fromkeys((*VARIANT_NAMES, *names)) if (output / name).exists()]
+    moves = [(output / name, old / name) for name in replaced] + [(new / name, output / name) for name in names]
+    begun: list[tuple[Path, Path]] = []
     try:
-        for name in dict.fromkeys((*VARIANT_NAMES, *names)):
-            if (output / name).exists():
-                moved.append(_renamed(output / name, old / name))
-        # The one that clients ask for comes last: its parts are there before it is.
-        for name in sorted(names, key=lambda name: name == MODEL_NAME):
-            moved.append(_renamed(new / name, output / name))
-    except OSError:
-        for source, target in reversed(moved):
-            target.rename(source)
+        for source, target in moves:
+            begun.append((source, target))
+            source.rename(target)
+    except BaseException:  # Ctrl-C too: the folder of the old and the new is about to go
+        for source, target in reversed(begun):
+            if not source.exists():
+                target.rename(source)
         raise
-
-
-def _renamed(source: Path, target: Path) -> tuple[Path, Path]:
-    source.rename(target)
-    return source, target

@@ -66,6 +66,13 @@ needs_promtool = pytest.mark.skipif(
 )
 
 
+def test_a_node_starts_when_the_clock_is_set() -> None:
+    """It deletes by the clock: what it parks before, in a year long past, would be days old a moment later."""
+    unit = (DEPLOY / "systemd" / "anatomynet-listen.service").read_text()
+    for setting in ("After", "Wants"):
+        assert re.search(rf"^{setting}=.*\btime-sync\.target\b", unit, re.MULTILINE)
+
+
 # --- Kubernetes and KServe
 
 

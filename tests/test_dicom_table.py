@@ -213,7 +213,7 @@ def drawn_only_when_complete(drawn: Drawn) -> None:
     pytest.importorskip("pynetdicom", reason="no DICOM node without it: pip install 'anatomynet[node]'")
     from anatomynet.client.node_spool import PARKED, READY, Spool
     from tests.dicom_nodes import instance_from
-    from tests.test_node_arrivals import arrivals_of, receive
+    from tests.test_node_arrivals import arrivals_of, complete, receive
 
     instances = [instance_from(s.path) for s in drawn.series.slices]
     states = []
@@ -227,7 +227,7 @@ def drawn_only_when_complete(drawn: Drawn) -> None:
             assert not list(spool.jobs(READY))
         (arrivals.release if released else arrivals.lose)("association")
         (key,) = arrivals.settled(quiet_seconds=0, after_release=0)
-        states.append(arrivals.complete(key).state)
+        states.append(complete(arrivals, key).state)
     assert states == [READY, PARKED]
 
 

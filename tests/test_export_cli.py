@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from anatomynet.engine.checkpoint import load_checkpoint, save_checkpoint
 from anatomynet.engine.config import model_config_from_json
 from anatomynet.engine.limits import largest_slices
 from anatomynet.engine.runtime import load_runtime
-from anatomynet.export.cli import main
+from anatomynet.export.cli import main, move_in_place
 from anatomynet.export.forms import parity_volume
 from anatomynet.export.manifest import read_manifest
 from tests.full_disk import largest_file
@@ -237,6 +238,24 @@ def test_tensorrt_without_a_gpu_is_told_before_anything_is_computed(checkpoint: 
     assert run.exit_code == 1
     assert "NVIDIA GPU" in run.stderr
     assert "proof on" not in run.stdout
+
+
+def test_two_that_move_one_folder_in_place_at_once_both_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan" / "model.plan").write_bytes(b"a plan")
+    copy, others = shutil.copytree, ["the other"]
+
+    def copytree(source: Path, target: Path) -> Path:
+        copied = copy(source, target)
+        if others:
+            others.clear()
+            move_in_place(tmp_path / "plan", tmp_path / "plans")
+        return copied
+
+    monkeypatch.setattr(shutil, "copytree", copytree)
+    assert move_in_place(tmp_path / "plan", tmp_path / "plans") == tmp_path / "plans" / "plan"
+    assert contents(tmp_path / "plans") == {"plan/model.plan": b"a plan"}
+    assert [path.name for path in (tmp_path / "plans").iterdir()] == ["plan"]
 
 
 def test_help_imports_no_torch() -> None:

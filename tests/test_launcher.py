@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,12 @@ import numpy as np
 import pytest
 
 from anatomynet.client.triton import TritonRuntime
-from anatomynet.engine.errors import ServerError
+from anatomynet.engine.config import load_config
+from anatomynet.engine.errors import ModelError, ServerError
 from anatomynet.export import launcher
+from anatomynet.export.manifest import check_repository
+from anatomynet.export.repository import write_repository
+from anatomynet.export.triton_models import python_model
 from tests.triton_servers import LAUNCHER, has_server, running_server
 
 needs_wheel = pytest.mark.skipif(not has_server(), reason="no tritonserver here: pip install 'anatomynet[serve]'")
@@ -257,3 +262,30 @@ def test_what_could_not_be_checked_is_told_and_served(
     launcher.main()
     assert started == [str(server)]
     assert capsys.readouterr().err == f"tritonserver: {tmp_path} could not be checked\n"
+
+
+@pytest.mark.parametrize("removable", [True, False])
+def test_what_another_server_compiles_during_the_check_is_dropped_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removable: bool
+) -> None:
+    """Two servers that start on one repository: the check of the second took that for foreign code."""
+    onnx_file, compiled = tmp_path / "network.onnx", tmp_path / "repo" / "anatomynet" / "1" / "__pycache__"
+    onnx_file.write_bytes(b"the network")
+    write_repository(tmp_path / "repo", [python_model(load_config("openkbp7")[0], [onnx_file])])
+    loads = ["another server's"]
+
+    def check(repository: Path) -> list[str]:
+        if loads:
+            loads.clear()
+            compiled.mkdir()
+            (compiled / "model.cpython-311.pyc").write_bytes(b"code")
+        return check_repository(repository)
+
+    monkeypatch.setattr(launcher, "check_repository", check)
+    if removable:
+        launcher._check_repositories([f"--model-repository={tmp_path / 'repo'}"])
+        assert not compiled.exists()
+    else:
+        monkeypatch.setattr(shutil, "rmtree", lambda folder, ignore_errors: None)
+        with pytest.raises(ModelError, match=r"\.pyc is not what anatomynet-export wrote"):
+            launcher._check_repositories([f"--model-repository={tmp_path / 'repo'}"])

@@ -104,6 +104,19 @@ def test_refused_in_one_line(repository: Path, damage: Callable[[Path], object],
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_that_is_swapped_out_meanwhile_is_one_line(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = manifest._sha256
+
+    def sha256(path: Path) -> str:
+        (repository / "anatomynet").rename(repository.parent / "old")  # as an export does
+        return real(path)
+
+    monkeypatch.setattr(manifest, "_sha256", sha256)
+    with pytest.raises(ModelError, match=r"cannot be read: No such file .*start the server again") as caught:
+        check_repository(repository)
+    assert "\n" not in str(caught.value)
+
+
 def test_half_a_repository_is_not_served(repository: Path) -> None:
     """What an export leaves that is killed between the region finder and the model: READY, and good for nothing."""
     (repository / "anatomynet").rename(repository / "anatomynet_region")

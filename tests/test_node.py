@@ -1,8 +1,13 @@
 """The node as a whole: CT from Orthanc and dcmtk, contours to Orthanc, and a node that is killed in between."""
 
+import errno
+import logging
 import os
+import shutil
 import signal
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +29,8 @@ from anatomynet.client.ct_writer import write_ct_series
 from anatomynet.client.node import MOST_STARTS, Node, retry_parked, status_lines
 from anatomynet.client.node_arrivals import Arrivals
 from anatomynet.client.node_config import Destination
-from anatomynet.client.node_spool import PARKED, READY, SEGMENTED, SENT, TRASH, Job, Spool
+from anatomynet.client.node_spool import PARKED, READY, RECEIVED, RECORD_NAME, SEGMENTED, SENT, TRASH, Job, Spool
+from anatomynet.engine.errors import NodeError
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.volume import CTVolume
 from tests.dicom_nodes import (
@@ -200,6 +206,39 @@ def test_one_that_is_taken_and_one_that_is_missing_are_one_line(tmp_path: Path) 
     assert (missing.exit_code, len(missing.stderr.splitlines())) == (1, 1)
     both = CliRunner().invoke(main, ["listen", "--config", str(node.config), "--status", "--retry"])
     assert both.exit_code == 2
+
+
+# Has the main thread signalled where it waits between steps, in the middle of the wait.
+SIGNALLED_AS_IT_WAITS = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from anatomynet.client import node
+from tests.dicom_nodes import node_config
+
+waits = []
+
+def signalled(real):
+    def wait(*args, **kwargs):
+        if waits and threading.current_thread() is threading.main_thread():
+            waits.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+    return wait
+
+threading.Condition.wait, time.sleep = signalled(threading.Condition.wait), signalled(time.sleep)
+node.check_settings = lambda config: None
+node._stepped = lambda _: waits.append(True)
+node.run_node(node_config(Path(sys.argv[1])))
+"""
+
+
+def test_a_signal_in_the_middle_of_its_wait_ends_it(tmp_path: Path) -> None:
+    """An Event's wait holds a lock that its `set` waits for: once the node heard of no signal any more but SIGKILL."""
+    command = [sys.executable, "-c", SIGNALLED_AS_IT_WAITS, str(tmp_path / "spool")]
+    root = Path(__file__).resolve().parents[1]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.splitlines()[-1].endswith("Z stopped")
 
 
 # The node's steps, in this process.
@@ -382,6 +421,121 @@ def test_a_damaged_record_does_not_keep_the_node_from_tidying(series: list[Path]
     bench.node = Node(bench.config, bench.spool, bench.arrivals)
     bench.node.step()
     assert not bench.jobs(SENT)
+
+
+@pytest.mark.parametrize("state", [RECEIVED, READY, SENT, TRASH])
+def test_a_stray_file_does_not_keep_the_node_from_drawing(series: list[Path], tmp_path: Path, state: str) -> None:
+    """Once it ended every step before it began."""
+    stray = tmp_path / "spool" / state / "Name^of_a_patient.dcm"
+    stray.parent.mkdir(parents=True, mode=0o700)
+    (tmp_path / "spool").chmod(0o700)
+    stray.write_text("put here by hand")
+    bench = Bench(tmp_path)
+    bench.receive(series[:5], released=False)
+    bench.work()
+    assert len(bench.jobs(PARKED)) == 1
+    assert stray.exists() == (state in (READY, SENT))
+    assert [line for line in status_lines(bench.spool) if "a stray file" in line] == (
+        [f"failure: a stray file in {stray.parent}: move it elsewhere"] if stray.exists() else []
+    )
+
+
+def test_retry_by_another_user_is_refused_in_one_line(
+    series: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root it once gave the node a record that it could not read, and kept it from drawing."""
+    bench = Bench(tmp_path)
+    bench.receive(series[:5], released=False)
+    bench.work()
+    user = bench.spool.folder.owner()
+    monkeypatch.setattr(os, "geteuid", lambda: bench.spool.folder.stat().st_uid + 1)
+    with pytest.raises(NodeError, match=f"run it as {user}$"):
+        retry_parked(bench.spool)
+    assert len(bench.jobs(PARKED)) == 1
+
+
+def test_a_spool_that_this_user_may_not_enter_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(tmp_path)
+
+    def is_dir(self: Path) -> bool:
+        raise of_another_user(self)
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    with pytest.raises(NodeError, match="run it as the node's user"):
+        list(status_lines(bench.spool))
+
+
+def of_another_user(path: Path) -> PermissionError:
+    return PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def test_a_record_that_cannot_be_read_does_not_keep_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    both = [write_series(tmp_path / f"study{seed}", seed=seed) for seed in (1, 2)]
+    bench = Bench(tmp_path)
+    bench.receive(both[0])
+    assert bench.node.step()
+    (unreadable,) = (job.folder / RECORD_NAME for job in bench.jobs(READY))
+    read = Path.read_bytes
+
+    def read_bytes(self: Path) -> bytes:
+        if self == unreadable:
+            raise of_another_user(self)
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    bench.receive(both[1])
+    bench.work()
+    assert len(bench.jobs(SENT)) == 1
+    assert caplog.text.count("cannot be read: Permission denied") == 1
+    (line,) = [line for line in status_lines(bench.spool) if line.startswith("failure")]
+    assert line.endswith(f"in {bench.spool.folder / READY} cannot be read: Permission denied; whose is it?")
+
+
+def test_a_series_that_cannot_be_completed_does_not_keep_the_others(
+    series: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path)
+    bench.receive(series[:5], released=False)
+    bench.receive(write_series(tmp_path / "study", seed=2)[:5], released=False)
+    first, second = bench.arrivals.settled(quiet_seconds=0.0, after_release=0.0)
+    generations = bench.spool.generations
+
+    def generations_of(key: str) -> list[Job]:
+        if key == first:
+            raise of_another_user(bench.spool.folder / key)
+        return generations(key)
+
+    monkeypatch.setattr(bench.spool, "generations", generations_of)
+    bench.work()
+    assert [job.key for job in bench.jobs(PARKED)] == [second]
+    monkeypatch.undo()
+    bench.work()
+    assert {job.key for job in bench.jobs(PARKED)} == {first, second}
+
+
+def test_what_cannot_be_deleted_is_told_once_and_the_rest_is_done(
+    series: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    bench = Bench(tmp_path)
+    for name in ("one", "two"):
+        (bench.spool.folder / TRASH / name).mkdir()
+    remove = shutil.rmtree
+
+    def rmtree(path: Path) -> None:
+        if path.name == "one":
+            raise of_another_user(path)
+        remove(path)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    bench.receive(series[:5], released=False)
+    bench.work()
+    assert len(bench.jobs(PARKED)) == 1
+    assert [path.name for path in (bench.spool.folder / TRASH).iterdir()] == ["one"]
+    assert caplog.text.count("cannot be deleted: Permission denied") == 1
 
 
 def test_retry_of_nothing_is_told(tmp_path: Path) -> None:

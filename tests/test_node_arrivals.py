@@ -2,13 +2,14 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pydicom
 import pytest
 from pydicom.uid import ImplicitVRLittleEndian
 
-from anatomynet.client.node_arrivals import KNOWN, REPLACED, STARTED, STORED, Arrivals, Instance
+from anatomynet.client.node_arrivals import KNOWN, REPLACED, STARTED, STORED, Arrivals, Instance, arriving_folders
 from anatomynet.client.node_spool import PARKED, READY, RECEIVED, SEGMENTED, SENT, Job, Spool, series_key
 from anatomynet.engine.errors import NodeError, OutputError
 from tests.dicom_nodes import instance_from
@@ -49,7 +50,13 @@ def completed(arrivals: Arrivals, instances: list[Instance], sender: object = "a
     receive(arrivals, instances, sender)
     arrivals.release(sender)
     (key,) = arrivals.settled(quiet_seconds=0, after_release=0)
-    return arrivals.complete(key)
+    return complete(arrivals, key)
+
+
+def complete(arrivals: Arrivals, key: str) -> Job:
+    job = arrivals.complete(key, quiet_seconds=0, after_release=0)
+    assert job
+    return job
 
 
 def data_of(job: Job) -> list[bytes]:
@@ -131,7 +138,7 @@ def test_a_changed_instance_replaces_the_first(
     first = spool.move(completed(arrivals, instances), SENT)
     assert receive(arrivals, [instance_from(changed)], "later") == [REPLACED]
     arrivals.release("later")
-    second = arrivals.complete(first.key)
+    second = complete(arrivals, first.key)
     assert (second.state, second.generation, second.record.slices) == (READY, 2, len(instances))
     assert changed.read_bytes() in data_of(second)
     assert data_of(first) == sorted(each.data for each in instances)
@@ -171,11 +178,44 @@ def test_an_association_that_broke_parks_the_series(spool: Spool, instances: lis
     receive(arrivals, instances[:4])
     arrivals.lose("association")
     (key,) = arrivals.settled(quiet_seconds=0, after_release=60)
-    job = arrivals.complete(key)
+    job = complete(arrivals, key)
     assert job.state == PARKED
     assert "the association that brought it broke after 4 slices; send the series again" in job.record.problem
     again = completed(arrivals, instances, "another")  # what is there counts too: sending again is the way to mend it
     assert (again.state, again.record.slices) == (READY, len(instances))
+
+
+def test_a_slice_that_comes_after_the_series_was_settled_keeps_it_growing(
+    spool: Spool, instances: list[Instance]
+) -> None:
+    """Should its association break then, there is still something to park."""
+    arrivals = arrivals_of(spool)
+    receive(arrivals, instances[:4], "first")
+    arrivals.release("first")
+    (key,) = arrivals.settled(quiet_seconds=60, after_release=0)
+    receive(arrivals, instances[4:5], "late")
+    assert arrivals.complete(key, quiet_seconds=60, after_release=0) is None
+    arrivals.lose("late")
+    assert complete(arrivals, key).state == PARKED
+
+
+def test_a_series_that_is_complete_as_somebody_looks_is_passed_over(
+    spool: Spool, instances: list[Instance], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrivals = arrivals_of(spool)
+    receive(arrivals, instances[:4])
+    (spool.folder / RECEIVED / "stray.txt").write_text("put here by hand")
+    folder = spool.folder / RECEIVED / series_key(instances[0].series_instance_uid)
+    assert [(key, slices) for key, _, slices, _ in arriving_folders(spool)] == [(folder.name, 4)]
+    scandir = os.scandir
+
+    def renamed_before(path: Path) -> Iterator[os.DirEntry[str]]:
+        if Path(path) == folder / "ct":
+            folder.rename(spool.folder / READY / f"{folder.name}_1")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", renamed_before)
+    assert not list(arriving_folders(spool))
 
 
 def test_the_rest_in_time_mends_a_break(spool: Spool, instances: list[Instance]) -> None:
@@ -196,7 +236,7 @@ def test_a_restart_knows_what_was_released(spool: Spool, instances: list[Instanc
         arrivals.release("association")
     again = arrivals_of(spool)
     (key,) = again.settled(quiet_seconds=0, after_release=0)
-    assert again.complete(key).state == (READY if released else PARKED)
+    assert complete(again, key).state == (READY if released else PARKED)
 
 
 def test_too_many_instances_are_refused(spool: Spool, instances: list[Instance]) -> None:

@@ -1,21 +1,28 @@
 """The SCP, spoken to by dcmtk: who is let in, what is taken, and the statuses of what is not."""
 
+import gc
+import logging
 import subprocess
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pydicom
 import pytest
 from pydicom.uid import CTImageStorage
 from pynetdicom import AE
+from pynetdicom.events import Event
+from pynetdicom.pdu import P_DATA_TF
+from pynetdicom.pdu_items import PresentationDataValueItem
 
 from anatomynet.client.node_arrivals import Arrivals
 from anatomynet.client.node_config import NodeConfig, Peer
-from anatomynet.client.node_receiver import _RefusedError, instance_from_bytes, listening
-from anatomynet.client.node_spool import RECEIVED, Spool
+from anatomynet.client.node_receiver import _Receiver, _RefusedError, instance_from_bytes, listening
+from anatomynet.client.node_spool import PARKED, RECEIVED, Spool
 from tests.dicom_nodes import CALLER, NODE_TITLE, dcmtk, node_config, send, write_series
 from tests.dicom_studies import edit
 from tests.full_disk import largest_file
@@ -140,6 +147,63 @@ def test_an_instance_that_is_too_large_ends_its_association(series: list[Path], 
         assert send(port, series[:1]).returncode != 0
         assert not received(spool)
         assert echo(port)
+
+
+class Breakable:
+    """As much of an association as `_Receiver` asks for; like pynetdicom it says at once that it was broken."""
+
+    requestor = SimpleNamespace(ae_title=CALLER)
+    dul = SimpleNamespace(socket=None)
+    is_aborted = False
+
+    def __init__(self, receiver: _Receiver) -> None:
+        self._receiver = receiver
+
+    def abort(self, *, block: bool) -> None:
+        assert not block
+        self.is_aborted = True
+        self._receiver.aborted(cast("Event", SimpleNamespace(assoc=self)))
+
+
+def test_an_instance_that_is_too_large_is_told_once_and_not_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was sent before the sender heard of it is still read, a hundred pieces and more."""
+    caplog.set_level(logging.INFO)
+    config = node_config(tmp_path, largest_instance_mb=0.02)
+    Spool(tmp_path / "spool").prepare()
+    receiver = _Receiver(config, Arrivals(Spool(tmp_path / "spool"), most_instances=100))
+    association = Breakable(receiver)
+    piece = P_DATA_TF()
+    piece.presentation_data_value_items = [PresentationDataValueItem()]
+    piece.presentation_data_value_items[0].presentation_data_value = bytes(8000)
+    for _ in range(100):
+        receiver.measure(cast("Event", SimpleNamespace(assoc=association, pdu=piece)))
+    assert [record.message.split()[0] for record in caplog.records] == ["refused", "broken"]
+    gone = weakref.ref(association)
+    del association
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_slice_on_disk_after_its_association_was_broken_does_not_count_as_its_end(
+    series: list[Path], tmp_path: Path
+) -> None:
+    """An association is broken by the thread that reads, while another stores what came before."""
+    spool = Spool(tmp_path / "spool")
+    spool.prepare()
+    arrivals = Arrivals(spool, most_instances=100)
+    receiver = _Receiver(node_config(spool.folder), arrivals)
+    association = Breakable(receiver)
+    association.abort(block=False)
+    data = series[0].read_bytes()
+    request = SimpleNamespace(AffectedSOPInstanceUID=pydicom.dcmread(series[0]).SOPInstanceUID)
+    event = SimpleNamespace(assoc=association, request=request, encoded_dataset=lambda: data)
+    receiver.store(cast("Event", event))
+    (key,) = arrivals.settled(quiet_seconds=0, after_release=0)
+    job = arrivals.complete(key, quiet_seconds=0, after_release=0)
+    assert job
+    assert job.state == PARKED
 
 
 def test_damaged_instances_are_refused(series: list[Path]) -> None:

@@ -1,12 +1,16 @@
 """The spool: one node at a time, and a series in one state, whole, wherever the node is killed."""
 
+import fcntl
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from anatomynet.client.node_spool import PARKED, READY, STATES, JobRecord, Spool, read_record, write_record
+from anatomynet.client import node_spool
+from anatomynet.client.node_spool import NODE_LOCK, PARKED, READY, STATES, JobRecord, Spool, read_record, write_record
 from anatomynet.engine.errors import NodeError
 
 # Ends a process at its n-th change of the disk, for every n; then lets another go on from there. A sender sends again
@@ -142,6 +146,32 @@ def test_one_node_at_a_time(spool: Spool) -> None:
         with pytest.raises(NodeError, match="another node, pid"), Spool(spool.folder).owned():
             pass
     assert spool.node_pid() == ""
+
+
+def test_a_look_at_the_status_does_not_keep_a_node_from_starting(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`node_pid` locks the file for a moment: a node that started then took it for another node."""
+    with (spool.folder / NODE_LOCK).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        monkeypatch.setattr(time, "sleep", lambda _: fcntl.flock(file, fcntl.LOCK_UN))
+        with spool.owned():
+            assert spool.node_pid() == str(os.getpid())
+
+
+def test_a_series_that_another_process_moves_meanwhile_is_passed_over(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parked, ready = (spool.folder / state / "series-1-2_1" for state in (PARKED, READY))
+    parked.mkdir()
+    write_record(parked, JobRecord(source="CT"))
+
+    def put_back(folder: Path) -> JobRecord:
+        if parked.is_dir():
+            parked.rename(ready)  # as `--retry` does
+        return read_record(folder)
+
+    monkeypatch.setattr(node_spool, "read_record", put_back)
+    assert spool.generations("series-1-2") == []
+    assert [job.state for job in spool.generations("series-1-2")] == [READY]
 
 
 def test_a_damaged_record_is_told(spool: Spool) -> None:

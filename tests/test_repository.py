@@ -99,8 +99,21 @@ def test_a_failed_export_leaves_the_old_model(tmp_path: Path, model: TritonModel
     assert sorted(path.name for path in tmp_path.iterdir()) == ["anatomynet.onnx", "repo"]
 
 
-def test_the_old_models_come_back_where_the_swap_fails(
-    tmp_path: Path, config: ModelConfig, onnx_file: Path, model: TritonModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("renamed", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("ends", "told"),
+    [(OSError(28, "No space left on device", "a model"), ExportError), (KeyboardInterrupt(), KeyboardInterrupt)],
+    ids=["by the disk", "by Ctrl-C"],
+)
+def test_the_old_models_come_back_where_the_swap_ends(
+    tmp_path: Path,
+    config: ModelConfig,
+    onnx_file: Path,
+    model: TritonModel,
+    monkeypatch: pytest.MonkeyPatch,
+    ends: BaseException,
+    told: type[BaseException],
+    renamed: bool,
 ) -> None:
     repository = tmp_path / "repo"
     plan = PlanFile(onnx_file, "10.13.0.35", "9.0", "NVIDIA H100 80GB HBM3", (1022, 512, 512))
@@ -111,11 +124,13 @@ def test_the_old_models_come_back_where_the_swap_fails(
     def failing_fifth(self: Path, target: Path) -> Path:
         renames.append(target)
         if len(renames) == 5:  # the four old parts are out of the way
-            raise OSError(28, "No space left on device", str(target))
+            if renamed:
+                rename(self, target)
+            raise ends
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing_fifth)
-    with pytest.raises(ExportError, match="No space left"):
+    with pytest.raises(told):
         write_repository(repository, [model])
     assert files_in(repository) == before
 
