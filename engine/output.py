@@ -1,6 +1,7 @@
 """Results on disk: whole or not at all, and never over an older one unasked."""
 
 import os
+import secrets
 from pathlib import Path
 
 from anatomynet.engine.errors import OutputError
@@ -27,7 +28,8 @@ def write_whole(path: Path, data: bytes, *, overwrite: bool = False) -> None:
         OutputError: the file exists and may not be overwritten, or it could not be written; nothing is left behind.
     """
     refuse_existing(path, overwrite=overwrite)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Not by the process's number: threads share it, and in containers on one disk each may be process 1.
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         nameless = _nameless_file(path.parent)
         with beside.open("wb") if nameless is None else os.fdopen(nameless, "wb") as file:
@@ -35,7 +37,6 @@ def write_whole(path: Path, data: bytes, *, overwrite: bool = False) -> None:
             file.flush()
             os.fsync(file.fileno())
             if nameless is not None:
-                beside.unlink(missing_ok=True)
                 # Only with a folder's descriptor does Python ask linkat to follow the link.
                 os.link(f"/proc/self/fd/{nameless}", beside, src_dir_fd=nameless)
         beside.replace(path)
