@@ -105,7 +105,7 @@ def segment_found(
 
     def outcomes() -> Iterator[StudyOutcome]:
         with ExitStack() as stack:
-            # Threads that turn warnings off and on would do so for each other.
+            # Between what each thread has quiet for itself, too.
             stack.enter_context(quiet_libraries())
             task = task_for(options, runtime or stack.enter_context(connected(options.server)), table)
             run = _Run(task, all_series)
