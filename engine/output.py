@@ -2,9 +2,15 @@
 
 import os
 import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from anatomynet.engine.errors import OutputError
+
+if sys.platform != "win32":
+    import fcntl
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
@@ -54,6 +60,25 @@ def _nameless_file(folder: Path) -> int | None:
         return os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o666)
     except OSError:  # a file system that has none; what else is wrong, a named file will tell
         return None
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Another thread or process waits here until the block is left; where a file system has no locks, nobody does.
+
+    Raises:
+        OSError: no such folder, or one that may not be read.
+    """
+    if sys.platform == "win32":  # which has no such locks
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def prepare_folder(folder: Path, *, overwrite: bool) -> None:
