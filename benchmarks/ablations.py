@@ -17,11 +17,9 @@ boxes.
 """
 
 import pickle
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from multiprocessing import get_context
@@ -252,7 +250,7 @@ def finished_runs(task: Task, planned: Sequence[Planned], jobs: int) -> Iterator
     if jobs == 1:
         yield from (run_of(task, one) for one in planned)
         return
-    with tempfile.TemporaryDirectory() as folder, ended_by_sigterm():
+    with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "task.pickle"
         file.write_bytes(pickle.dumps(task))
         # Not forked: each its own CUDA context. Not an executor, which a worker that is killed takes down.
@@ -260,20 +258,6 @@ def finished_runs(task: Task, planned: Sequence[Planned], jobs: int) -> Iterator
             yield from pool.imap_unordered(partial(_run_of_file, file), planned)
             pool.close()
             pool.join()
-
-
-@contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """A SIGTERM unwinds the stack, and with it ends the workers."""
-
-    def leave(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _run_of_file(file: Path, one: Planned) -> dict[str, Any]:

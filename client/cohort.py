@@ -5,7 +5,7 @@ before each for the one ahead of it. A study that cannot be drawn is an outcome 
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,12 +16,12 @@ from typing import Any, Literal
 from anatomynet.client.connection import connected
 from anatomynet.client.headers import UID_TAIL_LENGTH
 from anatomynet.client.outputs import output_paths
-from anatomynet.client.pipeline import DEFAULTS, SegmentOptions, Task, draw_series, task_for, write_drawing
+from anatomynet.client.pipeline import DEFAULTS, Drawing, SegmentOptions, Task, draw_series, task_for, write_drawing
 from anatomynet.client.quiet import quiet_libraries
 from anatomynet.client.records import files_of, is_done, record_of, write_recorded
 from anatomynet.client.report import StageClock
 from anatomynet.client.structure_table import load_structure_table
-from anatomynet.client.study import list_ct_series, read_ct_series
+from anatomynet.client.study import CTSeries, list_ct_series, read_ct_series
 from anatomynet.client.study_files import opened_study
 from anatomynet.client.study_search import FoundStudy, find_studies
 from anatomynet.engine.errors import AnatomyNetError, OutputError, ServerError, StudyError
@@ -105,7 +105,7 @@ def segment_found(
 
     def outcomes() -> Iterator[StudyOutcome]:
         with ExitStack() as stack:
-            # Threads that turn warnings off and on would do so for each other.
+            # Between what each thread has quiet for itself, too.
             stack.enter_context(quiet_libraries())
             task = task_for(options, runtime or stack.enter_context(connected(options.server)), table)
             run = _Run(task, all_series)
@@ -213,17 +213,27 @@ class _Run:
                 raise ServerError(f"not tried: the server failed {SERVER_FAILURES} times in a row")
             with clock.stage("read"):
                 series = read_ct_series(folder, series_instance_uid=uid)
-            record = record_of(series, self.task)
-            if not self.task.options.overwrite and is_done(files_of(outputs), record):
-                return _outcome(study, tail, "done before", clock, outputs=tuple(outputs.values()))
-            drawing = draw_series(series, self.task, clock=clock)
-            self.server_failures = 0
-            write_recorded(outputs, record, lambda staged: write_drawing(drawing, staged, self.task, clock=clock))
+            drawing = self._drawn(series, outputs, clock)
         except AnatomyNetError as error:
             self.server_failures += isinstance(error, ServerError)
             return _failure(study, tail, clock, error)
-        found = len(drawing.findings)
-        return _outcome(study, tail, "drawn", clock, outputs=tuple(outputs.values()), findings=found)
+        files = tuple(outputs.values())
+        if drawing is None:
+            return _outcome(study, tail, "done before", clock, outputs=files)
+        return _outcome(study, tail, "drawn", clock, outputs=files, findings=len(drawing.findings))
+
+    def _drawn(self, series: CTSeries, outputs: Mapping[str, Path], clock: StageClock) -> Drawing | None:
+        """What was drawn and written; None where this was done before, or by another run meanwhile."""
+        task, overwrite = self.task, self.task.options.overwrite
+        if not overwrite and is_done(files_of(outputs), record_of(series, task, task.runtime.model)):
+            return None
+        drawing = draw_series(series, task, clock=clock)
+        self.server_failures = 0
+        record = record_of(series, task, drawing.model)
+        written = write_recorded(
+            outputs, record, lambda staged: write_drawing(drawing, staged, task, clock=clock), overwrite=overwrite
+        )
+        return drawing if written else None
 
 
 class _TurnTakingClock(StageClock):

@@ -9,6 +9,7 @@ from typing import Literal
 from anatomynet.client.access import Access, read_access
 from anatomynet.client.address import address_from_url
 from anatomynet.client.triton import TIMEOUT_S, TritonRuntime, probe_local
+from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import ServerError
 from anatomynet.engine.runtime import OpenVinoRuntime, Runtime, load_runtime
 
@@ -98,4 +99,9 @@ def access_to(server: ServerOptions) -> Access:
 
 def describe_runtime(runtime: Runtime) -> str:
     """One line: model, checkpoint, and where it runs."""
-    return f"{runtime.model.name}, checkpoint {runtime.model.checkpoint_sha256[:12]}, {runtime.description}"
+    return describe_model(runtime.model, runtime.description)
+
+
+def describe_model(model: ModelConfig, place: str) -> str:
+    """The same line, where `place` is the description of the runtime that drew."""
+    return f"{model.name}, checkpoint {model.checkpoint_sha256[:12]}, {place}"

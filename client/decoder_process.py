@@ -125,6 +125,7 @@ def _asked(child: "subprocess.Popen[bytes]", frame: EncodedFrame, stream: bytes,
 
 
 def _how_it_ended(child: "subprocess.Popen[bytes]") -> str:
+    child.kill()  # it may be there still, having said what it should not; what has ended keeps its status
     status = child.wait()
     if status >= 0:
         return f"the decoder left with {status}"

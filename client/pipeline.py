@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 
-from anatomynet.client.connection import ServerOptions, connected, describe_runtime
+from anatomynet.client.connection import ServerOptions, connected, describe_model, describe_runtime
 from anatomynet.client.outputs import OutputStyle, output_paths, write_outputs
 from anatomynet.client.picture import write_picture
 from anatomynet.client.report import StageClock, write_report
@@ -27,7 +27,8 @@ from anatomynet.client.study import CTSeries, read_ct_series, volume_from_series
 from anatomynet.client.study_files import opened_study
 from anatomynet.client.triton import TritonRuntime
 from anatomynet.client.unvalidated import unvalidated_findings, without_unvalidated
-from anatomynet.engine.errors import OutputError
+from anatomynet.engine.config import ModelConfig
+from anatomynet.engine.errors import OutputError, ServerError
 from anatomynet.engine.findings import Finding, find_warnings
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.limits import check_size
@@ -119,6 +120,8 @@ class Drawing:
         label_map: what was drawn, voxel for voxel on the CT.
         regions: the same, cut to a box a structure.
         findings: what deserves a look.
+        model: what drew it; a server may have loaded another one since.
+        place: the description of the runtime that it ran on.
     """
 
     series: CTSeries
@@ -126,6 +129,8 @@ class Drawing:
     label_map: LabelMap
     regions: tuple[StructureRegion, ...]
     findings: tuple[Finding, ...]
+    model: ModelConfig
+    place: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +184,7 @@ def segment_study(
             series = read_ct_series(folder, series_instance_uid=options.series)
         drawing = draw_series(series, task, clock=clock, announce=announce)
         write_drawing(drawing, outputs, task, clock=clock)
-        return SegmentedStudy(drawing, outputs, describe_runtime(runtime), clock)
+        return SegmentedStudy(drawing, outputs, describe_model(drawing.model, drawing.place), clock)
 
 
 def task_for(options: SegmentOptions, runtime: Runtime, table: StructureTable) -> Task:
@@ -203,7 +208,7 @@ def draw_series(
 
     Raises:
         StudyError, GeometryError: voxels that cannot be read, or not drawn on.
-        ServerError, ModelError: the runtime fails.
+        ServerError, ModelError: the runtime fails, or another thread found that its model has changed meanwhile.
     """
     check_fits(series.geometry, task.runtime)
     with clock.stage("read"):
@@ -211,13 +216,17 @@ def draw_series(
     if announce:
         announce(f"{volume.geometry.shape[0]} slices; {describe_runtime(task.runtime)}")
     with clock.stage("infer"):
+        model = task.runtime.model
         drawn = segment(volume, task.runtime, whole_volume=task.options.whole_volume)
+        if task.runtime.model != model:  # it may be of both
+            raise ServerError("the server's model has changed meanwhile: segment the study again")
+        place = task.runtime.description
         label_map = only_structures(drawn, task.wanted)
         label_map = replace(label_map, notes=(*label_map.notes, *task.notes))
     with clock.stage("check"):
         regions = regions_from_label_map(label_map)
-        findings = (*unvalidated_findings(task.wanted, task.runtime.model), *find_warnings(volume, regions))
-    return Drawing(series, volume, label_map, regions, findings)
+        findings = (*unvalidated_findings(task.wanted, model), *find_warnings(volume, regions))
+    return Drawing(series, volume, label_map, regions, findings, model, place)
 
 
 def check_fits(geometry: VolumeGeometry, runtime: Runtime) -> None:
@@ -244,7 +253,7 @@ def write_drawing(drawing: Drawing, outputs: Mapping[str, Path], task: Task, *, 
     """
     options, overwrite = task.options, task.options.overwrite
     volume, label_map, regions, findings = drawing.volume, drawing.label_map, drawing.regions, drawing.findings
-    style = OutputStyle(task.table, describe_runtime(task.runtime), options.tolerance_mm, overwrite)
+    style = OutputStyle(task.table, describe_model(drawing.model, drawing.place), options.tolerance_mm, overwrite)
     write_outputs(
         dict(outputs), drawing.series, label_map, regions=regions, style=style, findings=findings, clock=clock
     )
@@ -256,8 +265,9 @@ def write_drawing(drawing: Drawing, outputs: Mapping[str, Path], task: Task, *, 
         write_report(
             options.report,
             label_map,
-            task.runtime,
             clock,
+            model=drawing.model,
+            runtime=drawing.place,
             regions=regions,
             findings=findings,
             overwrite=overwrite,

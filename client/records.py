@@ -4,7 +4,8 @@
     OUT/.anatomynet/head.rtstruct.dcm.json    the file's hash, and hashes of the slices, the model and what was asked
 
 A name alone says nothing: an output is done when its bytes are those that were written, of these slices, by this model.
-Records are written before the outputs take their names, so that a run that was killed leaves none that it disowns.
+A record takes its name just before its output does, so that a run that was killed leaves none that it disowns.
+Runs that write to one folder take turns at that, and each looks again before: another may have been faster.
 """
 
 import hashlib
@@ -21,8 +22,9 @@ from anatomynet import __version__
 from anatomynet.client.nifti import label_table_path
 from anatomynet.client.pipeline import Task
 from anatomynet.client.study import CTSeries
+from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import OutputError
-from anatomynet.engine.output import write_whole
+from anatomynet.engine.output import alone_in, write_whole
 
 RECORDS = ".anatomynet"
 UNFINISHED = ".part"
@@ -48,14 +50,14 @@ def files_of(outputs: Mapping[str, Path]) -> list[Path]:
     return [*outputs.values(), *([label_table_path(outputs["nifti"])] if "nifti" in outputs else [])]
 
 
-def record_of(series: CTSeries, task: Task) -> Record:
-    """What outputs are made of: the slices, the model, and what was asked of it; nothing private."""
+def record_of(series: CTSeries, task: Task, model: ModelConfig) -> Record:
+    """What outputs are made of: the slices, the model that draws, and what was asked of it; nothing private."""
     asked = {name: value for name, value in vars(task.options).items() if name not in NOT_IN_FILES}
     asked |= {s.name: vars(task.table[s.name]) for s in task.wanted}
     slices = sorted((s.sop_instance_uid, s.frame) for s in series.slices)
     return {
         "slices_sha256": _hash_of_json([series.series_instance_uid, slices]),
-        "checkpoint_sha256": task.runtime.model.checkpoint_sha256,
+        "checkpoint_sha256": model.checkpoint_sha256,
         "asked_sha256": _hash_of_json(asked),
     }
 
@@ -70,16 +72,23 @@ def is_done(files: Sequence[Path], record: Record) -> bool:
     return all(written)
 
 
-def write_recorded(outputs: Mapping[str, Path], record: Record, write: Callable[[Mapping[str, Path]], object]) -> None:
-    """Writes outputs somewhere hidden, then their records, then gives them their names.
+def write_recorded(
+    outputs: Mapping[str, Path], record: Record, write: Callable[[Mapping[str, Path]], object], *, overwrite: bool
+) -> bool:
+    """Writes outputs and their records somewhere hidden, then gives them their names.
 
     Args:
-        outputs: type -> file; files of these names are replaced.
+        outputs: type -> file.
         record: see `record_of`.
         write: writes the files it is given, of the same types and names.
+        overwrite: files that are there may be replaced.
+
+    Returns:
+        Whether these are the outputs; else another run has written the same meanwhile, and they were kept.
 
     Raises:
-        OutputError: the folder cannot be written to, and what `write` raises; no file is left.
+        OutputError: one has appeared meanwhile that `record` does not account for; the folder cannot be written to,
+            and what `write` raises. What was there is kept, with its record.
     """
     first = next(iter(outputs.values()))
     folder = first.parent / RECORDS
@@ -89,15 +98,21 @@ def write_recorded(outputs: Mapping[str, Path], record: Record, write: Callable[
         with TemporaryDirectory(dir=folder, prefix=f"{first.name}.", suffix=UNFINISHED) as unfinished:
             staged = {kind: Path(unfinished, path.name) for kind, path in outputs.items()}
             write(staged)
+            Path(unfinished, RECORDS).mkdir()
             for file in files_of(staged):
                 known = {**record, "sha256": _hash_of(file), "anatomynet_version": __version__}
-                write_whole(_record_path(first.parent / file.name), json.dumps(known).encode(), overwrite=True)
-            for file in files_of(staged):
-                file.replace(first.parent / file.name)
+                write_whole(_record_path(file), json.dumps(known).encode())
+            with alone_in(folder):
+                if not overwrite and is_done(files_of(outputs), record):
+                    return False
+                for file in files_of(staged):
+                    _record_path(file).replace(folder / _record_path(file).name)
+                    file.replace(first.parent / file.name)
     except OSError as error:
         raise OutputError(
             f"{first} could not be written: {error.strerror or error}; nothing was left behind"
         ) from error
+    return True
 
 
 def _is_written(file: Path, record: Record) -> bool:

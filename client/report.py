@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.findings import Finding
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.output import write_whole
-from anatomynet.engine.runtime import Runtime
 from anatomynet.engine.structure_region import StructureRegion
 from anatomynet.engine.volume import LabelMap
 
@@ -48,14 +48,25 @@ def structure_volumes_ml(regions: Sequence[StructureRegion], geometry: VolumeGeo
 def write_report(
     path: Path,
     label_map: LabelMap,
-    runtime: Runtime,
     clock: StageClock,
     *,
+    model: ModelConfig,
+    runtime: str,
     regions: Sequence[StructureRegion],
     findings: Sequence[Finding] = (),
     overwrite: bool = False,
 ) -> None:
-    """Writes the JSON report of one segmented study; `regions` are the label map's.
+    """Writes the JSON report of one segmented study.
+
+    Args:
+        path: the file.
+        label_map: what was drawn.
+        clock: the seconds of each stage.
+        model: what drew it.
+        runtime: the description of where it ran.
+        regions: the label map's.
+        findings: what deserves a look.
+        overwrite: a file that is there may be replaced.
 
     Raises:
         OutputError: a file that exists, or cannot be written.
@@ -64,8 +75,8 @@ def write_report(
     confidence = label_map.confidence or (0.0,) * len(volumes)
     report = {
         "anatomynet_version": version("anatomynet"),
-        "model": {"name": runtime.model.name, "checkpoint_sha256": runtime.model.checkpoint_sha256},
-        "runtime": runtime.description,
+        "model": {"name": model.name, "checkpoint_sha256": model.checkpoint_sha256},
+        "runtime": runtime,
         "shape_zyx": list(label_map.geometry.shape),
         "spacing_xyz_mm": list(label_map.geometry.spacing),
         "structures": [

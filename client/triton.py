@@ -101,7 +101,8 @@ class TritonRuntime:
             ServerError: no server answered in time, one refused a volume that none would take, an answer does not fit
                 the volume, or the model changed meanwhile; a ServerBusyError where a queue was full to the end.
         """
-        check_input(hu, self.model)  # copied into shared memory, another type's numbers would wrap around
+        model = self.model  # another thread may find another one meanwhile
+        check_input(hu, model)  # copied into shared memory, another type's numbers would wrap around
         self.check_size(hu.shape)
         deadline = time.monotonic() + self._timeout_s
         given_up: set[TritonServer] = set()
@@ -110,7 +111,7 @@ class TritonRuntime:
             for server, untried in zip(servers, range(len(servers), 0, -1), strict=True):
                 try:
                     # One that hangs must leave time for the others.
-                    return self._attempt(server, hu, max(deadline - time.monotonic(), 0.001) / untried)
+                    return self._attempt(server, hu, model, max(deadline - time.monotonic(), 0.001) / untried)
                 except AttemptError as error:
                     failure = error
                 self._failed_at[server] = time.monotonic()
@@ -175,23 +176,23 @@ class TritonRuntime:
             time.sleep(pause_s)
         raise AssertionError("pauses have no end")
 
-    def _attempt(self, server: TritonServer, hu: HounsfieldArray, timeout_s: float) -> Answer:
+    def _attempt(self, server: TritonServer, hu: HounsfieldArray, model: ModelConfig, timeout_s: float) -> Answer:
         if not server.version:  # it was not there at the start
             server.connect()
-            self._check_model(server)
-        answer = server.infer(hu, structures=len(self.model.structures), timeout_s=timeout_s)
+            self._check_model(server, model)
+        answer = server.infer(hu, structures=len(model.structures), timeout_s=timeout_s)
         # Asked after, since only then is it sure which model answered: it may have been loaded anew.
-        self._check_model(server)
+        self._check_model(server, model)
         return answer
 
-    def _check_model(self, server: TritonServer) -> None:
-        """Whether a server serves what the volume was prepared for.
+    def _check_model(self, server: TritonServer, before: ModelConfig) -> None:
+        """Whether a server serves `before`, which the volume is for.
 
         Raises:
-            ServerError: it does not; later volumes are for its new model, where all servers have it and it draws the
-                same structures.
+            ServerError: it does not; later volumes are for its new model, where all servers have it and what was
+                settled for the one before holds for it.
         """
-        before, now = self.model, server.ask_model()
+        now = server.ask_model()
         if now == before:
             return
         models = {server: now}
@@ -202,7 +203,7 @@ class TritonRuntime:
                 except AttemptError:  # it is not there
                     continue
         model = _common_model(models)
-        if model.structures == before.structures:
+        if _settles(model) == _settles(before):
             self.model = model
         raise ServerError(
             f"{server.url} has changed from checkpoint {_short(before)} to {_short(now)} meanwhile: segment the study "
@@ -241,6 +242,11 @@ def _common_model(models: dict[TritonServer, ModelConfig]) -> ModelConfig:
                 "on all servers"
             )
     return model
+
+
+def _settles(model: ModelConfig) -> tuple[object, ...]:
+    """What is asked of a model once, for all volumes: its name, its structures, and those that no patient taught."""
+    return model.name, model.structures, model.unvalidated
 
 
 def _short(model: ModelConfig) -> str:

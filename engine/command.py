@@ -1,10 +1,14 @@
 """What every command shares: an error the user can mend is one line on stderr and exit status 1.
 
-Exit status 0 done, 1 an AnatomyNetError, 2 usage (click's own), 130 interrupted.
+Exit status 0 done, 1 an AnatomyNetError, 2 usage (click's own), 130 interrupted, 143 stopped, 129 its terminal closed.
 """
 
 import errno
-from collections.abc import Callable
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -13,6 +17,7 @@ import click
 from anatomynet.engine.errors import AnatomyNetError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+STOPS = (signal.SIGTERM,) if sys.platform == "win32" else (signal.SIGTERM, signal.SIGHUP)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 Parameters = ParamSpec("Parameters")
@@ -25,7 +30,8 @@ def reports_errors(command: Callable[Parameters, Result]) -> Callable[Parameters
     @wraps(command)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         try:
-            return command(*args, **kwargs)
+            with unwound_by_stops():
+                return command(*args, **kwargs)
         except AnatomyNetError as error:
             click.echo(f"error: {' '.join(str(error).split())}", err=True)
             raise SystemExit(1) from error
@@ -41,3 +47,26 @@ def reports_errors(command: Callable[Parameters, Result]) -> Callable[Parameters
             raise SystemExit(1) from error
 
     return run
+
+
+@contextmanager
+def unwound_by_stops() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind the stack: else what lies in temporary folders, a patient's CT, would stay there.
+
+    What a program or `nohup` has chosen for them stays; in another thread than the main one nothing changes.
+    """
+    main_thread = threading.current_thread() is threading.main_thread()
+    stops = [number for number in STOPS if main_thread and signal.getsignal(number) == signal.SIG_DFL]
+
+    def leave(number: int, _frame: object) -> None:
+        for stop in stops:  # a second one, as closed terminals send it, would break off the tidying
+            signal.signal(stop, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    for stop in stops:
+        signal.signal(stop, leave)
+    try:
+        yield
+    finally:
+        for stop in stops:
+            signal.signal(stop, signal.SIG_DFL)

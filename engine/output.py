@@ -1,9 +1,16 @@
 """Results on disk: whole or not at all, and never over an older one unasked."""
 
 import os
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from anatomynet.engine.errors import OutputError
+
+if sys.platform != "win32":
+    import fcntl
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
@@ -27,7 +34,8 @@ def write_whole(path: Path, data: bytes, *, overwrite: bool = False) -> None:
         OutputError: the file exists and may not be overwritten, or it could not be written; nothing is left behind.
     """
     refuse_existing(path, overwrite=overwrite)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Not by the process's number: threads share it, and in containers on one disk each may be process 1.
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         nameless = _nameless_file(path.parent)
         with beside.open("wb") if nameless is None else os.fdopen(nameless, "wb") as file:
@@ -35,7 +43,6 @@ def write_whole(path: Path, data: bytes, *, overwrite: bool = False) -> None:
             file.flush()
             os.fsync(file.fileno())
             if nameless is not None:
-                beside.unlink(missing_ok=True)
                 # Only with a folder's descriptor does Python ask linkat to follow the link.
                 os.link(f"/proc/self/fd/{nameless}", beside, src_dir_fd=nameless)
         beside.replace(path)
@@ -53,6 +60,25 @@ def _nameless_file(folder: Path) -> int | None:
         return os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o666)
     except OSError:  # a file system that has none; what else is wrong, a named file will tell
         return None
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Another thread or process waits here until the block is left; where a file system has no locks, nobody does.
+
+    Raises:
+        OSError: no such folder, or one that may not be read.
+    """
+    if sys.platform == "win32":  # which has no such locks
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def prepare_folder(folder: Path, *, overwrite: bool) -> None:

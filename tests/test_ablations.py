@@ -1,8 +1,6 @@
 """Each variant is AnatomyNet but for one thing, learns, and lands in one table with mean and spread."""
 
 import json
-import os
-import signal
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,7 +28,6 @@ from benchmarks.ablations import (
     Task,
     TwoDownSamplings,
     Variant,
-    ended_by_sigterm,
     mean_and_spread,
     rows_of,
     run_line,
@@ -157,14 +154,6 @@ def test_a_run_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failed == {"variant": "no masks", "seed": 7, "seconds": 0, "failed": "CUDA out of memory."}
     assert run_line(failed) == "no masks, seed 7, 0 s: CUDA out of memory."
     assert rows_of([failed], ["no masks"]) == []
-
-
-def test_sigterm_unwinds_the_stack() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as left, ended_by_sigterm():
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert left.value.code == 128 + signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 NAMES = ["as published", "Dice alone"]

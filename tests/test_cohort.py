@@ -1,11 +1,15 @@
 """Many studies in one run, with the embedded engine: what is good is drawn, what is bad is named, memory stays flat."""
 
 import csv
+import json
 import shutil
+import threading
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -16,13 +20,14 @@ from anatomynet.client.cli import main
 from anatomynet.client.cohort import IN_FLIGHT
 from anatomynet.client.cohort_table import HEADER
 from anatomynet.client.ct_writer import write_ct_series
+from anatomynet.client.records import RECORDS, is_done
 from anatomynet.client.structure_set import read_structure_set
 from anatomynet.client.study import CTSeries, read_ct_series, volume_from_series
 from anatomynet.client.study_search import find_studies
-from anatomynet.engine.errors import ModelError, OutputError
+from anatomynet.engine.errors import ModelError, OutputError, ServerError
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.runtime import OpenVinoRuntime, Runtime
-from anatomynet.engine.volume import CTVolume
+from anatomynet.engine.volume import CTVolume, HounsfieldArray
 from tests.dicom_studies import edit
 
 pytest.importorskip("openvino")
@@ -61,6 +66,20 @@ def runtime(random_onnx_files: tuple[Path, Path]) -> Runtime:
 def embedded(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command's own choice is the random network: the shipped one draws nothing on noise."""
     monkeypatch.setattr("anatomynet.client.connection.choose_runtime", lambda server: runtime)
+
+
+class Changing:
+    """A runtime during whose every call something happens first."""
+
+    def __init__(self, runtime: Runtime, meanwhile: Callable[["Changing"], object]) -> None:
+        self._runtime, self._meanwhile = runtime, meanwhile
+        self.model, self.description = runtime.model, runtime.description
+        self.calls = 0
+
+    def infer(self, hu: HounsfieldArray) -> Any:
+        self.calls += 1
+        self._meanwhile(self)
+        return self._runtime.infer(hu)
 
 
 def run(*arguments: object) -> Result:
@@ -209,3 +228,67 @@ def test_a_table_that_is_none_of_ours_is_kept(tmp_path: Path) -> None:
     table.write_text("patient,dose\n")
     assert "exists and was kept" in run(*studies, "--csv", table).stderr
     assert table.read_text() != HEADER
+
+
+def test_a_file_that_appears_while_a_study_is_drawn_is_kept(tmp_path: Path, runtime: Runtime) -> None:
+    study, file = write_tiny(tmp_path / "study"), tmp_path / "study.rtstruct.dcm"
+    (outcome,) = segment_studies([study], runtime=Changing(runtime, lambda _: file.write_bytes(b"a physician's")))
+    assert outcome.status == "failed"
+    assert "exists and was kept: nothing says that it was drawn from this study" in outcome.error
+    assert file.read_bytes() == b"a physician's"
+    assert not list((tmp_path / RECORDS).iterdir())
+
+
+def test_what_another_run_draws_at_the_same_time_is_done_before(tmp_path: Path, runtime: Runtime) -> None:
+    study, drawn = write_tiny(tmp_path / "study"), list[bytes]()
+
+    def draw_too(_: Changing) -> None:
+        (outcome,) = segment_studies([study], runtime=runtime)
+        assert outcome.status == "drawn"
+        drawn.append(outcome.outputs[0].read_bytes())
+
+    (outcome,) = segment_studies([study], runtime=Changing(runtime, draw_too))
+    assert outcome.status == "done before"
+    assert [outcome.outputs[0].read_bytes()] == drawn
+
+
+def test_a_record_and_its_file_name_the_model_that_drew(
+    tmp_path: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server has loaded another one, which the second study finds while the third has been read."""
+    another, third_read = replace(runtime.model, checkpoint_sha256="0ddba11" * 9 + "0"), threading.Event()
+    asked: list[Any] = []
+
+    def is_done_noted(*arguments: Any) -> bool:
+        asked.append(arguments)
+        if len(asked) == 3:
+            third_read.set()
+        return is_done(*arguments)
+
+    def find_another(changing: Changing) -> None:
+        if changing.calls == 2:
+            assert third_read.wait(60)
+            changing.model = another
+            raise ServerError("the server has changed meanwhile")
+
+    monkeypatch.setattr("anatomynet.client.cohort.is_done", is_done_noted)
+    studies = [write_tiny(tmp_path / f"p{number}", seed=number) for number in range(4)]
+    outcomes = list(segment_studies(studies, runtime=Changing(runtime, find_another)))
+    assert Counter(outcome.status for outcome in outcomes) == {"drawn": 3, "failed": 1}
+    recorded = []
+    for file in (file for outcome in outcomes for file in outcome.outputs):
+        record = json.loads((tmp_path / RECORDS / f"{file.name}.json").read_bytes())
+        recorded.append(record["checkpoint_sha256"])
+        assert f"checkpoint {recorded[-1][:12]}" in dcmread(file).StructureSetDescription
+    assert Counter(recorded) == {runtime.model.checkpoint_sha256: 1, another.checkpoint_sha256: 2}
+
+
+def test_a_drawing_that_may_be_of_two_models_is_none(tmp_path: Path, runtime: Runtime) -> None:
+    """Another thread of the program has found that the server's model has changed."""
+
+    def found(changing: Changing) -> None:
+        changing.model = replace(runtime.model, checkpoint_sha256="0ddba11" * 9 + "0")
+
+    (outcome,) = segment_studies([write_tiny(tmp_path / "study")], runtime=Changing(runtime, found))
+    assert outcome.error == "the server's model has changed meanwhile: segment the study again"
+    assert not list(tmp_path.glob("*.dcm"))

@@ -46,6 +46,12 @@ from anatomynet.client import codecs, decoder_child
 decoder_child.LONGEST_DECODE_S = 2
 decoder_child.main()
 """
+# More than a pipe holds: it waits until all of it is read.
+BABBLING = """
+import sys
+sys.stdin.buffer.readline()
+sys.stdout.buffer.write(bytes(1 << 20))
+"""
 STARTS_IN_S = 30
 
 pytest.importorskip("gdcm", reason="no decoder for lossless JPEG: pip install 'anatomynet[codecs]'")
@@ -154,6 +160,16 @@ def test_one_that_hangs_is_stopped_in_time(frames: list[EncodedFrame]) -> None:
     )
     assert child.returncode == -signal.SIGALRM
     assert 0 <= time.monotonic() - start - decoder_child.LONGEST_DECODE_S < STARTS_IN_S
+
+
+def test_one_that_says_what_it_should_not_is_ended(
+    decoders: DecoderProcesses, frames: list[EncodedFrame], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = tmp_path / "child.py"
+    child.write_text(BABBLING)
+    monkeypatch.setattr(decoder_process, "CHILD", child)
+    with pytest.raises(StudyError, match=r"CT0001.dcm is damaged: .* \(the decoder died of SIGKILL\)"):
+        decoded(decoders, frames[0])
 
 
 def test_memory_is_bounded_and_no_core_is_left(decoders: DecoderProcesses, frames: list[EncodedFrame]) -> None:

@@ -70,6 +70,27 @@ def test_killed_at_any_moment_it_leaves_the_old_file_or_the_new(tmp_path: Path) 
     assert found
 
 
+@pytest.mark.parametrize("nameless", [True, False], ids=["nameless", "named"])
+def test_two_may_write_one_file_at_the_same_time(
+    nameless: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads, or containers in which each is process 1, on a disk that they share."""
+    path, replace, others = tmp_path / "result.bin", Path.replace, [b"the other's"]
+
+    def replace_after_another(beside: Path, target: Path) -> Path:
+        if others:
+            write_whole(path, others.pop(), overwrite=True)
+        return replace(beside, target)
+
+    monkeypatch.setattr(Path, "replace", replace_after_another)
+    if not nameless:
+        monkeypatch.setattr("anatomynet.engine.output._nameless_file", lambda folder: None)
+    write_whole(path, b"this one's", overwrite=True)
+    assert not others
+    assert path.read_bytes() == b"this one's"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_folder_that_is_not_there_is_named_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="its folder does not exist"):
         refuse_existing(tmp_path / "missing" / "result.bin", overwrite=True)

@@ -1,5 +1,6 @@
 """client/triton.py and the served model, against a real tritonserver; each server is started by the launcher."""
 
+import dataclasses
 import json
 import queue
 import resource
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -182,6 +183,64 @@ def test_a_server_that_is_slow_to_connect_is_there(
         recorded(triton_server.grpc_port, watch=lambda: time.sleep(next(pauses, 0))) as (port, _),
         TritonRuntime(f"127.0.0.1:{port}") as runtime,
     ):
+        assert runtime.model == random_model_config
+
+
+class ServerOfAModel(TritonServer):
+    """Serves `model` without being there, and answers with `meanwhile` in the middle."""
+
+    model: ModelConfig
+    meanwhile: Callable[[], None] = staticmethod(lambda: None)
+
+    def connect(self) -> ModelConfig:
+        self.version = "2"
+        return self.model
+
+    def ask_model(self) -> ModelConfig:
+        return self.model
+
+    def infer(self, hu: NDArray[np.int16], *, structures: int, timeout_s: float) -> Any:
+        meanwhile, type(self).meanwhile = self.meanwhile, staticmethod(lambda: None)
+        meanwhile()
+        return hu.astype(np.uint8), np.zeros(structures, np.float32)
+
+
+@pytest.fixture
+def served(random_model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> type[ServerOfAModel]:
+    monkeypatch.setattr("anatomynet.client.triton.TritonServer", ServerOfAModel)
+    monkeypatch.setattr("anatomynet.client.triton.common_region_finder", lambda clients, *, timeout_s: None)
+    monkeypatch.setattr(ServerOfAModel, "model", random_model_config, raising=False)
+    return ServerOfAModel
+
+
+def test_another_model_is_told_to_each_that_asked_the_one_before(
+    served: type[ServerOfAModel], random_model_config: ModelConfig
+) -> None:
+    """Of two threads that were on their way one has found it before the other asks."""
+    hu, another = smooth_hu(SHAPES[1]), dataclasses.replace(random_model_config, checkpoint_sha256="0ddba11" * 9 + "0")
+    with TritonRuntime("127.0.0.1:1") as runtime:
+
+        def found_by_another_thread() -> None:
+            served.model = another
+            with pytest.raises(ServerError, match=r"5eed.* to 0ddba11"):
+                runtime.infer(hu)
+            assert runtime.model == another
+
+        served.meanwhile = staticmethod(found_by_another_thread)
+        with pytest.raises(ServerError, match=r"5eed.* to 0ddba11"):
+            runtime.infer(hu)
+        runtime.infer(hu)
+
+
+@pytest.mark.parametrize("change", [{"name": "another"}, {"patients": (0, *[9] * 6)}], ids=["name", "patients"])
+def test_a_model_for_which_what_was_settled_does_not_hold_is_not_gone_on_with(
+    served: type[ServerOfAModel], random_model_config: ModelConfig, change: dict[str, Any]
+) -> None:
+    with TritonRuntime("127.0.0.1:1") as runtime:
+        served.model = dataclasses.replace(random_model_config, checkpoint_sha256="0ddba11" * 9 + "0", **change)
+        for _ in range(2):
+            with pytest.raises(ServerError, match="has changed"):
+                runtime.infer(smooth_hu(SHAPES[1]))
         assert runtime.model == random_model_config
 
 
