@@ -16,7 +16,7 @@ import click
 
 from anatomynet.engine.command import reports_errors
 from anatomynet.engine.errors import ExportError
-from anatomynet.engine.output import write_whole
+from anatomynet.engine.output import alone_in, write_whole
 
 if TYPE_CHECKING:
     from anatomynet.export.forms import FinderCheckpoint, Source
@@ -163,8 +163,6 @@ def move_in_place(folder: Path, home: Path) -> Path:
     Raises:
         ExportError: a place that cannot be written.
     """
-    from anatomynet.export.repository import alone_in
-
     place = home / folder.name
     try:
         home.mkdir(parents=True, exist_ok=True)

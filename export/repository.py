@@ -9,16 +9,15 @@
 Written beside and swapped in, so that a server never finds half a model.
 """
 
-import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 
 from anatomynet.engine.contract import MODEL_NAME, REGION_NAME
 from anatomynet.engine.errors import ExportError
+from anatomynet.engine.output import alone_in
 from anatomynet.export.manifest import CONFIG_NAME, write_manifest
 from anatomynet.export.triton_models import FINISH_NAME, PLAN_NAME, PREPARE_NAME, TritonModel
 
@@ -43,7 +42,7 @@ def write_repository(output: Path, models: Sequence[TritonModel]) -> None:
             old.mkdir()
             for model in models:
                 _write_model(new / model.name, model)
-            with alone_in(output):
+            with alone_in(output):  # two exports that swap at once would leave models of both
                 _swap_in(new, output, old)
     except OSError as error:
         raise ExportError(f"could not write {output}: {error.strerror}: {error.filename}") from error
@@ -67,18 +66,6 @@ def _folder_beside(output: Path) -> Path:
     around = output.absolute().parent
     same_file_system = around.stat().st_dev == output.stat().st_dev
     return around if same_file_system and os.access(around, os.W_OK) else output
-
-
-@contextmanager
-def alone_in(output: Path) -> Iterator[None]:
-    """Keeps two exports from swapping at once, which would leave models of both: the second waits for the first."""
-    descriptor = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _swap_in(new: Path, output: Path, old: Path) -> None:
