@@ -4,11 +4,12 @@ Exit status 0 done, 1 an AnatomyNetError, 2 usage (click's own), 130 interrupted
 """
 
 import errno
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -44,9 +45,19 @@ def reports_errors(command: Callable[Parameters, Result]) -> Callable[Parameters
             # Who writes a result tells of it there: what is left is `> log.txt`, and what is kept for a moment.
             place = "where the output goes, or for temporary files"
             click.echo(f"error: {error.strerror} {place}: make room, and run it again", err=True)
+            _drop_what_cannot_be_written()
             raise SystemExit(1) from error
 
     return run
+
+
+def _drop_what_cannot_be_written() -> None:
+    """Else Python tries once more as it ends, says so, and makes the exit status 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

@@ -48,7 +48,8 @@ hold()
 def run(body: str, stdout: Path) -> subprocess.CompletedProcess[str]:
     with stdout.open("w") as file:
         command = [sys.executable, "-c", COMMAND.format(body)]
-        return subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, check=False)
+        buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        return subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, check=False, env=buffered)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
