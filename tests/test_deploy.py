@@ -397,13 +397,13 @@ def test_the_log_says_nothing_of_who_is_drawn(served: RunningServer) -> None:
     """Names cannot reach the server; what a client might call a request stays out of the log as well."""
     marked = "DOE^JANE"
     ct = grpc.InferInput("CT", (4, 64, 64), "INT16")  # refused as too small: an error is where a log would talk
-    ct.set_data_from_numpy(np.full((4, 64, 64), 1234, np.int16))
+    ct.set_data_from_numpy(np.full((4, 64, 64), -12345, np.int16))
     with grpc.InferenceServerClient(served.url) as client, pytest.raises(InferenceServerException):
         client.infer("anatomynet", [ct], request_id=marked)
     log = served.log.read_text()
     assert re.search(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ I ", log, re.MULTILINE)
     assert marked not in log
-    assert "1234" not in log.replace(str(served.http_port), "").replace(str(served.grpc_port), "")
+    assert "-12345" not in log
 
 
 # --- Prometheus
