@@ -332,7 +332,7 @@ def table_line(row: dict[str, Any], model: ModelConfig) -> str:
     """One variant: mean, spread, and each structure's mean."""
     spread = "" if row["spread"] is None else f" ± {row['spread']:.3f}"
     each = "  ".join(f"{name} {row['structures'][name]:.3f}" for name in model.structures if name in row["structures"])
-    return f"{row['variant']:<28}{row['dice']:.3f}{spread}   {each}"
+    return f"{row['variant']:<33}{row['dice']:.3f}{spread}   {each}"
 
 
 if __name__ == "__main__":
