@@ -29,7 +29,7 @@ from anatomynet.client.ct_writer import write_ct_series
 from anatomynet.client.node import MOST_STARTS, Node, retry_parked, status_lines
 from anatomynet.client.node_arrivals import Arrivals
 from anatomynet.client.node_config import Destination
-from anatomynet.client.node_spool import PARKED, READY, RECEIVED, RECORD_NAME, SEGMENTED, SENT, TRASH, Job, Spool
+from anatomynet.client.node_spool import PARKED, READY, RECEIVED, RECORD_NAME, SENT, TRASH, Job, Spool
 from anatomynet.engine.errors import NodeError
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.volume import CTVolume
@@ -142,7 +142,7 @@ def test_killed_and_started_again(orthanc: Orthanc, tmp_path: Path, moment: str)
         "receiving": lambda: len(list(node.spool.glob("received/*/ct/CT*"))) > 5,
         "complete": lambda: node.lines("released"),
         "drawing": lambda: list(node.spool.glob("ready/*/results.part")),
-        "segmented": lambda: list(node.spool.glob("ready/*/results")) or node.folders(SEGMENTED),
+        "segmented": lambda: node.lines("drawn"),
     }
     with started(node):
         sender = threading.Thread(target=send, args=(node.port, paths))

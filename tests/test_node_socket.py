@@ -24,7 +24,9 @@ PATIENCE_S = 20
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
-    node = NodeProcess(tmp_path_factory.mktemp("node"), destination_port=free_ports(1)[0])
+    node = NodeProcess(
+        tmp_path_factory.mktemp("node"), destination_port=free_ports(1)[0], quiet_seconds_after_release=3600.0
+    )
     node.start()
     yield node
     node.kill()

