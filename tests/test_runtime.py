@@ -194,6 +194,39 @@ def test_import_takes_neither_torch_nor_a_runtime() -> None:
     assert found.stdout.strip() == "[]"
 
 
+def test_openvino_does_without_onnxruntime() -> None:
+    command = (
+        "import sys; from anatomynet.engine.runtime import load_runtime; "
+        "print(load_runtime().description.split()[0], 'onnxruntime' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "OpenVINO False"
+
+
+@pytest.mark.parametrize(
+    ("library", "providers", "chosen"),
+    [
+        ("libonnxruntime_providers_cuda.so", [CUDA_PROVIDER, CPU_PROVIDER], True),
+        ("onnxruntime_providers_cuda.dll", [CUDA_PROVIDER, CPU_PROVIDER], True),
+        ("libonnxruntime_providers_cuda.so", [CPU_PROVIDER], False),
+        ("libonnxruntime_providers_shared.so", [CPU_PROVIDER], False),
+    ],
+)
+def test_onnxruntime_for_cuda_is_told_by_its_files(
+    tmp_path: Path, library: str, providers: list[str], chosen: bool
+) -> None:
+    package = tmp_path / "onnxruntime"
+    (package / "capi").mkdir(parents=True)
+    (package / "capi" / library).touch()
+    (package / "__init__.py").write_text(f"def get_available_providers(): return {providers}", encoding="ascii")
+    command = "from anatomynet.engine import runtime; print(runtime._has_cuda_provider())"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    found = subprocess.run(
+        [sys.executable, "-c", command], check=True, capture_output=True, text=True, env=environment
+    )
+    assert found.stdout.strip() == str(chosen)
+
+
 def _cuda() -> bool:
     import onnxruntime
 
