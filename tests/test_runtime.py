@@ -221,9 +221,7 @@ def test_onnxruntime_for_cuda_is_told_by_its_files(
     (package / "__init__.py").write_text(f"def get_available_providers(): return {providers}", encoding="ascii")
     command = "from anatomynet.engine import runtime; print(runtime._has_cuda_provider())"
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    found = subprocess.run(
-        [sys.executable, "-c", command], check=True, capture_output=True, text=True, env=environment
-    )
+    found = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True, env=environment)
     assert found.stdout.strip() == str(chosen)
 
 
