@@ -151,7 +151,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "share_of_body_box": spread(of_body),
         "share_of_scan": spread([row.share["region"] for row in rows]),
         "body_box_share_of_scan": spread([row.share["whole"] for row in rows]),
-        "grew": sum(any("drawn again" in note for note in row.notes) for row in rows),
+        "grew": sum(any("on a larger one" in note for note in row.notes) for row in rows),
         "whole_body": sum(any("on the whole body" in note for note in row.notes) for row in rows),
         "seconds_averaging": spread([row.coarse_seconds for row in rows]),
         "seconds_finding": spread([row.find_seconds for row in rows]),

@@ -17,6 +17,8 @@ from anatomynet.engine.volume import CTVolume, LabelArray, LabelMap
 
 NOT_FOUND = "head and neck were not found: drawn on the whole body"
 OUTGROWN = "a structure reached beyond the grown head-and-neck box: drawn on the whole body"
+# Scans of head and neck often end above it: that it is not in the box tells nothing of the box.
+MAY_BE_BELOW_THE_SCAN = ("Esophagus",)
 
 
 def segment(volume: CTVolume, runtime: Runtime, *, whole_volume: bool = False) -> LabelMap:
@@ -66,7 +68,8 @@ def _drawn_on_body(body: NetworkInput, runtime: Runtime, *, whole_volume: bool) 
     """What the network draws on head and neck, where they can be found, else on the whole body box.
 
     A structure that reaches a face of the found box may be cut there: that face moves out, once, and all is drawn
-    again; if then one reaches a face still, on the whole.
+    again; if then one reaches a face still, on the whole. So it is where one is not found at all: near a face that
+    cuts an organ the network may draw nothing.
     """
     finder = None if whole_volume else finder_of(runtime)
     if finder is None:
@@ -87,8 +90,23 @@ def _drawn_on_body(body: NetworkInput, runtime: Runtime, *, whole_volume: bool) 
         )
         drawn = _draw(_noted(body, note).cropped(box.start, box.stop), runtime)
         if touched_faces(drawn.labels, box, shape, in_plane_stride=stride):
-            drawn = _draw(_noted(body, OUTGROWN), runtime)
+            return _draw(_noted(body, OUTGROWN), runtime)
+    missing = _not_found(drawn.labels, runtime)
+    if missing and drawn.labels.shape != shape:
+        note = f"{' and '.join(missing)} not found in the head-and-neck box: drawn again on the whole body"
+        drawn = _draw(_noted(body, note), runtime)
     return drawn
+
+
+def _not_found(labels: LabelArray, runtime: Runtime) -> list[str]:
+    """Of the structures that any scan of head and neck should show, those without a voxel."""
+    structures = structures_by_name(runtime.model.structures)
+    present = np.bincount(labels.ravel(), minlength=len(structures) + 1)[1:] > 0
+    return [
+        structure.tg263_name
+        for structure, found in zip(structures, present, strict=True)
+        if not found and structure.name not in MAY_BE_BELOW_THE_SCAN
+    ]
 
 
 def _draw(given: NetworkInput, runtime: Runtime) -> _Drawn:

@@ -32,7 +32,9 @@ from anatomynet.engine.segment import segment
 from anatomynet.engine.volume import CTVolume, HounsfieldArray, LabelArray
 from tests.test_segment import BRIGHT, MODEL, ORIENTATIONS, TISSUE, Thresholds, patient
 
-CONFIG = RegionConfig(MODEL.structures, (8.0, 8.0, 6.0), (-1000.0, 1000.0), threshold=0.0, margin=(0, 0, 0))
+STEM_ALONE = dataclasses.replace(MODEL, structures=("BrainStem",))
+KNOWN = (*MODEL.structures, "Larynx", "Esophagus")
+CONFIG = RegionConfig(KNOWN, (8.0, 8.0, 6.0), (-1000.0, 1000.0), threshold=0.0, margin=(0, 0, 0))
 SPACING = (1.5, 1.5, 2.0)
 
 
@@ -67,17 +69,18 @@ class GoneFinder(FixedFinder):
 
 @dataclass
 class Painter:
-    """Draws what is bright as BrainStem, and remembers what it was shown."""
+    """Draws what is bright as the first structure, what is brighter as the second; remembers what it was shown."""
 
     region_finder: FixedFinder | BrightFinder | None
-    model: ModelConfig = MODEL
+    model: ModelConfig = STEM_ALONE
     description: str = "a painter"
     shown: list[tuple[int, ...]] = field(default_factory=list)
 
     def infer(self, hu: HounsfieldArray) -> tuple[LabelArray, NDArray[np.float32]]:
         self.shown.append(hu.shape)
-        labels = (hu > (TISSUE + BRIGHT) / 2).astype(np.uint8)
-        return labels, np.array([labels.any(), 0, 0], np.float32)
+        labels = (hu > (TISSUE + BRIGHT) / 2).astype(np.uint8) + (hu > BRIGHT)
+        present = [(labels == label).any() for label, _ in enumerate(self.model.structures, start=1)]
+        return labels, np.array(present, np.float32)
 
 
 def body_with(start: tuple[int, int, int], stop: tuple[int, int, int]) -> CTVolume:
@@ -117,7 +120,7 @@ def test_whole_volume_asks_no_finder() -> None:
 
 
 def test_a_finder_of_other_structures_is_not_asked() -> None:
-    finder = FixedFinder(AROUND, dataclasses.replace(CONFIG, structures=("BrainStem", "Parotid_L")))
+    finder = FixedFinder(AROUND, dataclasses.replace(CONFIG, structures=("Parotid_L", "Parotid_R")))
     painter = Painter(finder)
     segment(ORGAN, painter)
     assert (painter.shown, finder.shown) == ([ORGAN.hu.shape], [])
@@ -158,6 +161,31 @@ def test_what_outgrows_the_grown_box_is_drawn_on_the_whole_body() -> None:
     assert "drawn on the whole body" in drawn.notes[0]
     assert np.array_equal(drawn.labels == 1, volume.hu == BRIGHT)
     assert drawn.computed_share == 1
+
+
+@pytest.mark.parametrize(("name", "looked_for"), [("Larynx", True), ("Esophagus", False)])
+@pytest.mark.parametrize("there", [True, False])
+def test_what_the_box_does_not_show_is_looked_for_on_the_whole_body(name: str, looked_for: bool, there: bool) -> None:
+    """But for the oesophagus, above which many scans of head and neck end."""
+    volume = body_with((48, 60, 80), (60, 80, 110))
+    if there:
+        volume.hu[4:10, 100:110, 20:30] = BRIGHT + 1
+    painter = Painter(FixedFinder(AROUND), dataclasses.replace(STEM_ALONE, structures=("BrainStem", name)))
+    drawn = segment(volume, painter)
+    assert painter.shown == [(32, 40, 56), *[volume.hu.shape] * looked_for]
+    assert (drawn.labels == 2).sum() == 600 * (there and looked_for)
+    assert (drawn.labels == 1).sum() == 12 * 20 * 30
+    assert len(drawn.notes) == looked_for
+    if looked_for:
+        assert drawn.notes[0] == "Larynx not found in the head-and-neck box: drawn again on the whole body"
+
+
+def test_what_the_whole_body_does_not_show_is_not_looked_for_again() -> None:
+    whole = (0, 0, 0, *(side // factor for side, factor in zip(ORGAN.hu.shape, FACTORS, strict=True)))
+    painter = Painter(FixedFinder(whole), dataclasses.replace(STEM_ALONE, structures=("BrainStem", "Larynx")))
+    drawn = segment(ORGAN, painter)
+    assert painter.shown == [ORGAN.hu.shape]
+    assert drawn.notes == ()
 
 
 def test_a_stray_at_a_face_makes_nothing_grow() -> None:

@@ -26,8 +26,16 @@ from anatomynet.engine.checkpoint import (  # noqa: E402
 from anatomynet.engine.config import load_config, shipped_weights  # noqa: E402
 from anatomynet.engine.errors import GeometryError, ModelError, ParityError  # noqa: E402
 from anatomynet.engine.geometry import VolumeGeometry  # noqa: E402
+from anatomynet.engine.metrics import dice  # noqa: E402
 from anatomynet.engine.phantom import make_phantom  # noqa: E402
-from anatomynet.engine.region import RegionConfig, coarse_factors, coarse_from_hu, region_config_from_json  # noqa: E402
+from anatomynet.engine.region import (  # noqa: E402
+    RegionConfig,
+    RegionFinder,
+    coarse_factors,
+    coarse_from_hu,
+    finder_of,
+    region_config_from_json,
+)
 from anatomynet.engine.region_network import RegionNetwork, ServedRegion  # noqa: E402
 from anatomynet.engine.region_runtime import (  # noqa: E402
     EmbeddedRegionFinder,
@@ -35,7 +43,7 @@ from anatomynet.engine.region_runtime import (  # noqa: E402
     _opened_by_openvino,
     shipped_region,
 )
-from anatomynet.engine.runtime import load_runtime  # noqa: E402
+from anatomynet.engine.runtime import Runtime, load_runtime  # noqa: E402
 from anatomynet.engine.segment import segment  # noqa: E402
 from anatomynet.engine.volume import CTVolume, LabelMap  # noqa: E402
 from anatomynet.export.forms import region_form  # noqa: E402
@@ -152,6 +160,30 @@ def test_every_structure_of_a_phantom_is_inside(kept: slice, phantom: tuple[CTVo
     assert (box[:3] * factors <= places.min(axis=0) + reach * np.array(factors)).all()
     assert (box[3:] * factors >= places.max(axis=0) + 1 - reach * np.array(factors)).all()
     assert np.prod(box[3:] - box[:3]) < 0.5 * np.prod(np.floor_divide(volume.hu[kept].shape, factors))
+
+
+class CutShort:
+    """A runtime whose region finder's box begins too far left, by so many coarse voxels."""
+
+    def __init__(self, runtime: Runtime, finder: RegionFinder, coarse_voxels: int) -> None:
+        self.model, self.description, self.infer = runtime.model, runtime.description, runtime.infer
+        self.config, self.region_finder = finder.config, self
+        self._finder, self._first = finder, np.array([0, 0, coarse_voxels, 0, 0, 0])
+
+    def find(self, coarse: NDArray[np.int16]) -> NDArray[np.int64]:
+        found: NDArray[np.int64] = self._finder.find(coarse) + self._first
+        return found
+
+
+def test_an_organ_that_the_box_cuts_off_is_drawn_all_the_same() -> None:
+    """Near such a face the network draws nothing of it: it does not reach the face, it is not there."""
+    runtime = load_runtime()
+    finder = finder_of(runtime)
+    assert finder is not None
+    volume, _ = make_phantom(seed=3, structures=MODEL.structures)
+    right = MODEL.structures.index("Parotid_R") + 1
+    expected, drawn = (segment(volume, CutShort(runtime, finder, cut)).labels == right for cut in (0, 5))
+    assert dice(drawn, expected) > 0.95
 
 
 @pytest.fixture(scope="module")
