@@ -9,9 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from tests.triton_servers import COMPLETE, free_ports, holding, launcher_in, server_environment, start_until_ready
+from tests.triton_servers import (
+    COMPLETE,
+    free_ports,
+    freed_shared_memory,
+    holding,
+    launcher_in,
+    server_environment,
+    start_until_ready,
+)
 
-SHARED_MEMORY_FOLDER = Path("/dev/shm")
 # The model can be loaded anew, and nothing else is loaded.
 EXPLICIT = ("--model-control-mode=explicit", "--load-model=anatomynet")
 
@@ -70,13 +77,11 @@ class BreakableServer:
         """kill -9, and nothing of it is left: neither its Python backend nor the shared memory of that."""
         if self._process is None:
             return
-        leftovers = self._shared_memory_of_stub()
-        self._process.kill()
-        self._process.wait()
+        with freed_shared_memory(self._process):
+            self._process.kill()
+            self._process.wait()
         if self._stub is not None:
             self.kill_model()
-        for path in leftovers:
-            path.unlink(missing_ok=True)
 
     def kill_model(self) -> None:
         """kill -9 of the process that computes, as the kernel does it for want of memory."""
@@ -110,14 +115,6 @@ class BreakableServer:
         pids = [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
         (stub,) = [pid for pid in pids if b"python_backend_stub" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         return stub
-
-    def _shared_memory_of_stub(self) -> list[Path]:
-        names = {path.name: path for path in SHARED_MEMORY_FOLDER.iterdir()}
-        try:
-            words = Path(f"/proc/{self._stub}/cmdline").read_bytes().decode().split("\0")
-        except OSError:
-            return []
-        return [names[word] for word in words if word in names]
 
 
 @contextmanager
