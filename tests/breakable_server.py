@@ -4,16 +4,21 @@ import os
 import shutil
 import signal
 import subprocess
-import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from tests.triton_servers import COMPLETE, LAUNCHER, START_TIMEOUT_S, free_ports
+from tests.triton_servers import (
+    COMPLETE,
+    free_ports,
+    freed_shared_memory,
+    holding,
+    launcher_in,
+    server_environment,
+    start_until_ready,
+)
 
-SHARED_MEMORY_FOLDER = Path("/dev/shm")
 # The model can be loaded anew, and nothing else is loaded.
 EXPLICIT = ("--model-control-mode=explicit", "--load-model=anatomynet")
 
@@ -47,9 +52,13 @@ class BreakableServer:
 
     def start(self) -> None:
         """READY when this returns."""
+        start_until_ready(self._launched)
+        self._stub = self._find_stub()
+
+    def _launched(self) -> "BreakableServer":
         ports = [f"--http-port={self.http_port}", f"--grpc-port={self.grpc_port}"]
         command = [
-            str(LAUNCHER),
+            *launcher_in(self._folder),
             f"--model-repository={self.repository}",
             *ports,
             f"--metrics-port={self.metrics_port}",
@@ -60,27 +69,19 @@ class BreakableServer:
                 [*command, *EXPLICIT],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "XDG_CACHE_HOME": str(self._folder)},
+                env=server_environment(self._folder),
             )
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline and self._process.poll() is None:
-            if self._answers():
-                self._stub = self._find_stub()
-                return
-            time.sleep(0.1)
-        raise AssertionError(f"tritonserver did not become ready:\n{self.log.read_text()}")
+        return self
 
     def kill(self) -> None:
         """kill -9, and nothing of it is left: neither its Python backend nor the shared memory of that."""
         if self._process is None:
             return
-        leftovers = self._shared_memory_of_stub()
-        self._process.kill()
-        self._process.wait()
+        with freed_shared_memory(self._process):
+            self._process.kill()
+            self._process.wait()
         if self._stub is not None:
             self.kill_model()
-        for path in leftovers:
-            path.unlink(missing_ok=True)
 
     def kill_model(self) -> None:
         """kill -9 of the process that computes, as the kernel does it for want of memory."""
@@ -98,18 +99,15 @@ class BreakableServer:
         finally:
             self.process.send_signal(signal.SIGCONT)
 
+    def holding(self) -> AbstractContextManager[Callable[[], bool]]:
+        """See triton_servers.holding."""
+        return holding(self._folder)
+
     def waiting_requests(self) -> int:
         """How many are in its queue."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics") as answer:
             lines = answer.read().decode().splitlines()
         return sum(int(float(line.split()[1])) for line in lines if line.startswith("nv_inference_pending_request_c"))
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/v2/health/ready", timeout=1):
-                return True
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            return False
 
     def _find_stub(self) -> int:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
@@ -117,14 +115,6 @@ class BreakableServer:
         pids = [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
         (stub,) = [pid for pid in pids if b"python_backend_stub" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         return stub
-
-    def _shared_memory_of_stub(self) -> list[Path]:
-        names = {path.name: path for path in SHARED_MEMORY_FOLDER.iterdir()}
-        try:
-            words = Path(f"/proc/{self._stub}/cmdline").read_bytes().decode().split("\0")
-        except OSError:
-            return []
-        return [names[word] for word in words if word in names]
 
 
 @contextmanager

@@ -171,7 +171,7 @@ class Orthanc:
         """One call of its REST interface."""
         content = json.dumps(body).encode() if body is not None else data
         request = urllib.request.Request(f"http://127.0.0.1:{self.http_port}/{path}", content, method=method)
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=300) as answer:
             text = answer.read()
         return json.loads(text) if text else None
 

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -29,7 +28,6 @@ from anatomynet.client.triton_server import Answer, TritonServer
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import ServerBusyError, ServerError
 from anatomynet.engine.runtime import Runtime, load_runtime
-from anatomynet.engine.volume import LabelArray
 from anatomynet.export.triton_models import LARGEST_QUEUE
 from tests.breakable_server import BreakableServer, two_servers
 from tests.garbage import damaged_messages, grpc_garbage, http_garbage, say
@@ -43,15 +41,8 @@ utils = pytest.importorskip("tritonclient.utils")
 pytestmark = pytest.mark.skipif(not has_server(), reason="no tritonserver here: pip install 'anatomynet[serve]'")
 
 SHAPE = (24, 96, 128)
-# Two seconds of computing on two cores: what is done to a server falls into the middle of it.
-SLOW_HU = (
-    np.random.default_rng(1808)
-    .integers(-1000, 1000, (16, 48, 48), dtype=np.int16)
-    .repeat(8, 0)
-    .repeat(8, 1)
-    .repeat(8, 2)
-)
 WAIT_S = 60
+LOADS = "loading: anatomynet:1"  # in the server's log
 Way = Literal["on", "off"]
 WAYS: tuple[Way, ...] = ("on", "off")
 FUZZ_SEED = 1808
@@ -65,11 +56,6 @@ OVERSIZED_TIMES = 3
 @pytest.fixture(scope="module")
 def embedded(random_onnx_files: tuple[Path, Path]) -> Runtime:
     return load_runtime(random_onnx_files[0])
-
-
-@pytest.fixture(scope="module")
-def slow_labels(embedded: Runtime) -> LabelArray:
-    return embedded.infer(SLOW_HU)[0]
 
 
 @pytest.fixture(scope="module")
@@ -134,15 +120,16 @@ def assert_answers(server: BreakableServer, embedded: Runtime) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_killed_in_the_middle_and_started_again(server: BreakableServer, slow_labels: LabelArray, way: Way) -> None:
-    told = queue.SimpleQueue[str]()
+def test_killed_in_the_middle_and_started_again(server: BreakableServer, embedded: Runtime, way: Way) -> None:
+    hu, told = smooth_hu(SHAPE), queue.SimpleQueue[str]()
     with TritonRuntime(server.url, shared_memory=way, tell=told.put) as runtime:
-        answer = in_background(lambda: runtime.infer(SLOW_HU))
-        time.sleep(0.5)
-        server.kill()
+        with server.holding() as is_computing:
+            answer = in_background(lambda: runtime.infer(hu))
+            wait_until(is_computing)
+            server.kill()
         assert "trying again in" in told.get(timeout=WAIT_S)
         server.start()
-        np.testing.assert_array_equal(answer.result(WAIT_S)[0], slow_labels)
+        np.testing.assert_array_equal(answer.result(WAIT_S)[0], embedded.infer(hu)[0])
         assert f"by {'shared memory' if way == 'on' else 'gRPC'}," in runtime.description
     assert_none_is_left()
 
@@ -165,20 +152,20 @@ def test_restarted_between_two_volumes(
     assert registered_regions(server.url) == set()
 
 
-def test_sigterm_lets_what_was_accepted_finish(
-    server: BreakableServer, embedded: Runtime, slow_labels: LabelArray
-) -> None:
+def test_sigterm_lets_what_was_accepted_finish(server: BreakableServer, embedded: Runtime) -> None:
     """Without the question that follows a volume: the server may be gone by then."""
-    hu = smooth_hu(SHAPE)
+    volumes = [smooth_hu(SHAPE, seed=seed) for seed in range(2)]
     with closing(TritonServer(server.url, shared_memory="auto", answer_timeout_s=WAIT_S)) as asked:
         infer = partial(asked.infer, structures=len(embedded.model.structures), timeout_s=WAIT_S)
-        computing = in_background(lambda: infer(SLOW_HU))
-        wait_until(lambda: is_computing(server))
-        waiting = in_background(lambda: infer(hu))
-        wait_until(lambda: server.waiting_requests() == 1)
-        server.process.send_signal(signal.SIGTERM)
-        np.testing.assert_array_equal(computing.result(WAIT_S)[0], slow_labels)
-        np.testing.assert_array_equal(waiting.result(WAIT_S)[0], embedded.infer(hu)[0])
+        with server.holding() as is_computing:
+            computing = in_background(lambda: infer(volumes[0]))
+            wait_until(is_computing)
+            waiting = in_background(lambda: infer(volumes[1]))
+            wait_until(lambda: server.waiting_requests() == 1)
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: "in-flight" in server.log.read_text(), "the server has heard of its end")
+        for hu, answer in zip(volumes, (computing, waiting), strict=True):
+            np.testing.assert_array_equal(answer.result(WAIT_S)[0], embedded.infer(hu)[0])
     assert server.process.wait(WAIT_S) == 0
 
 
@@ -215,7 +202,7 @@ def test_a_server_that_is_just_starting_is_waited_for(server: BreakableServer) -
 
 
 def test_who_stays_away_is_given_up_in_time(server: BreakableServer) -> None:
-    with TritonRuntime(server.url, timeout_s=1) as runtime:
+    with TritonRuntime(server.url, timeout_s=5) as runtime:
         server.kill()
         with pytest.raises(ServerError, match=r"refused|closed|reset") as caught:
             runtime.infer(smooth_hu(SHAPE))
@@ -225,15 +212,14 @@ def test_who_stays_away_is_given_up_in_time(server: BreakableServer) -> None:
 # --- a model that is loaded anew, or dies
 
 
-def test_a_reload_loses_nothing(server: BreakableServer, embedded: Runtime, slow_labels: LabelArray) -> None:
-    volumes = [smooth_hu(SHAPE, seed=seed) for seed in range(4)]
+def test_a_reload_loses_nothing(server: BreakableServer, embedded: Runtime) -> None:
+    volumes, loads = [smooth_hu(SHAPE, seed=seed) for seed in range(5)], server.log.read_text().count(LOADS)
     with TritonRuntime(server.url) as runtime, grpc.InferenceServerClient(server.url) as client:
-        slow = in_background(lambda: runtime.infer(SLOW_HU))
-        wait_until(lambda: is_computing(server))
-        answers = [in_background(partial(runtime.infer, hu)) for hu in volumes]
-        wait_until(lambda: server.waiting_requests() == len(volumes))
-        reloaded = in_background(lambda: client.load_model("anatomynet"))
-        np.testing.assert_array_equal(slow.result(WAIT_S)[0], slow_labels)
+        with server.holding() as is_computing:
+            answers = [in_background(partial(runtime.infer, hu)) for hu in volumes]
+            wait_until(lambda: is_computing() and server.waiting_requests() == len(volumes) - 1)
+            reloaded = in_background(lambda: client.load_model("anatomynet"))
+            wait_until(lambda: server.log.read_text().count(LOADS) > loads, "the server loads the model anew")
         for hu, answer in zip(volumes, answers, strict=True):
             np.testing.assert_array_equal(answer.result(WAIT_S)[0], embedded.infer(hu)[0])
         reloaded.result(WAIT_S)
@@ -302,12 +288,13 @@ def test_a_dead_model_is_told_although_it_says_ready(server: BreakableServer) ->
 def test_of_two_servers_one_dies_and_no_study_is_lost(
     server: BreakableServer, second_server: BreakableServer, embedded: Runtime
 ) -> None:
-    volumes = [smooth_hu((32, 192, 192), seed=seed) for seed in range(8)]
+    volumes = [smooth_hu(SHAPE, seed=seed) for seed in range(8)]
     told: list[str] = []
     with TritonRuntime(server.url, second_server.url, tell=told.append) as runtime, ThreadPoolExecutor(4) as threads:
-        answers = [threads.submit(runtime.infer, hu) for hu in volumes]
-        time.sleep(0.1)
-        server.kill()
+        with server.holding() as is_computing:
+            answers = [threads.submit(runtime.infer, hu) for hu in volumes]
+            wait_until(is_computing)
+            server.kill()
         for hu, answer in zip(volumes, answers, strict=True):
             np.testing.assert_array_equal(answer.result(WAIT_S)[0], embedded.infer(hu)[0])
     assert any(server.url in line and "going on to the next server" in line for line in told)
@@ -370,46 +357,35 @@ def test_servers_of_two_checkpoints_are_refused(
 # --- queues
 
 
-def test_a_full_queue_is_waited_for_or_told(
-    server: BreakableServer, embedded: Runtime, slow_labels: LabelArray
-) -> None:
+def test_a_full_queue_is_waited_for_or_told(server: BreakableServer, embedded: Runtime) -> None:
     hu, told = smooth_hu(SHAPE), queue.SimpleQueue[str]()
     with (
         TritonRuntime(server.url) as crowd,
         TritonRuntime(server.url, retries=False) as hasty,
         TritonRuntime(server.url, tell=told.put) as patient,
     ):
-        slow = in_background(lambda: crowd.infer(SLOW_HU))
-        wait_until(lambda: is_computing(server))
-        others = [in_background(lambda: crowd.infer(hu)) for _ in range(LARGEST_QUEUE)]
-        wait_until(lambda: server.waiting_requests() == LARGEST_QUEUE)
-        with pytest.raises(ServerBusyError, match="it is busy: try again later"):
-            hasty.infer(hu)
-        answer = in_background(lambda: patient.infer(hu))
-        assert "it is busy" in told.get(timeout=WAIT_S)
-        np.testing.assert_array_equal(slow.result(WAIT_S)[0], slow_labels)
-        for each in (*others, answer):
-            np.testing.assert_array_equal(each.result(WAIT_S)[0], embedded.infer(hu)[0])
+        with server.holding() as is_computing:
+            answers = [in_background(lambda: crowd.infer(hu)) for _ in range(1 + LARGEST_QUEUE)]
+            wait_until(lambda: is_computing() and server.waiting_requests() == LARGEST_QUEUE)
+            with pytest.raises(ServerBusyError, match="it is busy: try again later"):
+                hasty.infer(hu)
+            answers.append(in_background(lambda: patient.infer(hu)))
+            assert "it is busy" in told.get(timeout=WAIT_S)
+        for answer in answers:
+            np.testing.assert_array_equal(answer.result(WAIT_S)[0], embedded.infer(hu)[0])
 
 
-def is_computing(server: BreakableServer) -> bool:
-    """A request through shared memory has left the queue, and is not answered."""
-    if not registered_regions(server.url):
-        return False
-    time.sleep(0.3)  # from the region to the request, which is then computed for two seconds
-    return server.waiting_requests() == 0
-
-
-def test_who_stops_waiting_frees_the_queue(server: BreakableServer, embedded: Runtime, slow_labels: LabelArray) -> None:
-    before = volumes_answered(server.url)
+def test_who_stops_waiting_frees_the_queue(server: BreakableServer, embedded: Runtime) -> None:
+    before, hu = volumes_answered(server.url), smooth_hu(SHAPE)
     with TritonRuntime(server.url) as patient, TritonRuntime(server.url, timeout_s=0.2) as hasty:
-        slow = in_background(lambda: patient.infer(SLOW_HU))
-        wait_until(lambda: is_computing(server))
-        given_up = [in_background(lambda: hasty.infer(smooth_hu(SHAPE))) for _ in range(LARGEST_QUEUE)]
-        for each in given_up:
-            assert isinstance(each.exception(WAIT_S), ServerError)
-        assert not slow.done()
-        np.testing.assert_array_equal(slow.result(WAIT_S)[0], slow_labels)
+        with server.holding() as is_computing:
+            answer = in_background(lambda: patient.infer(hu))
+            wait_until(is_computing)
+            given_up = [in_background(lambda: hasty.infer(hu)) for _ in range(LARGEST_QUEUE)]
+            for each in given_up:
+                assert isinstance(each.exception(WAIT_S), ServerError)
+        np.testing.assert_array_equal(answer.result(WAIT_S)[0], embedded.infer(hu)[0])
+    wait_until(lambda: server.waiting_requests() == 0, "an empty queue")
     assert_answers(server, embedded)
     # Nobody's volume was computed but those that were waited for.
     assert answered_since(before, server.url, volumes=2) == [2]
@@ -424,7 +400,7 @@ from anatomynet.client.triton import TritonRuntime
 runtime = TritonRuntime(sys.argv[1], shared_memory="on", connect_timeout_s=60)
 print("asks", flush=True)
 sys.stdin.readline()
-runtime.infer(np.zeros({SLOW_HU.shape}, np.int16))
+runtime.infer(np.zeros({SHAPE}, np.int16))
 """
 
 
@@ -458,11 +434,11 @@ def test_a_client_that_is_killed_while_its_region_has_a_name_leaves_nothing(
 def test_a_client_that_is_killed_while_its_region_is_registered_harms_nobody(
     server: BreakableServer, embedded: Runtime
 ) -> None:
-    with started_client(server) as client:
+    with started_client(server) as client, server.holding() as is_computing:
         assert client.stdin is not None
         client.stdin.write(b"\n")
         client.stdin.flush()
-        wait_until(lambda: is_computing(server))
+        wait_until(is_computing)
         client.kill()
         assert_none_is_left()
     assert_answers(server, embedded)

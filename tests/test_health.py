@@ -1,11 +1,12 @@
 """client/health.py against real servers: well and alive, drawing nonsense, busy, dead."""
 
 import os
+import queue
 import re
 import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,19 +20,16 @@ from anatomynet.engine.config import ModelConfig, load_config, shipped_weights
 from anatomynet.engine.errors import ServerError
 from anatomynet.engine.runtime import Runtime, load_runtime
 from anatomynet.export.repository import write_repository
-from anatomynet.export.triton_models import python_model
+from anatomynet.export.triton_models import LARGEST_QUEUE, python_model
 from tests.random_network import smooth_hu
 from tests.triton_servers import RunningServer, ServerStarter, free_ports, has_server, running_server
+from tests.waiting import WAIT_TIMEOUT_S, wait_until
 
 grpc = pytest.importorskip("tritonclient.grpc")
-InferenceServerException = pytest.importorskip("tritonclient.utils").InferenceServerException
 
 # Of openkbp7, the oesophagus alone lies too low for the phantom, the larynx at its end.
 JUDGED = {"BrainStem", "SpinalCord", "Parotid_R", "Parotid_L", "Mandible"}
-QUEUED_SHAPE = (32, 128, 128)
-# More than a queue holds, with what computes.
-ASKED_AT_ONCE = 16
-PAUSE_S = 0.05
+SHAPE = (8, 32, 32)
 NAGIOS_LINE = re.compile(
     r"ANATOMYNET (OK|WARNING|CRITICAL) - [^|\n]+(\| seconds=[\d.]+s lowest_dsc=[\d.]+;;0\.5:;0;1)?\n"
 )
@@ -148,29 +146,20 @@ def test_check_where_no_server_is() -> None:
 
 
 def test_check_of_a_busy_server_is_a_warning(triton_server: RunningServer) -> None:
-    """More clients than the queue has places, each of which asks again at once."""
-    ct = grpc.InferInput("CT", QUEUED_SHAPE, "INT16")
-    ct.set_data_from_numpy(smooth_hu(QUEUED_SHAPE))
-    stop = threading.Event()
-
-    def ask_and_ask() -> None:
-        with grpc.InferenceServerClient(triton_server.url) as client:
-            while not stop.is_set():
-                try:
-                    client.infer("anatomynet", [ct])
-                except InferenceServerException:
-                    stop.wait(PAUSE_S)
-
-    clients = [threading.Thread(target=ask_and_ask) for _ in range(ASKED_AT_ONCE)]
-    for client in clients:
-        client.start()
-    try:
-        found = [check_health(ServerOptions(urls=(triton_server.url,))).status for _ in range(2)]
-    finally:
-        stop.set()
-        for client in clients:
-            client.join()
-    assert Status.WARNING in found
+    """One volume is computed, and the queue holds as many more as it takes."""
+    ct = grpc.InferInput("CT", SHAPE, "INT16")
+    ct.set_data_from_numpy(smooth_hu(SHAPE))
+    outcomes = queue.SimpleQueue[Any]()
+    asked = 2 + LARGEST_QUEUE
+    with grpc.InferenceServerClient(triton_server.url) as client:
+        with triton_server.holding() as is_computing:
+            client.async_infer("anatomynet", [ct], lambda result, error: outcomes.put(error))
+            wait_until(is_computing)
+            for _ in range(asked - 1):
+                client.async_infer("anatomynet", [ct], lambda result, error: outcomes.put(error))
+            assert outcomes.get(timeout=WAIT_TIMEOUT_S)  # one too many
+            assert check_health(ServerOptions(urls=(triton_server.url,))).status is Status.WARNING
+        assert [outcomes.get(timeout=WAIT_TIMEOUT_S) for _ in range(asked - 1)] == [None] * (asked - 1)
 
 
 def test_check_asks_a_server_found_on_this_machine_but_once(monkeypatch: pytest.MonkeyPatch) -> None:

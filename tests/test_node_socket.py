@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from pydicom.uid import CTImageStorage
 from pynetdicom import AE, build_context
+from pynetdicom.association import Association
 
 from anatomynet.client.node_spool import RECEIVED
 from tests.dicom_nodes import CALLER, NODE_TITLE, NodeProcess, send, write_series
@@ -28,6 +29,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
         tmp_path_factory.mktemp("node"), destination_port=free_ports(1)[0], quiet_seconds_after_release=3600.0
     )
     node.start()
+    associated(node).release()  # what its first caller makes it load is nothing that it is sent
     yield node
     node.kill()
 
@@ -35,6 +37,15 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
 @pytest.fixture(scope="module")
 def series(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return write_series(tmp_path_factory.mktemp("study"), seed=1)
+
+
+def associated(node: NodeProcess) -> Association:
+    """As a peer that it knows."""
+    ae = AE(ae_title=CALLER)
+    ae.add_requested_context(CTImageStorage)
+    association = ae.associate("127.0.0.1", node.port, ae_title=NODE_TITLE)
+    assert association.is_established
+    return association
 
 
 def peak_kb(node: NodeProcess) -> int:
@@ -73,10 +84,7 @@ def test_gigabytes_before_an_association(node: NodeProcess, pdu_type: int) -> No
 
 def test_gigabytes_from_a_known_caller(node: NodeProcess, series: list[Path]) -> None:
     before, told, failures = peak_kb(node), len(node.lines("refused")), len(node.lines("failure"))
-    ae = AE(ae_title=CALLER)
-    ae.add_requested_context(CTImageStorage)
-    association = ae.associate("127.0.0.1", node.port, ae_title=NODE_TITLE)
-    assert association.is_established
+    association = associated(node)
     assert association.dul.socket
     assert association.dul.socket.socket
     with association.dul.socket.socket as connection:

@@ -1,6 +1,7 @@
 """What is built is what is promised: wheel, sdist, and a base install that needs neither torch nor numpy 1."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -36,13 +37,20 @@ DATA = (
 )
 SCRIPTS = {"anatomynet-train", "anatomynet-export", "anatomynet-client", "tritonserver"}
 LARGEST_WHEEL_MB = 12
+LOCK = ROOT / "requirements.lock"
+NUMPY_2 = "2.4.6"  # the lock's is for the wheel's Triton server
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The wheel, made from the sdist, and the sdist."""
     folder = tmp_path_factory.mktemp("dist")
-    subprocess.run([sys.executable, "-m", "build", "--outdir", folder, ROOT], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--outdir", folder, ROOT],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "PIP_CONSTRAINT": str(LOCK)},
+    )
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
     return wheel, sdist
 
@@ -76,8 +84,11 @@ def base_install(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
     """The bin folder of a fresh environment with the wheel alone."""
     folder = tmp_path_factory.mktemp("base")
     venv.create(folder)
+    constraints = folder / "constraints.txt"
+    constraints.write_text(re.sub(r"(?m)^numpy==.*$", f"numpy=={NUMPY_2}", LOCK.read_text()))
+    options: list[str | Path] = ["--quiet", "--disable-pip-version-check", "--no-compile", "--constraint", constraints]
     subprocess.run(
-        [*pip_of(folder / "bin"), "install", "--quiet", "--disable-pip-version-check", "--no-compile", built[0]],
+        [*pip_of(folder / "bin"), "install", *options, built[0]],
         check=True,
         env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
     )

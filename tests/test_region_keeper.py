@@ -129,17 +129,20 @@ def test_one_that_was_left_by_an_exception_goes(server: MappingServer, keeper: R
 
 def test_an_idle_one_goes_however_busy_another_is(server: MappingServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of volumes at once one stays behind: a patient's voxels in it would stay as long as others' volumes come."""
-    monkeypatch.setattr(region_keeper, "KEPT_S", 1.0)
     keeper = keeper_of(server)
-    with region_for(keeper, SHAPE) as first, region_for(keeper, SHAPE) as second:
-        pass
-    busy = answered(keeper)
-    assert busy.name in (first.name, second.name)
-    idle_since = time.monotonic()
-    while len(server.mapped) > 1:
+    monkeypatch.setattr(region_keeper, "KEPT_S", LONG_S)
+    with region_for(keeper, SHAPE) as busy:
+        monkeypatch.setattr(region_keeper, "KEPT_S", SHORT_S)
+        with region_for(keeper, SHAPE) as idle:
+            pass
+        monkeypatch.setattr(region_keeper, "KEPT_S", LONG_S)
+    deadline = time.monotonic() + WAIT_TIMEOUT_S
+    while idle.name in server.mapped:
         assert answered(keeper).name == busy.name
-        assert time.monotonic() < idle_since + WAIT_TIMEOUT_S
+        assert time.monotonic() < deadline
     assert server.mapped == {busy.name}
+    monkeypatch.setattr(region_keeper, "KEPT_S", SHORT_S)
+    assert answered(keeper).name == busy.name
     wait_until(lambda: not server.mapped, "the busy one goes too, once it is idle")
 
 
@@ -238,10 +241,13 @@ def test_volumes_in_a_kept_region_are_drawn_as_any(
 def test_an_idle_one_goes_at_a_real_server(
     triton_server: RunningServer, new_regions: Callable[[], set[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(region_keeper, "KEPT_S", 1.0)
+    hu = smooth_hu((8, 32, 32))
     with TritonRuntime(triton_server.url, shared_memory="on") as runtime:
-        runtime.infer(smooth_hu((8, 32, 32)))
+        monkeypatch.setattr(region_keeper, "KEPT_S", LONG_S)
+        runtime.infer(hu)
         assert len(new_regions()) == 1
+        monkeypatch.setattr(region_keeper, "KEPT_S", SHORT_S)
+        runtime.infer(hu)
         wait_until(lambda: not new_regions(), "an idle region goes")
 
 

@@ -20,14 +20,13 @@ from tests.breakable_server import BreakableServer, two_servers
 from tests.random_network import smooth_hu
 from tests.tls_proxy import Certificates, make_certificates, running_proxy
 from tests.triton_servers import RunningServer, ServerStarter, answered_since, has_server, volumes_answered
+from tests.waiting import wait_until
 from tests.wire import Recording, recorded
 
 grpc = pytest.importorskip("tritonclient.grpc")
 pytestmark = pytest.mark.skipif(not has_server(), reason="no tritonserver here: pip install 'anatomynet[serve]'")
 
 SHAPE = (24, 96, 128)
-# A quarter of a second each, so that a server is killed while it computes.
-SLOWER_SHAPE = (32, 192, 192)
 VOLUMES = 8
 CLIENTS = 4
 # Odd: were all volumes of a client to go to one server, the clients would not make up for one another.
@@ -143,12 +142,13 @@ def studies_are_read(wire: Recording) -> None:
 
 
 def test_one_is_killed_and_nothing_is_lost(opener: Opener, servers: list[BreakableServer], embedded: Runtime) -> None:
-    volumes = [smooth_hu(SLOWER_SHAPE, seed=seed) for seed in range(VOLUMES)]
+    volumes = [smooth_hu(SHAPE, seed=seed) for seed in range(VOLUMES)]
     told: list[str] = []
     with opener(tell=told.append) as runtime, ThreadPoolExecutor(CLIENTS) as threads:
-        answers = [threads.submit(runtime.infer, hu) for hu in volumes]
-        answers[0].result(timeout=60)
-        servers[0].kill()
+        with servers[0].holding() as is_computing:
+            answers = [threads.submit(runtime.infer, hu) for hu in volumes]
+            wait_until(is_computing, "a volume has come to the one")
+            servers[0].kill()
         for hu, answer in zip(volumes, answers, strict=True):
             np.testing.assert_array_equal(answer.result(timeout=60)[0], embedded.infer(hu)[0])
     assert any("trying again" in line for line in told)

@@ -5,10 +5,8 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -51,6 +49,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (8, 16, 24)
 STRUCTURES = ("Chiasm", "OpticNerve_L", "OpticNerve_R")  # whose usual size no table knows: this head is small
 STEPS, STEPS_PER_EPOCH = 20, 5
+INTERRUPTED_AFTER = 7
 LEARNT = 0.5  # share of the first step's loss that may be left after the last: 0.06 to 0.21 of it were, by six seeds
 HEADER = {
     "space": "left-posterior-superior",
@@ -241,23 +240,37 @@ def test_weights_that_learn_its_crops_are_chosen_by_the_region_finders_boxes(
     assert [isinstance(finder, EmbeddedRegionFinder) for finder in given] == [region_share > 0]
 
 
+# Gets Ctrl-C in the middle of its second epoch, however fast it is.
+INTERRUPTED = f"""
+import os, signal
+from anatomynet.engine.train import main
+from anatomynet.engine.training import Training
+learn = Training.learn
+def learn_and_interrupt(training, sample):
+    loss = learn(training, sample)
+    if training.step == {INTERRUPTED_AFTER}:
+        os.kill(os.getpid(), signal.SIGINT)
+    return loss
+Training.learn = learn_and_interrupt
+main()
+"""
+
+
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(data: Path, trained: Path, tmp_path: Path) -> None:
     output = tmp_path / "tiny.safetensors"
     log, state = output.with_suffix(".csv"), output.with_suffix(".state.safetensors")
     options = ["--data", str(data), "--config", str(data / "tiny.toml"), "--output", str(output)]
-    with subprocess.Popen(
-        [sys.executable, "-m", "anatomynet.engine.train", *options],
-        stderr=subprocess.PIPE,
+    run = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, *options],
+        capture_output=True,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as process:
-        deadline = time.monotonic() + WAIT_S
-        while not log.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=WAIT_S)
-    assert process.returncode == 130, stderr.decode()
-    assert b"Traceback" not in stderr
-    assert STEPS_PER_EPOCH <= state_of(state)[0] < STEPS
+        timeout=WAIT_S,
+        check=False,
+    )
+    assert run.returncode == 130, run.stderr
+    assert "Traceback" not in run.stderr
+    assert state_of(state)[0] == INTERRUPTED_AFTER
 
     resumed = train(data, output, "--resume")
     assert resumed.exit_code == 0, resumed.output
