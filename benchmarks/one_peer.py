@@ -6,7 +6,8 @@ benchmarks.peers runs each in a process of its own, as the command runs. The wei
 
     eager       PyTorch on the whole volume, not cut to the body; the rest is ours
     monai       the same, but the network looks through MONAI's sliding window: the CT is averaged 4 x 4 in plane first,
-                and the blended logits are interpolated back, as the served graph does
+                and the blended logits are interpolated back, as the served graph does; no side of the window is larger
+                than the image's, which MONAI would fill with air and compute
     simple-itk  our engine; SimpleITK reads, rt-utils writes
 """
 
@@ -43,15 +44,14 @@ OVERLAP = 0.25
 @click.option("--roi", type=int, nargs=3, default=ROI, show_default=True, help="Of MONAI's window, z y x.")
 @reports_errors
 def main(way: str, study: Path, result: Path, roi: tuple[int, int, int]) -> None:
-    """Time the stages of one way; what was drawn lies beside RESULT as .npy, the RTSTRUCT as .dcm."""
+    """Time the stages of one way; the RTSTRUCT lies beside RESULT as .dcm, what PyTorch drew as .npy."""
     clock = StageClock()
     output = result.with_suffix(".dcm")
     output.unlink(missing_ok=True)
     if way == "simple-itk":
-        labels = run_simple_itk(study, output, clock)
+        run_simple_itk(study, output, clock)
     else:
-        labels = run_torch(study, output, clock, roi=roi if way == "monai" else None)
-    np.save(result.with_suffix(".npy"), labels)
+        np.save(result.with_suffix(".npy"), run_torch(study, output, clock, roi=roi if way == "monai" else None))
     result.write_text(json.dumps(clock.seconds))
 
 
@@ -87,15 +87,15 @@ def infer_whole(network: Any, model: ModelConfig, volume: CTVolume, roi: tuple[i
         else:
             from monai.inferers.utils import sliding_window_inference
 
-            logits: Any = sliding_window_inference(
-                served.network_input_from_hu(hu), roi, WINDOWS_AT_ONCE, network, overlap=OVERLAP
-            )
+            x = served.network_input_from_hu(hu)
+            window = [min(wanted, side) for wanted, side in zip(roi, x.shape[2:], strict=True)]
+            logits: Any = sliding_window_inference(x, window, WINDOWS_AT_ONCE, network, overlap=OVERLAP)
             label_map = served.logits_on_grid(logits, hu.shape).argmax(dim=1)[0].to(torch.uint8)
     labels: LabelArray = label_map.numpy()
     return labels
 
 
-def run_simple_itk(study: Path, output: Path, clock: StageClock) -> LabelArray:
+def run_simple_itk(study: Path, output: Path, clock: StageClock) -> None:
     """SimpleITK, our engine, rt-utils."""
     with clock.stage("read"):
         volume = read_with_simple_itk(study)
@@ -105,7 +105,6 @@ def run_simple_itk(study: Path, output: Path, clock: StageClock) -> LabelArray:
         label_map = segment(volume, runtime)
     with clock.stage("write"):
         write_with_rt_utils(output, study, label_map)
-    return label_map.labels
 
 
 def check_taken_as_it_is(volume: CTVolume, model: ModelConfig) -> None:

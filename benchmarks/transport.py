@@ -41,8 +41,8 @@ from benchmarks.served import WHOLE
 from tests.triton_servers import RunningServer, running_server
 
 SHARED, GRPC, HTTP = WAYS = ("shared memory", "gRPC", "HTTP")
-# Of a study's own sides (z, y, x): what the phantom's head and neck take, its body, all.
-VOLUMES = {"head-and-neck box": (178, 288, 336), "body box": (178, 288, 512), "whole study": WHOLE}
+# Of the phantom's study (z, y, x): what `segment` sends of it, with --whole-volume, and all.
+VOLUMES = {"head-and-neck box": (144, 224, 192), "body box": (178, 288, 512), "whole study": WHOLE}
 GOALS_S = {(SHARED, "body box"): 0.1, (GRPC, "head-and-neck box"): 0.5}
 FACTOR_FOR_HTTP = 2.0
 COPIES = {
