@@ -157,6 +157,8 @@ def finder_for(train: TrainConfig) -> RegionFinder | None:
 def fit(training: Training, cases: list[Case], held_out: list[Case], output: Path) -> None:
     """Trains to the last step; saves state, logs and best checkpoint beside `output` after every epoch.
 
+    The state is there before the first step: from then on a run that is killed can be resumed.
+
     Ctrl-C saves the state after the step under way, then raises KeyboardInterrupt.
 
     Raises:
@@ -166,6 +168,8 @@ def fit(training: Training, cases: list[Case], held_out: list[Case], output: Pat
     train = training.train
     losses = training.losses
     log = output.with_suffix(".csv")
+    if not training.step:
+        training.save(_state_of(output))
     if (kept := _kept_log(log, until=training.step)) is not None:
         write_whole(log, kept, overwrite=True)
     with (
@@ -266,10 +270,10 @@ def _prepare_output(output: Path, *, overwrite: bool) -> None:
     if output.is_dir():
         raise OutputError(f"{output} is a folder: expected a file's name")
     if there and not overwrite:
-        raise OutputError(
-            f"{there[0]} is there, of another run: give --resume to go on with it, --overwrite to lose it, or another "
-            "--output"
-        )
+        helps = "of another run: give --resume to go on with it,"
+        if _state_of(output) not in there:
+            helps = "without a state to go on from: give"
+        raise OutputError(f"{there[0]} is there, {helps} --overwrite to lose it, or another --output")
 
 
 def _forget_run(output: Path) -> None:

@@ -298,11 +298,17 @@ def test_a_new_run_starts_a_new_log(data: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in rows_of(output.with_suffix(".csv"))] == [1]
 
 
-@pytest.mark.parametrize("left", ["tiny.safetensors", "tiny.state.safetensors"])
-def test_a_run_is_never_lost_unasked(data: Path, trained: Path, tmp_path: Path, left: str) -> None:
+@pytest.mark.parametrize(
+    ("left", "advice"),
+    [
+        ("tiny.safetensors", "without a state to go on from: give --overwrite to lose it"),
+        ("tiny.state.safetensors", "give --resume to go on with it, --overwrite to lose it"),
+    ],
+)
+def test_a_run_is_never_lost_unasked(data: Path, trained: Path, tmp_path: Path, left: str, advice: str) -> None:
     """A night of training, and --resume forgotten."""
     (tmp_path / left).write_bytes((trained.parent / left).read_bytes())
-    assert "give --resume to go on with it, --overwrite to lose it" in refusal(train(data, tmp_path / trained.name))
+    assert advice in refusal(train(data, tmp_path / trained.name))
     assert [path.name for path in tmp_path.iterdir()] == [left]
 
 
@@ -560,7 +566,8 @@ def test_resuming_from_another_networks_state_is_refused(data: Path, trained: Pa
 
 
 def test_resuming_without_a_state_is_refused(data: Path, tmp_path: Path) -> None:
-    assert "nothing to resume" in refusal(train(data, tmp_path / "new.safetensors", "--resume"))
+    complaint = refusal(train(data, tmp_path / "new.safetensors", "--resume"))
+    assert f"nothing to resume: no state {tmp_path / 'new.state.safetensors'}" in complaint
 
 
 @pytest.mark.parametrize("kept", [0, 100, 0.5])
