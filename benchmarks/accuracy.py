@@ -40,6 +40,7 @@ MEASURES = {
     "mean_surface_distance_mm": ("mean mm", 2),
     "added_path_length_mm": ("added path mm", 0),
 }
+MEDIANS = ("dice", "hd95_mm")  # printed too: one miss moves a mean far
 PLOTTED = ("dice", "surface_dice", "hd95_mm", "added_path_length_mm")
 SMALLEST_MM = 1.0  # of the plots in mm: below it they are linear
 RESAMPLINGS = 2000
@@ -210,14 +211,20 @@ def _with_interval(means: Values) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> Iterable[str]:
-    """What is printed: means with 95 % intervals, and what others published, with what keeps the two apart."""
+    """What is printed: means with 95 % intervals, medians, and what others published, with what keeps them apart."""
     yield f"checkpoint {result['checkpoint_sha256'][:12]} on {result['cases']} cases of {result['data']}"
     if result.get("left_out"):
         many = len(result["left_out"])
         yield f"{many} case{'s' if many > 1 else ''} left out: {', '.join(result['left_out'])}"
-    yield f"{'':<16}{'cases':>6}{'missed':>7}" + "".join(f"{title:>30}" for title, _ in MEASURES.values())
+    titles = (
+        f"{title:>30}" + (f"{f'{title}, median':>18}" if key in MEDIANS else "") for key, (title, _) in MEASURES.items()
+    )
+    yield f"{'':<16}{'cases':>6}{'missed':>7}" + "".join(titles)
     for row in result["structures"]:
-        cells = "".join(f"{_cell(row[key], digits):>30}" for key, (_, digits) in MEASURES.items())
+        cells = "".join(
+            f"{_cell(row[key], digits):>30}" + (f"{_median(row[key], digits):>18}" if key in MEDIANS else "")
+            for key, (_, digits) in MEASURES.items()
+        )
         yield f"{row['structure']:<16}{row['cases']:>6}{row['missed']:>7}{cells}"
     yield "Published means: DSC over PDDCA's nine organs; HD95 over 28 organs, both by Tang et al. on their own data"
     for paper in result["published"]:
@@ -231,6 +238,12 @@ def _cell(measure: dict[str, Any], digits: int) -> str:
         return "not annotated"
     low, high = measure["interval"]
     return f"{measure['mean']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _median(measure: dict[str, Any], digits: int) -> str:
+    """Empty where nothing is annotated, and for the mean of the structures."""
+    median = measure.get("median")
+    return "" if median is None else f"{median:.{digits}f}"
 
 
 def write_box_plot(path: Path, result: dict[str, Any]) -> None:

@@ -1,10 +1,13 @@
 """How well does a network that no one here designed do, trained on the same cases with the same budget?
 
     python -m benchmarks.baseline --data OPENKBP [--config openkbp7] [--steps N] [--resume]
+    anatomynet-train --data OPENKBP --steps 1000 --output thousand.safetensors      # for as many steps of AnatomyNet:
+    python -m benchmarks.baseline --data OPENKBP --steps 1000 --checkpoint thousand.safetensors
 
 MONAI's DynUNet, the U-Net that nnU-Net plans, learns by the same `Training`: the same steps, crops, augmentation, loss,
 averaged weights and validation; only the network differs. The best checkpoint is measured as benchmarks.accuracy
-measures ours, and both stand in one table. Writes benchmarks/results/baseline.json.
+measures ours, the shipped one where no --checkpoint is given, and both stand in one table. Writes
+benchmarks/results/baseline.json.
 """
 
 from dataclasses import replace

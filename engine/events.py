@@ -43,8 +43,7 @@ def event_log(output: Path, *, first: int) -> Iterator[Callable[[dict[str, float
         folder.mkdir(exist_ok=True)
         # Named by the step too: the seconds in its names are too coarse to keep two files apart.
         writer = EventsWriter(str(folder / "events"), f".{first:09}")
-        if first:
-            writer.write_event(Event(step=first + 1, session_log=SessionLog(status=SessionLog.START)))
+        writer.write_event(Event(step=first + 1, session_log=SessionLog(status=SessionLog.START)))
         writer.flush()
 
     def write(row: dict[str, float]) -> None:

@@ -9,11 +9,13 @@ import dataclasses
 import io
 import math
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import click
 import numpy as np
@@ -23,7 +25,7 @@ from tqdm import tqdm
 
 from anatomynet.engine.augmentation import Augmentation, Sample
 from anatomynet.engine.checkpoint import save_checkpoint
-from anatomynet.engine.command import reports_errors
+from anatomynet.engine.command import STOPS, reports_errors
 from anatomynet.engine.config import SHIPPED_NAME, ModelConfig, TrainConfig, load_config
 from anatomynet.engine.curves import write_curves
 from anatomynet.engine.data import Case, cut_to_body, cut_to_head_and_neck
@@ -47,6 +49,7 @@ AHEAD = LOADERS + 2  # samples kept ready
 PHANTOM_SHAPE = (112, 128, 128)  # (z, y, x), as a planning CT reduced 4 x 4 in plane
 PHANTOMS = 64  # different ones in a run; they take 0.1 GB
 SUFFIX = ".safetensors"  # of the checkpoint
+SAVED_EVERY_S = 300.0  # the state: an epoch may take a quarter of an hour
 NOTED_STEPS = 50  # between two looks at the loss, for which a GPU must be waited
 
 
@@ -157,7 +160,9 @@ def finder_for(train: TrainConfig) -> RegionFinder | None:
 def fit(training: Training, cases: list[Case], held_out: list[Case], output: Path) -> None:
     """Trains to the last step; saves state, logs and best checkpoint beside `output` after every epoch.
 
-    Ctrl-C saves the state after the step under way, then raises KeyboardInterrupt.
+    The state is saved before the first step and every few minutes too: a run that is killed can be resumed from there.
+    Ctrl-C, SIGTERM and SIGHUP save it after the step under way, then do what they do elsewhere; an ignored SIGHUP stays
+    so.
 
     Raises:
         ModelError: the loss is no number any more; what was saved before is kept.
@@ -166,6 +171,8 @@ def fit(training: Training, cases: list[Case], held_out: list[Case], output: Pat
     train = training.train
     losses = training.losses
     log = output.with_suffix(".csv")
+    if not training.step:
+        _save_state(training, output)
     if (kept := _kept_log(log, until=training.step)) is not None:
         write_whole(log, kept, overwrite=True)
     with (
@@ -173,22 +180,33 @@ def fit(training: Training, cases: list[Case], held_out: list[Case], output: Pat
         event_log(output, first=training.step) as write_events,
         tqdm(total=train.steps, initial=training.step, unit="step") as bar,
     ):
+        saved = time.monotonic()
         for sample in samples(cases, training.model, train, first=training.step, device=training.device):
             losses.append(training.learn(sample))
             if training.step % NOTED_STEPS == 0:
                 bar.set_postfix(loss=f"{_finite_mean(losses[-NOTED_STEPS:], training.step):.3f}", refresh=False)
             bar.update()
-            if training.step % train.steps_per_epoch == 0 or training.step == train.steps:
+            ended = training.step % train.steps_per_epoch == 0 or training.step == train.steps
+            if ended:
                 row = keep_best(training, held_out, output, loss=_finite_mean(losses, training.step))
                 bar.write(_told(row))
                 _append_row(log, row)
                 write_curves(log)
                 write_events(row)
                 losses.clear()
-                training.save(_state_of(output))
-            if interruption.asked:
-                training.save(_state_of(output))
-                raise KeyboardInterrupt
+            asked = interruption.asked  # from here on it is for the next step
+            if ended or asked or time.monotonic() >= saved + SAVED_EVERY_S:
+                _save_state(training, output)
+                saved = time.monotonic()
+            if asked:
+                interruption.end(asked)
+
+
+def _save_state(training: Training, output: Path) -> None:
+    """Not one that has diverged: what was saved before is of more use."""
+    if training.losses:
+        _finite_mean(training.losses, training.step)
+    training.save(_state_of(output))
 
 
 def _finite_mean(losses: list[Tensor], step: int) -> float:
@@ -224,20 +242,32 @@ def _state_of(output: Path) -> Path:
 
 
 class _Interruptible:
-    """Turns the first Ctrl-C into a wish, so that a step is never cut in two; the second one interrupts."""
+    """Turns Ctrl-C and stops into a wish, so that a step is never cut in two; a second Ctrl-C ends at once."""
 
-    asked = False
+    asked = 0  # the first signal's number
 
     def __enter__(self) -> "_Interruptible":
-        self._before = signal.signal(signal.SIGINT, self._ask)
+        heard = [signal.SIGINT, *(stop for stop in STOPS if signal.getsignal(stop) != signal.SIG_IGN)]  # as by nohup
+        self._before = {number: signal.signal(number, self._ask) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        for number in list(self._before):
+            self._give_back(number)
 
-    def _ask(self, _signal: int, _frame: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, self._before)
+    def end(self, asked: int) -> NoReturn:
+        """Does what the signal did before it was a wish."""
+        self.__exit__()
+        signal.raise_signal(asked)
+        raise KeyboardInterrupt  # one that is ignored elsewhere, as Ctrl-C is in the background
+
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        self.asked = self.asked or number
+        self._give_back(signal.SIGINT)  # of stops `timeout` and terminals send two, and nobody meant the second
+
+    def _give_back(self, number: signal.Signals) -> None:
+        if number in self._before:
+            signal.signal(number, self._before.pop(number))
 
 
 def _append_row(path: Path, row: dict[str, float]) -> None:
@@ -266,10 +296,10 @@ def _prepare_output(output: Path, *, overwrite: bool) -> None:
     if output.is_dir():
         raise OutputError(f"{output} is a folder: expected a file's name")
     if there and not overwrite:
-        raise OutputError(
-            f"{there[0]} is there, of another run: give --resume to go on with it, --overwrite to lose it, or another "
-            "--output"
-        )
+        helps = "of another run: give --resume to go on with it,"
+        if _state_of(output) not in there:
+            helps = "without a state to go on from: give"
+        raise OutputError(f"{there[0]} is there, {helps} --overwrite to lose it, or another --output")
 
 
 def _forget_run(output: Path) -> None:

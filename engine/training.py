@@ -213,6 +213,8 @@ class Training:
         Raises:
             ModelError: no state there, or that of another configuration or network.
         """
+        if not path.exists():
+            raise ModelError(f"nothing to resume: no state {path}; without --resume a run begins")
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}

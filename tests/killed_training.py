@@ -61,7 +61,8 @@ def _train_and_die(moment: str, times: int, options: list[str], said: Path) -> N
         command.save_checkpoint = dies_at(times, checkpoint.save_checkpoint)
     elif moment == "row and curves written":
         command.write_curves = dies_at(times, curves.write_curves)
-    elif moment == "step done":
+    elif moment in ("step done", "step done, each one saved"):
+        command.SAVED_EVERY_S = command.SAVED_EVERY_S if moment == "step done" else 0.0
         learner.learn = dies_at(times, learner.learn)
     elif moment in ("all but the state written", "state written"):
         learner.save = dies_at(times, learner.save, done=moment == "state written")

@@ -169,6 +169,10 @@ def test_the_table_says_what_may_not_be_compared(result: dict[str, object]) -> N
     assert lines[0] == "checkpoint abababababab on 3 cases of by/hand"
     assert [line.split()[0] for line in lines[2:6]] == [*NAMES, "mean"]
     assert all(title in lines[1] for title, _ in MEASURES.values())
+    assert lines[1].index("DSC, median") < lines[1].index("surface DSC")
+    stem = " ".join(lines[2].split())
+    assert stem.startswith("BrainStem 3 1 0.467 (0.000 to 0.800) 0.600 0.467 ")
+    assert " 53.3 (20.0 to 100.0) 40.0 " in stem
     assert "not annotated" in lines[4]
     for name in ("MICCAI 2015", "AnatomyNet", "UaNet"):
         assert any(name in line for line in lines[6:])

@@ -1,6 +1,7 @@
 """TensorBoard itself reads what training wrote, also after an interruption."""
 
 import builtins
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,11 +42,16 @@ def test_tensorboard_reads_every_point(tmp_path: Path) -> None:
     }
 
 
-def test_what_an_interrupted_run_wrote_too_far_does_not_count(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("first", "kept"), [(2, [(1, 1.0), (2, 0.5)]), (0, [])])
+def test_what_an_interrupted_run_wrote_too_far_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, kept: list[tuple[int, float]]
+) -> None:
     output = tmp_path / "run.safetensors"
     write(output, ROWS)
-    write(output, [{"step": 3, "loss": 9.0}], first=2)
-    assert points(output)["loss"] == [(1, 1.0), (2, 0.5), (3, 9.0)]
+    later = time.time() + 60  # else the file of a run that began at the same step might have the same name
+    monkeypatch.setattr("time.time", lambda: later)
+    write(output, [{"step": 3, "loss": 9.0}], first=first)
+    assert points(output)["loss"] == [*kept, (3, 9.0)]
 
 
 def test_each_point_is_there_at_once(tmp_path: Path) -> None:

@@ -77,11 +77,15 @@ def assert_alike(found: Path, expected: Path) -> None:
 @pytest.mark.parametrize(
     ("moment", "times", "step"),
     [
-        ("state written", 1, 3),
+        ("state written", 1, 0),
+        ("step done", 2, 0),
+        ("row and curves written", 1, 0),
+        ("state written", 2, 3),
         ("step done", 8, 6),  # in the middle of the third epoch
+        ("step done, each one saved", 8, 7),
         ("best written", 2, 3),
         ("row and curves written", 2, 3),
-        ("all but the state written", 3, 6),
+        ("all but the state written", 4, 6),
     ],
 )
 def test_killed_and_resumed_it_is_the_run_that_nothing_happened_to(
@@ -98,9 +102,31 @@ def test_killed_and_resumed_it_is_the_run_that_nothing_happened_to(
 def test_killed_again_after_it_was_resumed(data: Path, undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "tiny.safetensors"
     killed(data, output, "step done", 5)
-    killed(data, output, "all but the state written", 2, "--resume")
+    killed(data, output, "all but the state written", 1, "--resume")
     assert train(data, output, "--resume").exit_code == 0
     assert_alike(tmp_path, undisturbed)
+
+
+@pytest.fixture(scope="module")
+def begun_with_weights(data: Path, undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run from weights that were there, that nothing happened to."""
+    folder = tmp_path_factory.mktemp("begun_with_weights")
+    result = train(data, folder / "tiny.safetensors", "--from", str(undisturbed / "tiny.safetensors"))
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_killed_in_its_first_epoch_a_run_from_weights_goes_on(
+    data: Path, undisturbed: Path, begun_with_weights: Path, tmp_path: Path
+) -> None:
+    """With what step 0 gave as its best so far, though no epoch of it is done."""
+    output = tmp_path / "tiny.safetensors"
+    killed(data, output, "step done", 2, "--from", str(undisturbed / output.name))
+    assert output.is_file()
+    assert "give --resume to go on with it" in refusal(train(data, output))
+    resumed = train(data, output, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert_alike(tmp_path, begun_with_weights)
 
 
 def test_killed_before_its_first_state_it_begins_again(data: Path, undisturbed: Path, tmp_path: Path) -> None:
@@ -108,6 +134,18 @@ def test_killed_before_its_first_state_it_begins_again(data: Path, undisturbed: 
     output = tmp_path / "tiny.safetensors"
     shutil.copy(undisturbed / STATE, tmp_path)
     killed(data, output, "all but the state written", 1, "--overwrite")
-    assert "nothing to resume" in refusal(train(data, output, "--resume"))
-    assert train(data, output, "--overwrite").exit_code == 0
+    assert f"nothing to resume: no state {tmp_path / STATE}" in refusal(train(data, output, "--resume"))
+    assert train(data, output).exit_code == 0
     assert_alike(tmp_path, undisturbed)
+
+
+def test_killed_between_its_first_checkpoint_and_its_first_state_it_says_what_helps(
+    data: Path, undisturbed: Path, begun_with_weights: Path, tmp_path: Path
+) -> None:
+    """Not to resume, where there is nothing to resume from."""
+    output, begin_with = tmp_path / "tiny.safetensors", ("--from", str(undisturbed / "tiny.safetensors"))
+    killed(data, output, "best written", 1, *begin_with)
+    complaint = refusal(train(data, output, *begin_with))
+    assert "without a state to go on from: give --overwrite to lose it, or another --output" in complaint
+    assert train(data, output, "--overwrite", *begin_with).exit_code == 0
+    assert_alike(tmp_path, begun_with_weights)

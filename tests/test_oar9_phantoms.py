@@ -1,6 +1,8 @@
 """The network really learns structures of which no case has all, and only because what is missing is masked.
 
-The small version of benchmarks/oar9_phantoms.py: three structures at 9 mm, one annotated a case.
+The small version of benchmarks/oar9_phantoms.py, one structure annotated a case: three large ones at 9 mm, and at 4 mm
+the chiasm, of a dozen voxels, above the brain stem. The optic nerves, as small and further apart, take longer than a
+test may.
 """
 
 from dataclasses import replace
@@ -45,11 +47,29 @@ TRAIN = TrainConfig(
     seed=1,
 )
 
+FINE = (4.0, 4.0, 4.0)
+CHIASM_MODEL = ModelConfig("chiasm", ("Chiasm", "BrainStem"), 1, FINE, FINE, (-250.0, 550.0))
+CHIASM_SHAPE = (8, 14, 14)  # with the upper half of the brain stem
+CHIASM_TRAIN = replace(TRAIN, steps=300, crop=CHIASM_SHAPE)
+CHIASM_LEARNT = 0.4  # DSC: 0.54 to 0.63 by five seeds, the brain stem 0.73 to 0.82
+CHIASM_NOT_LEARNT = 0.1  # 0.00 in all runs, of three seeds, in which nothing was masked
+
 
 def jaw(seed: int) -> Case:
     volume, truth = make_phantom(VolumeGeometry((24, 24, 24), SPACING), seed=seed, structures=MODEL.structures)
     hu, labels = (np.ascontiguousarray(array[JAW]) for array in (volume.hu, truth.labels))
     return Case(str(seed), CTVolume(hu, VolumeGeometry(JAW_SHAPE, SPACING)), labels, (True,) * 3, synthetic=True)
+
+
+def around_the_chiasm(seed: int) -> Case:
+    """Cut by where the brain stem ends, as the chiasm lies before and above it in every head."""
+    volume, truth = make_phantom(VolumeGeometry((54, 54, 54), FINE), seed=seed, structures=CHIASM_MODEL.structures)
+    stem = np.argwhere(truth.labels == 2)
+    top = stem[:, 0].max()
+    _, y, x = stem[stem[:, 0] >= top - 2].mean(axis=0).round().astype(int)
+    box = tuple(slice(a, a + n) for a, n in zip((top - 4, y - 9, x - 7), CHIASM_SHAPE, strict=True))
+    hu, labels = (np.ascontiguousarray(array[box]) for array in (volume.hu, truth.labels))
+    return Case(str(seed), CTVolume(hu, VolumeGeometry(CHIASM_SHAPE, FINE)), labels, (True,) * 2, synthetic=True)
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +84,22 @@ def unseen() -> list[Case]:
 
 def one_structure_each(cases: list[Case]) -> list[Case]:
     """The first case keeps the first structure, the second the second, and so on."""
+    count = len(cases[0].annotated)
     return [
-        replace(case, labels=np.where(case.labels == i % 3 + 1, case.labels, 0), annotated=tuple(np.arange(3) == i % 3))
+        replace(
+            case,
+            labels=np.where(case.labels == i % count + 1, case.labels, 0),
+            annotated=tuple(np.arange(count) == i % count),
+        )
         for i, case in enumerate(cases)
     ]
 
 
-def scores_after_training(cases: list[Case], unseen: list[Case], missing: str) -> dict[str, float]:
-    training = trained(cases, MODEL, replace(TRAIN, missing=missing), torch.device("cpu"))
-    scores = validate(training.average, MODEL, unseen, "cpu")
+def scores_after_training(
+    cases: list[Case], unseen: list[Case], missing: str, *, model: ModelConfig = MODEL, train: TrainConfig = TRAIN
+) -> dict[str, float]:
+    training = trained(cases, model, replace(train, missing=missing), torch.device("cpu"))
+    scores = validate(training.average, model, unseen, "cpu")
     return {name: float(np.mean(values)) for name, values in scores.items()}
 
 
@@ -88,6 +115,20 @@ def test_without_masks_they_are_not(withheld: list[Case], unseen: list[Case]) ->
     blind = [replace(case, annotated=(True,) * 3) for case in withheld]
     scores = scores_after_training(blind, unseen, "mask")
     assert min(scores.values()) <= NOT_LEARNT, scores
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_small_organ_is_learnt_beside_a_large_one_only_where_what_is_missing_is_masked(masked: bool) -> None:
+    cases = one_structure_each([around_the_chiasm(seed) for seed in range(CASES)])
+    unseen = [around_the_chiasm(seed) for seed in range(FIRST_UNSEEN_SEED, FIRST_UNSEEN_SEED + UNSEEN)]
+    assert max(int((case.labels == 1).sum()) for case in unseen) < 20
+    if not masked:
+        cases = [replace(case, annotated=(True,) * 2) for case in cases]
+    scores = scores_after_training(cases, unseen, "mask", model=CHIASM_MODEL, train=CHIASM_TRAIN)
+    if masked:
+        assert min(scores.values()) >= CHIASM_LEARNT, scores
+    else:
+        assert scores["Chiasm"] <= CHIASM_NOT_LEARNT, scores
 
 
 def test_some_structures_are_withheld_never_all_and_never_none() -> None:

@@ -2,13 +2,14 @@
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +24,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from anatomynet.engine.augmentation import Sample
 from anatomynet.engine.checkpoint import load_checkpoint
+from anatomynet.engine.command import STOPS
 from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
 from anatomynet.engine.data import Case, read_case
 from anatomynet.engine.errors import DataError, ModelError
@@ -283,13 +286,88 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(data: Path, trained: 
     assert log.read_bytes() == trained.with_suffix(".csv").read_bytes()  # the loss of the broken epoch too
 
 
+@pytest.fixture
+def signals_as_usual() -> Iterator[None]:
+    """Whoever starts the tests in the background has some ignored."""
+    usual = {signal.SIGINT: signal.default_int_handler} | dict.fromkeys(STOPS, signal.SIG_DFL)
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def sending(*numbers: int, step: int) -> Callable[[Training, Sample], Tensor]:
+    """`Training.learn`, in whose step `step` the process is sent these signals."""
+    learn = Training.learn
+
+    def learn_and_send(training: Training, sample: Sample) -> Tensor:
+        if training.step == step - 1:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return learn(training, sample)
+
+    return learn_and_send
+
+
+@pytest.mark.usefixtures("signals_as_usual")
+@pytest.mark.parametrize(("stop", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_run_that_is_stopped_saves_the_step_under_way(
+    data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, status: int
+) -> None:
+    """By Ctrl-C, by a batch system or `docker stop`, by a terminal that is closed."""
+    output = tmp_path / trained.name
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "learn", sending(stop, step=7))
+        assert train(data, output).exit_code == status
+    assert state_of(output.with_suffix(".state.safetensors"))[0] == 7
+    resumed = train(data, output, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert output.read_bytes() == trained.read_bytes()
+    assert output.with_suffix(".csv").read_bytes() == trained.with_suffix(".csv").read_bytes()
+
+
+@pytest.mark.usefixtures("signals_as_usual")
+@pytest.mark.parametrize(
+    ("stop", "status", "saved"), [(signal.SIGINT, 130, STEPS_PER_EPOCH), (signal.SIGTERM, 143, STEPS_PER_EPOCH + 1)]
+)
+def test_only_a_second_ctrl_c_ends_a_run_at_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, status: int, saved: int
+) -> None:
+    """`timeout` sends SIGTERM to its command and to the group that it is in."""
+    monkeypatch.setattr(Training, "learn", sending(stop, stop, step=STEPS_PER_EPOCH + 1))
+    assert train(data, tmp_path / "tiny.safetensors").exit_code == status
+    assert state_of(tmp_path / "tiny.state.safetensors")[0] == saved
+
+
+@pytest.mark.usefixtures("signals_as_usual")
+def test_a_run_under_nohup_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(Training, "learn", sending(signal.SIGHUP, step=1))
+    assert train(data, tmp_path / "tiny.safetensors", "--steps", "2").exit_code == 0
+
+
+def test_no_state_that_has_diverged_takes_a_good_ones_place(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn = Training.learn
+
+    def diverging(training: Training, sample: Sample) -> Tensor:
+        return learn(training, sample) * (math.nan if training.step == 3 else 1)
+
+    monkeypatch.setattr(Training, "learn", diverging)
+    monkeypatch.setattr("anatomynet.engine.train.SAVED_EVERY_S", 0.0)
+    result = train(data, tmp_path / "tiny.safetensors")
+    assert result.stderr.splitlines()[-1].startswith("error: the loss is nan after 3 steps: training has diverged")
+    assert state_of(tmp_path / "tiny.state.safetensors")[0] == 2
+
+
 def test_a_run_interrupted_before_its_first_validation_goes_on(
     data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is a state by then, and no best checkpoint yet."""
     output = tmp_path / "tiny.safetensors"
     with monkeypatch.context() as patch:
-        patch.setattr("anatomynet.engine.train._Interruptible.asked", True)
+        patch.setattr("anatomynet.engine.train._Interruptible.asked", signal.SIGINT)
         assert train(data, output).exit_code != 0
     assert not output.exists()
     assert state_of(output.with_suffix(".state.safetensors"))[0] == 1
@@ -311,11 +389,17 @@ def test_a_new_run_starts_a_new_log(data: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in rows_of(output.with_suffix(".csv"))] == [1]
 
 
-@pytest.mark.parametrize("left", ["tiny.safetensors", "tiny.state.safetensors"])
-def test_a_run_is_never_lost_unasked(data: Path, trained: Path, tmp_path: Path, left: str) -> None:
+@pytest.mark.parametrize(
+    ("left", "advice"),
+    [
+        ("tiny.safetensors", "without a state to go on from: give --overwrite to lose it"),
+        ("tiny.state.safetensors", "give --resume to go on with it, --overwrite to lose it"),
+    ],
+)
+def test_a_run_is_never_lost_unasked(data: Path, trained: Path, tmp_path: Path, left: str, advice: str) -> None:
     """A night of training, and --resume forgotten."""
     (tmp_path / left).write_bytes((trained.parent / left).read_bytes())
-    assert "give --resume to go on with it, --overwrite to lose it" in refusal(train(data, tmp_path / trained.name))
+    assert advice in refusal(train(data, tmp_path / trained.name))
     assert [path.name for path in tmp_path.iterdir()] == [left]
 
 
@@ -573,7 +657,8 @@ def test_resuming_from_another_networks_state_is_refused(data: Path, trained: Pa
 
 
 def test_resuming_without_a_state_is_refused(data: Path, tmp_path: Path) -> None:
-    assert "nothing to resume" in refusal(train(data, tmp_path / "new.safetensors", "--resume"))
+    complaint = refusal(train(data, tmp_path / "new.safetensors", "--resume"))
+    assert f"nothing to resume: no state {tmp_path / 'new.state.safetensors'}" in complaint
 
 
 @pytest.mark.parametrize("kept", [0, 100, 0.5])
