@@ -1,4 +1,4 @@
-"""A real tritonserver that a test may kill, freeze and start again on the same ports."""
+"""A real tritonserver, not watched by the launcher: a test may kill, freeze and start it again on the same ports."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.triton_servers import COMPLETE, LAUNCHER, START_TIMEOUT_S, free_ports
+from tests.triton_servers import COMPLETE, START_TIMEOUT_S, free_ports, model_process, unwatched
 
 SHARED_MEMORY_FOLDER = Path("/dev/shm")
 # The model can be loaded anew, and nothing else is loaded.
@@ -48,24 +48,22 @@ class BreakableServer:
     def start(self) -> None:
         """READY when this returns."""
         ports = [f"--http-port={self.http_port}", f"--grpc-port={self.grpc_port}"]
-        command = [
-            str(LAUNCHER),
-            f"--model-repository={self.repository}",
-            *ports,
-            f"--metrics-port={self.metrics_port}",
-            COMPLETE,
-        ]
+        command = [str(unwatched(self._folder)), *ports, f"--metrics-port={self.metrics_port}", COMPLETE]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [*command, *EXPLICIT],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "XDG_CACHE_HOME": str(self._folder)},
+                env={
+                    **os.environ,
+                    "XDG_CACHE_HOME": str(self._folder),
+                    "ANATOMYNET_REPOSITORY": str(self.repository),
+                },
             )
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline and self._process.poll() is None:
             if self._answers():
-                self._stub = self._find_stub()
+                self._stub = model_process(self.process.pid)
                 return
             time.sleep(0.1)
         raise AssertionError(f"tritonserver did not become ready:\n{self.log.read_text()}")
@@ -110,13 +108,6 @@ class BreakableServer:
                 return True
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return False
-
-    def _find_stub(self) -> int:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        threads = children.parents[1].iterdir()
-        pids = [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
-        (stub,) = [pid for pid in pids if b"python_backend_stub" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        return stub
 
     def _shared_memory_of_stub(self) -> list[Path]:
         names = {path.name: path for path in SHARED_MEMORY_FOLDER.iterdir()}

@@ -25,9 +25,21 @@ COMPLETE = "--disable-auto-complete-config"
 FIRST_OUTGOING_PORT = 32_768  # Linux's own default of net.ipv4.ip_local_port_range
 
 
+# Past the launcher's check and its watch: what it refuses is served, and a model that has died stays dead.
+UNWATCHED = """#!{python}
+import os, sys
+from anatomynet.export.launcher import deepen_stacks, server_command
+
+arguments = ["--model-repository=" + os.environ["ANATOMYNET_REPOSITORY"], *sys.argv[1:]]
+command, environment = server_command(arguments, os.environ)
+deepen_stacks()
+os.execve(command[0], command, environment)
+"""
+
+
 @dataclass(frozen=True)
 class RunningServer:
-    """`process` is the launcher, which has become the server; `log` is what it writes."""
+    """`process` is the launcher, the server's parent, or the server itself (UNWATCHED); `log` is what they write."""
 
     process: "subprocess.Popen[bytes]"
     grpc_port: int
@@ -79,6 +91,23 @@ def running_server(
     finally:
         left_with = server.stop()
     assert left_with == status, f"tritonserver left with {left_with}:\n{server.log.read_text()}"
+
+
+def unwatched(folder: Path) -> Path:
+    """A program for `running_server`; see UNWATCHED."""
+    program = folder / "unwatched"
+    program.write_text(UNWATCHED.format(python=sys.executable))
+    program.chmod(0o755)
+    return program
+
+
+def model_process(server: int) -> int:
+    """The one that computes, of a server that is not watched and has one model."""
+    children = [
+        int(pid) for each in Path(f"/proc/{server}").glob("task/*/children") for pid in each.read_text().split()
+    ]
+    (stub,) = [pid for pid in children if b"python_backend_stub" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return stub
 
 
 def _launched(repository: Path, options: Sequence[str], folder: Path, program: Path) -> RunningServer:
