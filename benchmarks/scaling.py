@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,10 +162,11 @@ def kill_halfway(server: RunningServer, tally: Tally, volumes: int) -> None:
     """SIGKILL to all of it, as to a machine that loses power."""
     while len(tally.seconds) + len(tally.lost) < volumes // 2:
         time.sleep(0.02)
-    stubs = child_pids(server.process.pid)
-    server.process.kill()
-    for stub in stubs:
-        os.kill(stub, signal.SIGKILL)
+    triton = child_pids(server.process.pid)
+    stubs = [stub for pid in triton for stub in child_pids(pid)]
+    for pid in (server.process.pid, *triton, *stubs):
+        with suppress(ProcessLookupError):  # Triton goes with its launcher
+            os.kill(pid, signal.SIGKILL)
 
 
 def answered(server: RunningServer) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ def load_checkpoint(path: Path | None = None) -> tuple[AnatomyNet, ModelConfig]:
     """The network, in eval mode, and its configuration with the file's own sha256; None is the shipped checkpoint.
 
     Raises:
-        ModelError: no such file, not safetensors, no configuration inside, or weights that do not fit it.
+        ModelError: no such file, not safetensors, no configuration inside, or weights that do not fit it or are no
+            numbers.
     """
     path = path or shipped_weights(".safetensors")
     tensors, text = _read(path, CONFIG_KEY, "anatomynet-train")
@@ -57,7 +59,8 @@ def load_region_checkpoint(path: Path | None = None) -> tuple[RegionNetwork, Reg
     """As `load_checkpoint`, of a region finder; None is the shipped one.
 
     Raises:
-        ModelError: no such file, not safetensors, no configuration inside, or weights that do not fit it.
+        ModelError: no such file, not safetensors, no configuration inside, or weights that do not fit it or are no
+            numbers.
     """
     path = path or shipped_region(".safetensors")
     tensors, text = _read(path, REGION_CONFIG_KEY, "anatomynet.engine.train_region")
@@ -89,6 +92,9 @@ def _read(path: Path, key: str, writer: str) -> tuple[dict[str, Tensor], str]:
         ) from error
     if key not in metadata:
         raise ModelError(f"{path} carries no {key}: expected a checkpoint that {writer} wrote")
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"{name} of {path} holds weights that are not finite numbers: train it again")
     return tensors, metadata[key]
 
 

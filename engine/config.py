@@ -40,6 +40,7 @@ TRAIN_RANGES: dict[str, tuple[float, float]] = {
 }
 CROP_SIDES = (8, 1024)  # voxels
 NAME = re.compile(r"\w[\w.-]*")  # files are named by it
+LONGEST_NAME = 100  # bytes; file systems take 255, and a plan's name ends with what it was built for
 CHOICES = {
     "missing": ("mask", "marginal"),
     "precision": ("float32", "bfloat16"),
@@ -56,7 +57,8 @@ class ModelConfig:
     """What a network draws, and on what it was trained.
 
     Attributes:
-        name: of the configuration: letters, digits, and _ . - after the first of them; files are named by it.
+        name: of the configuration: letters, digits, and _ . - after the first of them; files are named by it; at most
+            100 bytes.
         structures: names from engine.structures; label i is structures[i - 1].
         in_plane_stride: 1 is the paper's native resolution; n averages the CT n x n in plane at the graph's entrance.
         smallest_spacing, largest_spacing: mm (x, y, z), 5th and 95th percentile of the training cases; a study
@@ -82,6 +84,10 @@ class ModelConfig:
         if not NAME.fullmatch(self.name):
             raise ModelError(
                 f"name: expected letters, digits, _ . and -, since files are named by it, found {self.name!r}"
+            )
+        if (length := len(self.name.encode())) > LONGEST_NAME:
+            raise ModelError(
+                f"name: expected at most {LONGEST_NAME} bytes, since files are named by it, found one of {length}"
             )
         structures_by_name(self.structures)
         if not self.structures or len(set(self.structures)) != len(self.structures):

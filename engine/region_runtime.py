@@ -30,6 +30,8 @@ from anatomynet.engine.volume import HounsfieldArray
 
 Find = Callable[[HounsfieldArray], NDArray[np.int64]]
 Failures = tuple[type[Exception], ...]
+# Five seconds; the largest CT that a model takes, averaged, is two thirds of it (tests/test_region_finder.py).
+LARGEST_COARSE = 2**22
 BYTES_A_VOXEL = 300  # measured: OpenVINO takes 220, ONNX Runtime 280
 
 
@@ -72,13 +74,14 @@ class EmbeddedRegionFinder:
         """See RegionFinder; may be called from several threads at once.
 
         Raises:
-            GeometryError: an array of another type, or an empty one.
-            ModelError: it cannot be computed, as for want of memory for a whole CT that was not averaged.
+            GeometryError: an array of another type, an empty one, or one that is too large, as a whole CT that was not
+                averaged.
+            ModelError: it cannot be computed, as for want of memory.
         """
-        if coarse.dtype != np.int16 or coarse.ndim != 3 or not coarse.size:
+        if coarse.dtype != np.int16 or coarse.ndim != 3 or not 0 < coarse.size <= LARGEST_COARSE:
             raise GeometryError(
-                f"expected a coarse CT, int16 of at least (1, 1, 1) voxels (z, y, x), found {coarse.dtype} of shape "
-                f"{coarse.shape}"
+                f"expected a coarse CT, int16 of at least (1, 1, 1) voxels (z, y, x) and at most {LARGEST_COARSE} in "
+                f"all, found {coarse.dtype} of shape {coarse.shape}"
             )
         with self._lock:
             self._memory.check(coarse.shape)

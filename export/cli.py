@@ -75,13 +75,13 @@ def main(
 
     Each file is run once written, and must draw what the checkpoint draws; otherwise nothing is changed.
     """
-    if backend == "tensorrt" and not fp16:
+    if backend == "tensorrt" and not (fp16 or onnx_file):
         raise click.UsageError("a TensorRT plan is FP16: give --fp16 too")
     if onnx_file and rtx is not None:
         raise click.UsageError("--onnx and --rtx each write one thing: give one of them")
-    architectures = [] if rtx is None else [name.strip().lower() for name in rtx.split(",")]
+    architectures = [] if rtx is None else list(dict.fromkeys(name.strip().lower() for name in rtx.split(",")))
     check_place(onnx_file or (plans_of(output) if architectures else output), is_file=onnx_file is not None)
-    check_installed(backend, architectures)
+    check_installed(None if onnx_file else backend, architectures)
     from anatomynet.engine.checkpoint import load_region_checkpoint
     from anatomynet.export import forms
 
@@ -124,8 +124,8 @@ def fill_repository(
     click.echo(f"serve it: tritonserver --model-repository {output}")
 
 
-def check_installed(backend: str, architectures: list[str]) -> None:
-    """Raises ExportError where what exports is not installed, or not here."""
+def check_installed(backend: str | None, architectures: list[str]) -> None:
+    """Raises ExportError where what exports is not installed, or not here; None is one ONNX file, for any backend."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f"export needs {', '.join(missing)}: pip install 'anatomynet[export]'")
@@ -158,7 +158,7 @@ def plans_of(output: Path) -> Path:
 
 
 def move_in_place(folder: Path, home: Path) -> Path:
-    """Copies a folder beside its place in `home`, then renames: never half a folder; an older one goes.
+    """Copies a folder of files beside its place in `home`, then renames: never half a folder; an older one goes.
 
     Raises:
         ExportError: a place that cannot be written.
@@ -167,7 +167,10 @@ def move_in_place(folder: Path, home: Path) -> Path:
     try:
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=home) as beside:
-            copied = shutil.copytree(folder, Path(beside) / folder.name)
+            copied = Path(beside) / folder.name
+            copied.mkdir()
+            for file in sorted(folder.iterdir()):  # copytree's error would not say what the disk said
+                shutil.copyfile(file, copied / file.name)
             with alone_in(home):
                 shutil.rmtree(place, ignore_errors=True)
                 copied.replace(place)

@@ -1,7 +1,7 @@
-"""`tritonserver`: finds the real one and becomes it. Not on the path of a CT; only how a server is started.
+"""`tritonserver`: finds the real one and runs it. Not on the path of a CT; only how a server is started.
 
 The server on PATH is taken first, then a Triton container's own, then the one inside the nvidia-pytriton wheel.
-Arguments pass through untouched, and since this process becomes the server (execve), so do signals and exit status.
+Arguments pass through untouched, and so do signals and exit status: see anatomynet.export.keeper.
 First of all the repository is checked: see anatomynet.export.manifest.
 """
 
@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from anatomynet.engine.errors import AnatomyNetError, ModelError, ServerError
+from anatomynet.export.keeper import keep_running
 from anatomynet.export.manifest import check_repository
 
 CONTAINER_SERVER = Path("/opt/tritonserver/bin/tritonserver")
@@ -37,6 +38,8 @@ LARGEST_HTTP_BODY = 2**30
 # gRPC's requests that are kept for the next ones, each with the memory of the largest volume that it ever held, 140 MB.
 # By default eight; volumes are drawn one at a time.
 KEPT_REQUESTS = {"--grpc-infer-allocation-pool-size": "1"}
+# Of the Python backend.
+REGIONS_OPTION, REGIONS_KEY = "--backend-config", "shm-region-prefix-name"
 HELP_TIMEOUT_S = 30
 # Seen on 2.51: a body called application/x-www-form-urlencoded, as curl and urllib call all that has no name, goes
 # to a thread's stack, once or twice, and 8 MB of it ended the server. Address space alone, taken as it is written.
@@ -44,32 +47,37 @@ STACK_BYTES = 2 * LARGEST_HTTP_BODY + 2**24
 
 
 def main() -> None:
-    """Becomes the real tritonserver, with this command's arguments."""
+    """Runs the real tritonserver with this command's arguments, and leaves as it leaves."""
+    arguments, environment = sys.argv[1:], os.environ
+
+    def prepare(region_prefix: str | None) -> tuple[list[str], dict[str, str]]:
+        _check_repositories(arguments)
+        return server_command(arguments, environment, region_prefix=region_prefix)
+
     try:
-        _check_repositories(sys.argv[1:])
-        command, environment = server_command(sys.argv[1:], os.environ)
-        if installed_server(os.environ) is None:
-            _deepen_stacks()
+        if installed_server(environment) is None:
+            deepen_stacks()
+        keep_running(prepare)
     except AnatomyNetError as error:
         sys.stderr.write(f"tritonserver: {error}\n")
         raise SystemExit(1) from error
-    try:
-        os.execve(command[0], command, environment)
-    except OSError as error:
-        sys.stderr.write(f"tritonserver: could not start {command[0]}: {error.strerror}\n")
-        raise SystemExit(1) from error
 
 
-def _deepen_stacks() -> None:
-    """Of the threads of what this process becomes, as far as it may."""
+def deepen_stacks() -> None:
+    """Of the threads of what this process starts or becomes, as far as it may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
     wanted = STACK_BYTES if hard == resource.RLIM_INFINITY else min(STACK_BYTES, hard)
     if soft == resource.RLIM_INFINITY or soft < wanted:  # without a limit glibc gives a thread 2 MiB
         resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))
 
 
-def server_command(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+def server_command(
+    arguments: Sequence[str], environment: Mapping[str, str], *, region_prefix: str | None = None
+) -> tuple[list[str], dict[str, str]]:
     """The real server's command line and environment.
+
+    Args:
+        region_prefix: of the names of its Python models' shared memory; None is Triton's own.
 
     Raises:
         ServerError: no server is installed, or the wheel's cannot run in this Python.
@@ -77,10 +85,16 @@ def server_command(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     # The server's Python backend runs the environment whose python3 is first on PATH: this one, which has anatomynet.
     path = os.pathsep.join((str(Path(sys.executable).parent), environment.get("PATH", os.defpath)))
     prepared = {**environment, "PATH": path, GUARD: str(os.getpid())}
+    regions = []
+    if region_prefix and not any(REGIONS_KEY in argument for argument in arguments):
+        regions = [f"{REGIONS_OPTION}=python,{REGIONS_KEY}={region_prefix}"]
     server = installed_server(environment)
     if server is not None:
-        return [str(server), *_options_for_volumes(server, arguments), *arguments], prepared
-    return _wheel_command(arguments, prepared)
+        known = "" if "--help" in arguments else _help_of(server)
+        added = [*_options_for_volumes(known, arguments), *(regions if REGIONS_OPTION in known else [])]
+        return [str(server), *added, *arguments], prepared
+    command, prepared = _wheel_command(arguments, prepared)
+    return [command[0], *regions, *command[1:]], prepared
 
 
 def installed_server(environment: Mapping[str, str]) -> Path | None:
@@ -105,16 +119,10 @@ def _leads_to_launcher(candidate: Path) -> bool:
     return head.startswith(b"#!") and any(mark in head for mark in LAUNCHER_MARKS)
 
 
-def _options_for_volumes(server: Path, arguments: Sequence[str]) -> list[str]:
-    """What whole volumes need of servers that limit them, 2.59 HTTP bodies, 2.68 the clients' shared memory; and of all
-    that they keep less of them.
-
-    A server's own --help tells its version best: an older one ends at an option that it does not know.
-    """
-    if "--help" in arguments:
-        return []
+def _help_of(server: Path) -> str:
+    """What it says of its options, best of all its version: an older one ends at an option that it does not know."""
     try:
-        known = subprocess.run(
+        return subprocess.run(
             [server, "--help"],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,  # where 2.51, for one, writes it
@@ -123,7 +131,13 @@ def _options_for_volumes(server: Path, arguments: Sequence[str]) -> list[str]:
             check=False,
         ).stdout
     except (OSError, subprocess.TimeoutExpired):  # it will say itself what is wrong with it
-        return []
+        return ""
+
+
+def _options_for_volumes(known: str, arguments: Sequence[str]) -> list[str]:
+    """What whole volumes need of servers that limit them, 2.59 HTTP bodies, 2.68 the clients' shared memory; and of all
+    that they keep less of them.
+    """
     options = {"--http-max-input-size": str(LARGEST_HTTP_BODY), **KEPT_REQUESTS}
     # Whoever may name shared memory may read the server's own: only where no other machine can ask.
     if all(set(_values(arguments, option)) == {LOOPBACK} for option in ADDRESS_OPTIONS[:2]):

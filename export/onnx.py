@@ -10,6 +10,7 @@ text; what they must compute is engine.network.ServedNetwork, line for line. The
 """
 
 import copy
+import importlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -97,28 +98,43 @@ def plan_model(network: onnx.ModelProto, config: ModelConfig, *, fp16: bool) -> 
 
 
 def network_model(network: AnatomyNet) -> onnx.ModelProto:
-    """AnatomyNet in FP32: network_input [1, 1, z, y, x], all sides even, to logits [1, classes, z, y, x]."""
-    dynamic = torch.export.Dim.DYNAMIC
-    example = torch.zeros(1, 1, 8, 12, 16)
-    with _quiet():
-        program = torch.onnx.export(
-            _EvenSides(folded(network)).eval(),
-            (example,),
-            dynamo=True,
-            dynamic_shapes=({2: dynamic, 3: dynamic, 4: dynamic},),
-            input_names=["network_input"],
-            output_names=["logits"],
-            opset_version=OPSET,
-            verbose=False,
-        )
-    if program is None:  # so typed; it is None only without `dynamo`
-        raise ExportError("PyTorch exported nothing: expected an ONNX program")
-    model: onnx.ModelProto = program.model_proto
+    """AnatomyNet in FP32: network_input [1, 1, z, y, x], all sides even, to logits [1, classes, z, y, x].
+
+    Raises:
+        ExportError: PyTorch cannot export it.
+    """
+    model = _exported(_EvenSides(folded(network)).eval())
     for part in (*model.graph.node, *model.graph.initializer):
         del part.metadata_props[:]  # PyTorch's record of each line of code: a tenth of the file
     for value in (model.graph.input[0], model.graph.output[0]):
         for dimension, name in zip(value.type.tensor_type.shape.dim[2:], ("pz", "py", "px"), strict=True):
             dimension.dim_param = name
+    return model
+
+
+def _exported(network: nn.Module) -> onnx.ModelProto:
+    dynamic = torch.export.Dim.DYNAMIC
+    example = torch.zeros(1, 1, 8, 12, 16)
+    with _quiet():
+        # The exporter would import it where Ctrl-C or SIGTERM, in that second, ends in its own traceback.
+        importlib.import_module("torch._dynamo")
+        try:
+            program = torch.onnx.export(
+                network,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=({2: dynamic, 3: dynamic, 4: dynamic},),
+                input_names=["network_input"],
+                output_names=["logits"],
+                opset_version=OPSET,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            first_line = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ExportError(f"PyTorch could not export the network: {first_line}") from error
+    if program is None:  # so typed; it is None only without `dynamo`
+        raise ExportError("PyTorch exported nothing: expected an ONNX program")
+    model: onnx.ModelProto = program.model_proto
     return model
 
 

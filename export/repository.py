@@ -45,7 +45,9 @@ def write_repository(output: Path, models: Sequence[TritonModel]) -> None:
             with alone_in(output):  # two exports that swap at once would leave models of both
                 _swap_in(new, output, old)
     except OSError as error:
-        raise ExportError(f"could not write {output}: {error.strerror}: {error.filename}") from error
+        # Of a copy that fails both are named, and the second is the one that could not be written.
+        place = error.filename2 or error.filename or output
+        raise ExportError(f"could not write {output}: {error.strerror}: {place}") from error
 
 
 def _write_model(folder: Path, model: TritonModel) -> None:

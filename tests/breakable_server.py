@@ -1,4 +1,4 @@
-"""A real tritonserver that a test may kill, freeze and start again on the same ports."""
+"""A real tritonserver, not watched by the launcher: a test may kill, freeze and start it again on the same ports."""
 
 import os
 import shutil
@@ -14,9 +14,10 @@ from tests.triton_servers import (
     free_ports,
     freed_shared_memory,
     holding,
-    launcher_in,
+    model_process,
     server_environment,
     start_until_ready,
+    unwatched,
 )
 
 # The model can be loaded anew, and nothing else is loaded.
@@ -53,23 +54,17 @@ class BreakableServer:
     def start(self) -> None:
         """READY when this returns."""
         start_until_ready(self._launched)
-        self._stub = self._find_stub()
+        self._stub = model_process(self.process.pid)
 
     def _launched(self) -> "BreakableServer":
         ports = [f"--http-port={self.http_port}", f"--grpc-port={self.grpc_port}"]
-        command = [
-            *launcher_in(self._folder),
-            f"--model-repository={self.repository}",
-            *ports,
-            f"--metrics-port={self.metrics_port}",
-            COMPLETE,
-        ]
+        command = [str(unwatched(self._folder)), *ports, f"--metrics-port={self.metrics_port}", COMPLETE]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 [*command, *EXPLICIT],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=server_environment(self._folder),
+                env=server_environment(self._folder, self.repository),
             )
         return self
 
@@ -108,13 +103,6 @@ class BreakableServer:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics") as answer:
             lines = answer.read().decode().splitlines()
         return sum(int(float(line.split()[1])) for line in lines if line.startswith("nv_inference_pending_request_c"))
-
-    def _find_stub(self) -> int:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        threads = children.parents[1].iterdir()
-        pids = [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
-        (stub,) = [pid for pid in pids if b"python_backend_stub" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        return stub
 
 
 @contextmanager

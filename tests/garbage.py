@@ -1,5 +1,6 @@
 """What no client sends: thousands of requests that are noise, damaged, cut off, or larger than they may be."""
 
+import json
 import random
 import socket
 import struct
@@ -10,6 +11,11 @@ import pytest
 from tests.random_network import smooth_hu
 
 grpc = pytest.importorskip("tritonclient.grpc")
+
+
+# Shapes that Triton 2.51 lets through and numpy refuses: the model's process ends before model.py sees them.
+NEGATIVE_SIDES = (-2, -2, 2)
+OVERFLOWING_SIDES = (2**63 - 1, 0, 1)
 
 
 def http_garbage(rng: random.Random, good: bytes, header_length: int) -> bytes:
@@ -104,6 +110,20 @@ def say(port: int, said: bytes) -> None:
             connection.recv(4096)
         except (TimeoutError, ConnectionError, OSError):
             return
+
+
+def deadly_message() -> bytes:
+    """Of ModelInfer, with NEGATIVE_SIDES: as many voxels as it says."""
+    request = grpc.service_pb2.ModelInferRequest(model_name="anatomynet")
+    request.inputs.add(name="CT", datatype="INT16", shape=NEGATIVE_SIDES)
+    request.raw_input_contents.append(bytes(16))
+    return bytes(request.SerializeToString())
+
+
+def deadly_body() -> bytes:
+    """Of a POST to the model's infer, with OVERFLOWING_SIDES."""
+    tensor = {"name": "CT", "shape": OVERFLOWING_SIDES, "datatype": "INT16", "data": []}
+    return json.dumps({"inputs": [tensor]}).encode()
 
 
 def damaged_messages(rng: random.Random, count: int) -> Iterator[bytes]:

@@ -1,6 +1,7 @@
 """Weights and configuration travel together, and nothing else is ever read."""
 
 import hashlib
+import math
 import pickle
 from pathlib import Path
 
@@ -98,6 +99,18 @@ def test_weights_of_another_size_are_refused(checkpoint: Path) -> None:
     save_checkpoint(checkpoint, AnatomyNet(8), CONFIG)
     with pytest.raises(ModelError, match="do not fit a network of 3 classes"):
         load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_refused(network: AnatomyNet, checkpoint: Path, value: float) -> None:
+    weights = dict(network.named_parameters())
+    name = list(weights)[3]
+    with torch.no_grad():
+        weights[name].view(-1)[-1] = value
+    save_checkpoint(checkpoint, network, CONFIG)
+    with pytest.raises(ModelError, match=f"{name} .*not finite numbers.*train it again") as caught:
+        load_checkpoint(checkpoint)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_without_configuration_is_refused(network: AnatomyNet, tmp_path: Path) -> None:

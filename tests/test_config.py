@@ -120,6 +120,8 @@ def test_without_a_count_every_structure_was_taught_by_patients() -> None:
         ("name = 4", "name of .*expected str"),
         ('name = ""', "name: expected letters, digits"),
         ('name = "../other"', r"name: expected letters, digits.*found '\.\./other'"),
+        (f'name = "{"x" * 300}"', "name: expected at most 100 bytes, .*found one of 300"),
+        (f'name = "{"é" * 60}"', "name: expected at most 100 bytes, .*found one of 120"),
         ('name = "small\\n"', "name: expected letters, digits"),
         ("patients = [1, 2]", "patients of small: expected 3 numbers"),
         ("patients = [1, 2, -1]", "patients of small: expected 3 numbers"),

@@ -38,7 +38,7 @@ from tests.manifests import (
     pod_specs,
 )
 from tests.random_network import smooth_hu
-from tests.triton_servers import RunningServer, has_server, running_server
+from tests.triton_servers import RunningServer, has_server, model_process, running_server, unwatched
 from tests.waiting import wait_until
 
 yaml = pytest.importorskip("yaml")
@@ -436,7 +436,7 @@ def scrapes(random_repository: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("metrics")
     repository = shutil.copytree(random_repository, folder / "models", ignore=shutil.ignore_patterns("__pycache__"))
     options = ("--metrics-config=summary_latencies=true", "--exit-timeout-secs=1")
-    with running_server(repository, *options, folder=folder, status=1) as server:
+    with running_server(repository, *options, folder=folder, status=1, program=unwatched(folder)) as server:
         found = {"at rest": scraped(server)}
         with TritonRuntime(server.url, shared_memory="off") as runtime:
             # Triton may leave one for half a second in its queue: little beside what all of them compute.
@@ -444,9 +444,7 @@ def scrapes(random_repository: Path, tmp_path_factory: pytest.TempPathFactory) -
                 runtime.infer(smooth_hu((8, 32, 32)))
             found["after volumes"] = scraped(server)
             found["full"] = scrape_when_full(server)
-            children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-            (stub,) = [int(pid) for pid in children if b"backend_stub" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-            os.kill(stub, signal.SIGKILL)
+            os.kill(model_process(server.process.pid), signal.SIGKILL)
             for _ in range(2):
                 with pytest.raises(ServerError):
                     runtime.infer(smooth_hu((8, 32, 32)))

@@ -6,7 +6,6 @@ in ONNX Runtime: names, types, shapes, queues, warm-ups, options and the wiring 
 
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from anatomynet.export.parity import check_parity, draw_reference
 from anatomynet.export.repository import write_repository
 from anatomynet.export.triton_models import FINISH_NAME, PLAN_NAME, PREPARE_NAME, PlanFile, tensorrt_models
 from tests.random_network import CALIBRATION_SHAPE, random_config, random_graph, random_network, smooth_hu
-from tests.triton_servers import RunningServer, has_server, running_server
+from tests.triton_servers import RunningServer, has_server, running_server, unwatched
 
 SHAPES = ((21, 67, 83), (16, 64, 64), (8, 32, 32))
 # In place of whole CTs, for which a CPU would take a minute; of sizes that no test asks for.
@@ -61,16 +60,6 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse([pb_utils.Tensor(*pair) for pair in zip(self.outputs, results)])
 """
 
-# The launcher refuses any code but this package's own, so the server is started past it.
-UNCHECKED = """#!{python}
-import os, sys
-from anatomynet.export.launcher import server_command
-
-arguments = ["--model-repository=" + os.environ["ANATOMYNET_REPOSITORY"], *sys.argv[1:]]
-command, environment = server_command(arguments, os.environ)
-os.execve(command[0], command, environment)
-"""
-
 
 def written_ensemble(folder: Path, config: ModelConfig, parts: PlanParts) -> Path:
     """The repository that `--backend tensorrt` writes; where the plan belongs lies the ONNX graph it is built of."""
@@ -99,13 +88,6 @@ def computed_by(model: Path) -> list[list[list[int]]]:
     return [json.loads(line) for line in (model / "computed.txt").read_text().splitlines()]
 
 
-def unchecked_program(folder: Path) -> Path:
-    program = folder / "unchecked"
-    program.write_text(UNCHECKED.format(python=sys.executable))
-    program.chmod(0o755)
-    return program
-
-
 @pytest.fixture(scope="module", params=[1, 4])
 def ensemble(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -120,7 +102,7 @@ def ensemble(
     backends = {PREPARE_NAME: "onnxruntime", PLAN_NAME: "tensorrt", FINISH_NAME: "onnxruntime"}
     for name, backend in backends.items():
         swap_backend(repository / name, backend)
-    with running_server(repository, folder=folder, program=unchecked_program(folder)) as server:
+    with running_server(repository, folder=folder, program=unwatched(folder)) as server:
         yield config, parts, server
 
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from anatomynet.engine.checkpoint import load_checkpoint, save_checkpoint
 from anatomynet.engine.config import model_config_from_json
+from anatomynet.engine.errors import ExportError
 from anatomynet.engine.limits import largest_slices
 from anatomynet.engine.runtime import load_runtime
 from anatomynet.export.cli import main, move_in_place
@@ -243,19 +244,53 @@ def test_tensorrt_without_a_gpu_is_told_before_anything_is_computed(checkpoint: 
 def test_two_that_move_one_folder_in_place_at_once_both_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "plan").mkdir()
     (tmp_path / "plan" / "model.plan").write_bytes(b"a plan")
-    copy, others = shutil.copytree, ["the other"]
+    copy, others = shutil.copyfile, ["the other"]
 
-    def copytree(source: Path, target: Path) -> Path:
+    def copyfile(source: Path, target: Path) -> Path:
         copied = copy(source, target)
         if others:
             others.clear()
             move_in_place(tmp_path / "plan", tmp_path / "plans")
         return copied
 
-    monkeypatch.setattr(shutil, "copytree", copytree)
+    monkeypatch.setattr(shutil, "copyfile", copyfile)
     assert move_in_place(tmp_path / "plan", tmp_path / "plans") == tmp_path / "plans" / "plan"
     assert contents(tmp_path / "plans") == {"plan/model.plan": b"a plan"}
     assert [path.name for path in (tmp_path / "plans").iterdir()] == ["plan"]
+
+
+def test_a_full_disk_is_told_of_a_folder_that_is_moved(tmp_path: Path) -> None:
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan" / "model.plan").write_bytes(bytes(10**6))
+    with largest_file(10_000), pytest.raises(ExportError) as caught:
+        move_in_place(tmp_path / "plan", tmp_path / "plans")
+    assert str(caught.value) == f"could not write {tmp_path / 'plans' / 'plan'}: File too large"
+    assert not list((tmp_path / "plans").iterdir())
+
+
+def test_one_architecture_named_twice_is_one(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named: list[list[str]] = []
+
+    def require(architectures: list[str]) -> None:
+        named.append(architectures)
+        raise ExportError("none here")
+
+    monkeypatch.setattr("anatomynet.export.forms.require_rtx", require)
+    CliRunner().invoke(main, [str(checkpoint), "--rtx", "sm89, SM89,sm86"])
+    assert named == [["sm89", "sm86"]]
+
+
+@pytest.mark.parametrize("precision", [[], ["--fp16"]])
+def test_one_onnx_file_needs_no_gpu_whatever_the_backend(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: list[str]
+) -> None:
+    def begin(*given: object) -> None:
+        raise ExportError("begun")
+
+    monkeypatch.setattr("anatomynet.export.forms.read_source", begin)
+    target = str(tmp_path / "model.onnx")
+    run = CliRunner().invoke(main, [str(checkpoint), "--onnx", target, *precision, "--backend", "tensorrt"])
+    assert run.stderr == "error: begun\n"
 
 
 def test_help_imports_no_torch() -> None:

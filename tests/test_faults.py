@@ -4,6 +4,7 @@ import dataclasses
 import json
 import queue
 import random
+import re
 import shutil
 import signal
 import socket
@@ -28,12 +29,13 @@ from anatomynet.client.triton_server import Answer, TritonServer
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import ServerBusyError, ServerError
 from anatomynet.engine.runtime import Runtime, load_runtime
+from anatomynet.export.keeper import REGION_PREFIX, SHARED_MEMORY
 from anatomynet.export.triton_models import LARGEST_QUEUE
 from tests.breakable_server import BreakableServer, two_servers
-from tests.garbage import damaged_messages, grpc_garbage, http_garbage, say
+from tests.garbage import damaged_messages, deadly_body, deadly_message, grpc_garbage, http_garbage, say
 from tests.random_network import smooth_hu
 from tests.shared_regions import assert_none_is_left, has_named_region, registered_regions
-from tests.triton_servers import answered_since, has_server, volumes_answered
+from tests.triton_servers import RunningServer, answered_since, has_server, running_server, volumes_answered
 from tests.waiting import wait_until
 
 grpc = pytest.importorskip("tritonclient.grpc")
@@ -51,6 +53,7 @@ FUZZED_GRPC = 3000
 # Bytes that are sent in truth, three times the largest volume that a clinic has.
 OVERSIZED = 300 * 10**6
 OVERSIZED_TIMES = 3
+ANEW = "starting Triton anew"
 
 
 @pytest.fixture(scope="module")
@@ -453,7 +456,7 @@ from pathlib import Path
 from anatomynet.client.triton import TritonRuntime
 from anatomynet.engine.errors import ServerError
 from tests.breakable_server import BreakableServer
-from tests.garbage import damaged_messages, grpc_garbage, http_garbage, say
+from tests.garbage import damaged_messages, deadly_body, deadly_message, grpc_garbage, http_garbage, say
 import numpy as np
 server = BreakableServer(Path(sys.argv[1]), Path(sys.argv[2]))
 server.start()
@@ -547,6 +550,51 @@ def test_oversized_messages_on_the_grpc_port(server: BreakableServer, embedded: 
                 infer(said, timeout=WAIT_S)
     assert server.process.poll() is None
     assert_answers(server, embedded)
+
+
+@pytest.fixture(scope="module")
+def watched_server(random_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """As a user starts it: the launcher watches it."""
+    with running_server(random_repository, folder=tmp_path_factory.mktemp("watched")) as server:
+        yield server
+
+
+def regions_of(server: RunningServer) -> list[Path]:
+    """Of the memory that Triton shares with its model, as the server's options name them."""
+    (child,) = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    (name,) = re.findall(rf"{REGION_PREFIX}\w+", Path(f"/proc/{child}/cmdline").read_text())
+    return list(SHARED_MEMORY.glob(f"{name}*"))
+
+
+def ask_by_grpc(server: RunningServer) -> None:
+    import grpc as plain_grpc
+
+    with plain_grpc.insecure_channel(server.url) as channel, pytest.raises(plain_grpc.RpcError):
+        channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")(deadly_message(), timeout=WAIT_S)
+
+
+def ask_by_http(server: RunningServer) -> None:
+    url = f"{server.http_url}/v2/models/anatomynet/infer"
+    with pytest.raises((urllib.error.HTTPError, ConnectionError)) as caught:
+        urllib.request.urlopen(url, deadly_body(), timeout=WAIT_S)
+    if isinstance(caught.value, urllib.error.HTTPError):
+        caught.value.close()
+
+
+@pytest.mark.parametrize("ask", [ask_by_grpc, ask_by_http])
+def test_a_request_that_ends_the_model_costs_a_restart(
+    watched_server: RunningServer, embedded: Runtime, ask: Callable[[RunningServer], None]
+) -> None:
+    """Of shapes that numpy refuses; and nothing of the server that was stays in shared memory."""
+    hu, told, before = smooth_hu(SHAPE), watched_server.log.read_text().count(ANEW), regions_of(watched_server)
+    assert before
+    ask(watched_server)
+    wait_until(lambda: watched_server.log.read_text().count(ANEW) == told + 1, "the server started anew")
+    with TritonRuntime(watched_server.url, wait_s=WAIT_S) as runtime:
+        np.testing.assert_array_equal(runtime.infer(hu)[0], embedded.infer(hu)[0])
+    assert watched_server.process.poll() is None
+    assert not any(path.exists() for path in before)
+    assert regions_of(watched_server)
 
 
 @pytest.mark.parametrize("called", ["application/octet-stream", "application/x-www-form-urlencoded"])

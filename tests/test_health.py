@@ -22,7 +22,15 @@ from anatomynet.engine.runtime import Runtime, load_runtime
 from anatomynet.export.repository import write_repository
 from anatomynet.export.triton_models import LARGEST_QUEUE, python_model
 from tests.random_network import smooth_hu
-from tests.triton_servers import RunningServer, ServerStarter, free_ports, has_server, running_server
+from tests.triton_servers import (
+    RunningServer,
+    ServerStarter,
+    free_ports,
+    has_server,
+    model_process,
+    running_server,
+    unwatched,
+)
 from tests.waiting import WAIT_TIMEOUT_S, wait_until
 
 grpc = pytest.importorskip("tritonclient.grpc")
@@ -176,14 +184,14 @@ def test_check_asks_a_server_found_on_this_machine_but_once(monkeypatch: pytest.
 
 
 def test_check_tells_of_a_model_that_died_while_the_server_says_ready(tmp_path: Path) -> None:
-    """Such a server does not even stop in time; hence the status."""
+    """Such a server, without the launcher, does not even stop in time; hence the status."""
     if not has_server():
         pytest.skip("no tritonserver here: pip install 'anatomynet[serve]'")
     repository = write_shipped(tmp_path / "triton_repo")
-    with running_server(repository, "--exit-timeout-secs=1", folder=tmp_path, status=1) as server:
-        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-        (stub,) = [int(pid) for pid in children if b"backend_stub" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        os.kill(stub, signal.SIGKILL)
+    with running_server(
+        repository, "--exit-timeout-secs=1", folder=tmp_path, status=1, program=unwatched(tmp_path)
+    ) as server:
+        os.kill(model_process(server.process.pid), signal.SIGKILL)
         result = info("--check", "--url", server.url)
         assert result.exit_code == Status.CRITICAL
         assert "restart tritonserver" in result.output

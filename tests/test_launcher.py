@@ -1,4 +1,4 @@
-"""export/launcher.py: which tritonserver it becomes, with what; the real one's part is in test_triton.py."""
+"""export/launcher.py: which tritonserver it runs, with what; the real one's part is in test_triton.py."""
 
 import importlib.util
 import os
@@ -14,7 +14,8 @@ import pytest
 from anatomynet.client.triton import TritonRuntime
 from anatomynet.engine.config import load_config
 from anatomynet.engine.errors import ModelError, ServerError
-from anatomynet.export import launcher
+from anatomynet.export import keeper, launcher
+from anatomynet.export.keeper import Prepare
 from anatomynet.export.manifest import check_repository
 from anatomynet.export.repository import write_repository
 from anatomynet.export.triton_models import python_model
@@ -52,7 +53,7 @@ def launched(*arguments: str, environment: dict[str, str] | None = None) -> "sub
 # --- which server
 
 
-def test_becomes_the_server_on_path(tmp_path: Path) -> None:
+def test_runs_the_server_on_path(tmp_path: Path) -> None:
     script_at(tmp_path, SOMEONE_ELSES_SERVER)
     run = launched("--model-name=a b", "", "--id", "*", environment=environment_with(tmp_path))
     assert run.stdout.splitlines() == ["[--model-name=a b]", "[]", "[--id]", "[*]"]
@@ -70,13 +71,13 @@ def test_signals_reach_the_server(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", LAUNCHERS.values(), ids=LAUNCHERS)
-def test_never_becomes_a_launcher(tmp_path: Path, text: str) -> None:
+def test_never_runs_a_launcher(tmp_path: Path, text: str) -> None:
     script_at(tmp_path / "other", text)
     real = script_at(tmp_path / "real", SOMEONE_ELSES_SERVER)
     assert launcher.installed_server(environment_with(tmp_path / "other", tmp_path / "real")) == real
 
 
-def test_never_becomes_itself_through_a_link(tmp_path: Path) -> None:
+def test_never_runs_itself_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "tritonserver").symlink_to(LAUNCHER)
     assert launcher.installed_server(environment_with(tmp_path)) is None
 
@@ -128,6 +129,15 @@ def test_a_server_keeps_the_memory_of_one_volume(tmp_path: Path) -> None:
     assert run.stdout.split() == ["--grpc-infer-allocation-pool-size=1", "--http-max-input-size=5"]
     chosen = ("--http-max-input-size=5", "--grpc-infer-allocation-pool-size=3")
     assert launched(*chosen, environment=environment_with(tmp_path)).stdout.split() == list(chosen)
+
+
+def test_a_server_names_its_regions_as_it_is_told(tmp_path: Path) -> None:
+    script_at(tmp_path, NEWER_SERVER.replace("<n>", "<n>\n--backend-config <b>"))
+    size = "--http-max-input-size=5"
+    run = launched(size, environment=environment_with(tmp_path))
+    assert run.stdout.startswith(f"--backend-config=python,shm-region-prefix-name={keeper.REGION_PREFIX}")
+    chosen = ["--backend-config=python,shm-region-prefix-name=mine", size]
+    assert launched(*chosen, environment=environment_with(tmp_path)).stdout.split() == chosen
 
 
 def test_shared_memory_only_where_no_other_machine_can_ask(tmp_path: Path) -> None:
@@ -254,11 +264,15 @@ def test_what_could_not_be_checked_is_told_and_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started: list[str] = []
+
+    def start(prepare: Prepare) -> None:
+        started.append(prepare(None)[0][0])
+
     server = script_at(tmp_path, SOMEONE_ELSES_SERVER)
     monkeypatch.setattr(sys, "argv", ["tritonserver", f"--model-repository={tmp_path}"])
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(launcher, "check_repository", lambda repository: [f"{repository} could not be checked"])
-    monkeypatch.setattr(os, "execve", lambda path, command, environment: started.append(path))
+    monkeypatch.setattr(launcher, "keep_running", start)
     launcher.main()
     assert started == [str(server)]
     assert capsys.readouterr().err == f"tritonserver: {tmp_path} could not be checked\n"

@@ -1,5 +1,7 @@
 """The exported graphs: each part, and the whole, against the PyTorch reference of the served contract."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from anatomynet.export.onnx import (
     export_onnx,
     finish_model,
     half_model,
+    network_model,
     plan_model,
     prepare_model,
     served_model,
@@ -209,6 +212,29 @@ def test_export_says_nothing_and_leaves_the_network_alone(tmp_path: Path, capfd:
     assert network.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert [path.name for path in tmp_path.iterdir()] == ["quiet.onnx"]
+
+
+def test_what_swallows_signals_is_imported_before_the_export() -> None:
+    """PyTorch's exporter imports it where whatever interrupts that ends in a traceback."""
+    command = (
+        "import sys, torch\n"
+        "from anatomynet.engine.network import AnatomyNet\n"
+        "from anatomynet.export.onnx import network_model\n"
+        "def export(*given, **options): sys.exit(0 if 'torch._dynamo' in sys.modules else 1)\n"
+        "torch.onnx.export = export\n"
+        "network_model(AnatomyNet(3))"
+    )
+    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
+
+
+def test_what_pytorch_cannot_export_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def export(*given: object, **options: object) -> None:
+        raise torch.onnx.OnnxExporterError("Failed to export the model.\n\nmany lines")
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    with pytest.raises(ExportError, match="PyTorch could not export the network: Failed to export the model") as caught:
+        network_model(AnatomyNet(3))
+    assert "\n" not in str(caught.value)
 
 
 def test_graph_that_is_not_valid_leaves_the_file_before(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from anatomynet.export.parity import check_parity, draw_reference
 from anatomynet.export.repository import write_repository
 from anatomynet.export.triton_models import COARSE_SHAPE, onnxruntime_model, region_model
 from tests.random_network import CALIBRATION_SHAPE, random_network, smooth_hu
-from tests.test_ensemble import SHAPES, WARM_UP_SHAPES, computed_by, swap_backend, unchecked_program
-from tests.triton_servers import RunningServer, has_server, running_server
+from tests.test_ensemble import SHAPES, WARM_UP_SHAPES, computed_by, swap_backend
+from tests.triton_servers import RunningServer, has_server, running_server, unwatched
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def server(
     write_repository(folder / "repository", models)
     for name in (MODEL_NAME, REGION_NAME):
         swap_backend(folder / "repository" / name, "onnxruntime")
-    with running_server(folder / "repository", folder=folder, program=unchecked_program(folder)) as running:
+    with running_server(folder / "repository", folder=folder, program=unwatched(folder)) as running:
         yield running
 
 

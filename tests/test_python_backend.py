@@ -102,6 +102,25 @@ def test_served_on_the_cpu_else(
     assert asked == ["openkbp7.onnx"]
 
 
+def test_a_model_may_be_named_after_a_precision(
+    backend: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for precision in ("fp32", "fp16"):
+        shutil.copyfile(shipped_weights(".onnx"), tmp_path / f"site-fp16-{precision}.onnx")
+    names: list[str] = []
+
+    def load(path: Path) -> Runtime:
+        names.append(path.name)
+        return OnnxRuntime(path)
+
+    monkeypatch.setattr(backend, "load_runtime", load)
+    for listing in (sorted, lambda files: sorted(files, reverse=True)):
+        found = listing(tmp_path.glob("*.onnx"))
+        monkeypatch.setattr(Path, "glob", lambda folder, pattern, found=found: found if "onnx" in pattern else [])
+        backend.chosen_runtime(tmp_path)
+    assert names == ["site-fp16-fp32.onnx"] * 2
+
+
 def take_away(lacking: str, backend: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if lacking == "checkpoint":
         (folder / "openkbp7.safetensors").unlink()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from anatomynet.engine.checkpoint import (  # noqa: E402
 from anatomynet.engine.config import load_config, shipped_weights  # noqa: E402
 from anatomynet.engine.errors import GeometryError, ModelError, ParityError  # noqa: E402
 from anatomynet.engine.geometry import VolumeGeometry  # noqa: E402
+from anatomynet.engine.limits import largest_voxels  # noqa: E402
 from anatomynet.engine.metrics import dice  # noqa: E402
 from anatomynet.engine.phantom import make_phantom  # noqa: E402
 from anatomynet.engine.region import (  # noqa: E402
@@ -38,6 +40,7 @@ from anatomynet.engine.region import (  # noqa: E402
 )
 from anatomynet.engine.region_network import RegionNetwork, ServedRegion  # noqa: E402
 from anatomynet.engine.region_runtime import (  # noqa: E402
+    LARGEST_COARSE,
     EmbeddedRegionFinder,
     _opened_by_onnxruntime,
     _opened_by_openvino,
@@ -144,8 +147,21 @@ def test_an_engine_that_fails_is_told_in_one_line(opened: Any, monkeypatch: pyte
 
 def test_a_ct_that_was_not_averaged_is_refused_before_memory_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("anatomynet.engine.limits.available_memory", lambda: 2**30)
-    with pytest.raises(ModelError, match=r"takes about 14\.0 GB of memory"):
+    with pytest.raises(ModelError, match=r"takes about 1\.3 GB of memory"):
+        EmbeddedRegionFinder().find(np.zeros((64, 256, 256), np.int16))
+
+
+def test_a_whole_ct_is_refused_before_it_is_computed_for_a_minute() -> None:
+    with pytest.raises(GeometryError, match=r"at most 4194304 .*found int16 of shape \(178, 512, 512\)") as caught:
         EmbeddedRegionFinder().find(np.zeros((178, 512, 512), np.int16))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_largest_ct_averaged_is_below_what_is_refused() -> None:
+    """At the finest and the coarsest spacing that the model is not resampled from."""
+    for spacing in (MODEL.smallest_spacing, MODEL.largest_spacing):
+        factors = coarse_factors(spacing, EmbeddedRegionFinder().config)
+        assert largest_voxels(MODEL) / math.prod(factors) < 0.7 * LARGEST_COARSE
 
 
 @pytest.mark.parametrize("kept", [slice(None), slice(30, None), slice(0, 85)])

@@ -14,6 +14,7 @@ from anatomynet.engine.errors import ExportError
 from anatomynet.export.manifest import read_manifest
 from anatomynet.export.repository import write_repository
 from anatomynet.export.triton_models import PlanFile, TritonModel, python_model, tensorrt_models
+from tests.full_disk import largest_file
 
 MODEL_FILES = {
     "anatomynet/config.pbtxt",
@@ -97,6 +98,15 @@ def test_a_failed_export_leaves_the_old_model(tmp_path: Path, model: TritonModel
         write_repository(repository, [broken])
     assert files_in(repository) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["anatomynet.onnx", "repo"]
+
+
+def test_a_full_disk_is_told_of_where_it_is(tmp_path: Path, config: ModelConfig, onnx_file: Path) -> None:
+    onnx_file.write_bytes(bytes(10**6))
+    with largest_file(100_000), pytest.raises(ExportError, match=r": File too large: ") as caught:
+        write_repository(tmp_path / "repo", [python_model(config, [onnx_file])])
+    culprit = str(caught.value).rpartition(": ")[2]
+    assert culprit.startswith(f"{tmp_path}/.anatomynet-")
+    assert str(onnx_file) not in str(caught.value)
 
 
 @pytest.mark.parametrize("renamed", [False, True], ids=["before", "after"])

@@ -33,9 +33,21 @@ HOLDING = Path(__file__).with_name("holding")
 FIRST_OUTGOING_PORT = 32_768  # Linux's own default of net.ipv4.ip_local_port_range
 
 
+# Past the launcher's check and its watch: what it refuses is served, and a model that has died stays dead.
+UNWATCHED = """#!{python}
+import os, sys
+from anatomynet.export.launcher import deepen_stacks, server_command
+
+arguments = ["--model-repository=" + os.environ["ANATOMYNET_REPOSITORY"], *sys.argv[1:]]
+command, environment = server_command(arguments, os.environ)
+deepen_stacks()
+os.execve(command[0], command, environment)
+"""
+
+
 @dataclass(frozen=True)
 class RunningServer:
-    """`process` is the launcher, which has become the server; `log` is what it writes."""
+    """`process` is the launcher, the server's parent, or the server itself (UNWATCHED); `log` is what they write."""
 
     process: "subprocess.Popen[bytes]"
     grpc_port: int
@@ -104,8 +116,8 @@ def running_server(
     assert left_with == status, f"tritonserver left with {left_with}:\n{server.log.read_text()}"
 
 
-def launcher_in(folder: Path) -> list[str]:
-    """The launcher as of an environment in a folder, which has this one's packages and, first, tests/holding/hold.py.
+def holding_python(folder: Path) -> Path:
+    """Of an environment in a folder, which has this one's packages and, first, tests/holding/hold.py.
 
     Triton's Python backend runs its environment, and goes by none of Python's variables.
     """
@@ -114,12 +126,30 @@ def launcher_in(folder: Path) -> list[str]:
     (packages,) = environment.glob("lib/python*/site-packages")
     ours = sysconfig.get_path("purelib")
     (packages / "hold.pth").write_text(f"import site; site.addsitedir({ours!r})\n{HOLDING}\nimport hold\n")
-    return [str(environment / "bin" / "python"), str(LAUNCHER)]
+    return environment / "bin" / "python"
 
 
-def server_environment(folder: Path) -> dict[str, str]:
+def unwatched(folder: Path) -> Path:
+    """A program for `running_server`; see UNWATCHED."""
+    program = folder / "unwatched"
+    program.write_text(UNWATCHED.format(python=holding_python(folder)))
+    program.chmod(0o755)
+    return program
+
+
+def server_environment(folder: Path, repository: Path) -> dict[str, str]:
     """Variables of a server that has its cache in a folder, and looks there for whether it holds its volumes."""
-    return {**os.environ, "XDG_CACHE_HOME": str(folder), "ANATOMYNET_HOLDING_FOLDER": str(folder)}
+    own = {"XDG_CACHE_HOME": folder, "ANATOMYNET_HOLDING_FOLDER": folder, "ANATOMYNET_REPOSITORY": repository}
+    return {**os.environ, **{name: str(path) for name, path in own.items()}}
+
+
+def model_process(server: int) -> int:
+    """The one that computes, of a server that is not watched and has one model."""
+    children = [
+        int(pid) for each in Path(f"/proc/{server}").glob("task/*/children") for pid in each.read_text().split()
+    ]
+    (stub,) = [pid for pid in children if b"python_backend_stub" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return stub
 
 
 @contextmanager
@@ -140,8 +170,9 @@ def holding(folder: Path) -> Iterator[Callable[[], bool]]:
 
 def _launched(repository: Path, options: Sequence[str], folder: Path, program: Path) -> RunningServer:
     http_port, grpc_port, metrics_port = free_ports(3)
+    launcher = [holding_python(folder), LAUNCHER, f"--model-repository={repository}", COMPLETE]
     command = [
-        *([*launcher_in(folder), f"--model-repository={repository}", COMPLETE] if program == LAUNCHER else [program]),
+        *(launcher if program == LAUNCHER else [program]),
         f"--http-port={http_port}",
         f"--grpc-port={grpc_port}",
         f"--metrics-port={metrics_port}",
@@ -154,9 +185,8 @@ def _launched(repository: Path, options: Sequence[str], folder: Path, program: P
             stdout=output,
             stderr=subprocess.STDOUT,
             env={
-                **server_environment(folder),
+                **server_environment(folder, repository),
                 "PATH": os.pathsep.join((str(LAUNCHER.parent), os.environ.get("PATH", os.defpath))),
-                "ANATOMYNET_REPOSITORY": str(repository),
             },
         )
     return RunningServer(process, grpc_port, http_port, metrics_port, log)

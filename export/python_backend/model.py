@@ -90,7 +90,8 @@ def chosen_runtime(folder: Path) -> tuple[Runtime, bool]:
     Raises:
         ModelError: no ONNX file, or one that cannot be run here.
     """
-    files = sorted(folder.glob("*.onnx"), key=lambda file: "fp16" in file.stem)
+    # By what the export ends their names with: a model may be named after a precision itself.
+    files = sorted(folder.glob("*.onnx"), key=lambda file: (file.stem.endswith("-fp16"), file.name))
     if not files:
         raise ModelError(f"no ONNX file in {folder}: run anatomynet-export")
     by_torch = _torch_on_gpu(folder)
