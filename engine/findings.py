@@ -76,7 +76,7 @@ def find_warnings(
     """
     known = [region for region in regions if region.structure]
     present = {region.structure.name: region for region in known if region.structure and region.voxels}
-    findings = [*_exchanged_sides(present, volume.geometry), *_missing(known, present, expected)]
+    findings = [*_no_air(volume), *_exchanged_sides(present, volume.geometry), *_missing(known, present, expected)]
     for name, region in present.items():
         findings += _cut_off(name, region, volume.geometry)
         findings += _several_pieces(region, volume.geometry)
@@ -92,7 +92,8 @@ def find_warnings(
 def find_contradictions(volume: CTVolume, regions: Sequence[StructureRegion]) -> tuple[Finding, ...]:
     """What cannot be true of any patient, so that nothing may be learnt from it; empty where nothing is.
 
-    Sides that are exchanged, a structure that lies in air, soft tissue as dense as bone, a size beyond belief.
+    A CT without air, sides that are exchanged, a structure that lies in air, soft tissue as dense as bone, a size beyond
+    belief.
 
     Args:
         volume: the CT, in any orientation along the patient's axes.
@@ -102,7 +103,7 @@ def find_contradictions(volume: CTVolume, regions: Sequence[StructureRegion]) ->
         GeometryError: an oblique volume.
     """
     present = {region.structure.name: region for region in regions if region.structure and region.voxels}
-    findings = [*_exchanged_sides(present, volume.geometry)]
+    findings = [*_no_air(volume), *_exchanged_sides(present, volume.geometry)]
     for name, region in present.items():
         findings += _unusual_size(name, region, volume.geometry, factor=IMPOSSIBLE_FACTOR)
         findings += _impossible_size(name, region, volume.geometry)
@@ -128,10 +129,20 @@ def judge_contours(volume: CTVolume, regions: Sequence[StructureRegion]) -> tupl
     Raises:
         GeometryError: an oblique volume.
     """
-    wrong = tuple(f"{finding.name}: {finding.text}" for finding in find_contradictions(volume, regions))
+    wrong = tuple(
+        f"{finding.name}: {finding.text}" if finding.name else finding.text
+        for finding in find_contradictions(volume, regions)
+    )
     # What has no name is of the scan: a network is shown it at a spacing of its own.
     odd = (f"{finding.name}: {finding.text}" for finding in find_warnings(volume, regions) if finding.name)
     return wrong, tuple(line for line in odd if line not in wrong)
+
+
+def _no_air(volume: CTVolume) -> Iterator[Finding]:
+    """A CT that was scaled or windowed, or that holds nothing: air is in every patient's airways, and around most."""
+    least = int(volume.hu.min())
+    if least > BODY_HU:
+        yield Finding(None, f"no air in the CT, its least value is {least}: is it in Hounsfield units?", None)
 
 
 def _exchanged_sides(present: Mapping[str, StructureRegion], geometry: VolumeGeometry) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from anatomynet.engine.errors import GeometryError
 from anatomynet.engine.findings import METAL_HU, Finding, find_warnings, metal_near, usual_ranges
-from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.geometry import Index, VolumeGeometry
 from anatomynet.engine.phantom import make_phantom
 from anatomynet.engine.preprocess import array_from_canonical
 from anatomynet.engine.structure_region import StructureRegion, regions_from_label_map
@@ -54,8 +54,15 @@ def box_of(name: str) -> tuple[slice, ...]:
 
 
 def warnings_of(label_map: LabelMap, hu: NDArray[np.int16] | None = None) -> tuple[Finding, ...]:
-    given = np.zeros(label_map.geometry.shape, np.int16) if hu is None else hu
+    given = water_and_air(label_map.geometry.shape) if hu is None else hu
     return find_warnings(CTVolume(given, label_map.geometry), regions_from_label_map(label_map))
+
+
+def water_and_air(shape: Index) -> NDArray[np.int16]:
+    """HU of water, and of air in front of it."""
+    hu = np.zeros(shape, np.int16)
+    hu[:, 0] = -1000
+    return hu
 
 
 def only(findings: tuple[Finding, ...]) -> Finding:
@@ -75,7 +82,7 @@ def test_nothing_drawn_is_told_structure_by_structure() -> None:
 
 def test_no_region_and_other_rois_give_none() -> None:
     label_map = patient()
-    volume = CTVolume(np.zeros(SHAPE, np.int16), label_map.geometry)
+    volume = CTVolume(water_and_air(SHAPE), label_map.geometry)
     target = StructureRegion("PTV 70", (255, 0, 0), (0, 0, 0), np.ones((1, 1, 1), np.bool_))
     assert find_warnings(volume, ()) == ()
     assert find_warnings(volume, (target,)) == ()
@@ -107,7 +114,7 @@ def test_exchanged_sides() -> None:
 
 def test_a_lone_organ_on_the_wrong_side() -> None:
     label_map = patient(change=exchange_sides)
-    volume = CTVolume(np.zeros(SHAPE, np.int16), label_map.geometry)
+    volume = CTVolume(water_and_air(SHAPE), label_map.geometry)
     lone = [region for region in regions_from_label_map(label_map) if region.name != "Parotid_R"]
     texts = [w.text for w in find_warnings(volume, lone)]
     assert "lies on the patient's right: the side is exchanged" in texts
@@ -116,7 +123,7 @@ def test_a_lone_organ_on_the_wrong_side() -> None:
 
 def test_missing_structure_and_expected_structure() -> None:
     label_map = patient(change=remove_brainstem)
-    volume = CTVolume(np.zeros(SHAPE, np.int16), label_map.geometry)
+    volume = CTVolume(water_and_air(SHAPE), label_map.geometry)
     assert only(warnings_of(label_map)) == Finding("Brainstem", "not found on this CT", None)
     found = find_warnings(
         volume, regions_from_label_map(patient()), expected=structures_by_name(("BrainStem", "Larynx"))
@@ -198,7 +205,7 @@ def test_low_confidence() -> None:
 
 
 def test_metal_near_the_structures_only() -> None:
-    near, far = (np.zeros(SHAPE, np.int16) for _ in range(2))
+    near, far = (water_and_air(SHAPE) for _ in range(2))
     near[30:34, 50:60, 90:110] = 3071  # 800 voxels, 4.1 ml
     far[:4, :10, :10] = 3071
     found = only(warnings_of(patient(), near))
@@ -218,10 +225,16 @@ def test_every_voxel_of_metal_is_found_in_order() -> None:
     np.testing.assert_array_equal(found, np.argwhere(hu >= METAL_HU))
 
 
+def test_a_ct_without_air() -> None:
+    """What its header calls Hounsfield units need not be."""
+    found = only(warnings_of(patient(), np.zeros(SHAPE, np.int16)))
+    assert found == Finding(None, "no air in the CT, its least value is 0: is it in Hounsfield units?", None)
+
+
 def test_unusual_scan() -> None:
     label_map = patient()
     thick = replace(label_map.geometry, spacing=(0.9, 0.9, 7.5))
-    volume = CTVolume(np.zeros(SHAPE, np.int16), thick)
+    volume = CTVolume(water_and_air(SHAPE), thick)
     texts = [w.text.split(" mm")[0] for w in find_warnings(volume, ())]
     assert texts == ["slice distance 7.5", "field of view 243", "length of the scan 450"]
 
