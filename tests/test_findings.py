@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from anatomynet.engine.errors import GeometryError
-from anatomynet.engine.findings import METAL_HU, Finding, find_warnings, metal_near, usual_ranges
+from anatomynet.engine.findings import METAL_HU, Finding, find_contradictions, find_warnings, metal_near, usual_ranges
 from anatomynet.engine.geometry import Index, VolumeGeometry
 from anatomynet.engine.phantom import make_phantom
 from anatomynet.engine.preprocess import array_from_canonical
@@ -119,6 +119,26 @@ def test_a_lone_organ_on_the_wrong_side() -> None:
     texts = [w.text for w in find_warnings(volume, lone)]
     assert "lies on the patient's right: the side is exchanged" in texts
     assert "not drawn, though Parotid_L is" in texts
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("name", ["Parotid_L", "Parotid_R"])
+def test_an_organ_on_the_wrong_side_of_which_nothing_else_tells(name: str, orientation: str) -> None:
+    """The patient tells it, who need not lie in the middle of the scan."""
+    for change, sides in ((None, 0), (exchange_sides, 1)):
+        label_map = turned(patient(change=change), orientation)
+        hu = np.full(SHAPE, -1000, np.int16)
+        hu[:, 30:150, 20:181] = 40
+        turned_hu = np.ascontiguousarray(array_from_canonical(hu, label_map.geometry))
+        alone = [region for region in regions_from_label_map(label_map) if region.name == name]
+        findings = find_contradictions(CTVolume(turned_hu, label_map.geometry), alone)
+        assert [f.text.partition(":")[2] for f in findings] == [" the side is exchanged"] * sides
+
+
+def test_an_organ_in_slices_without_a_patient_has_no_side() -> None:
+    alone = [region for region in regions_from_label_map(patient(change=exchange_sides)) if region.name == "Parotid_L"]
+    volume = CTVolume(np.full(SHAPE, -1000, np.int16), patient().geometry)
+    assert "side" not in only(find_contradictions(volume, alone)).text
 
 
 def test_missing_structure_and_expected_structure() -> None:
