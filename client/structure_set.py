@@ -116,7 +116,7 @@ def fill_contours(polygons: Sequence[Contour], shape: Index) -> tuple[Index, Mas
 
     Returns:
         start: (z, y, x) of the box.
-        box: bool (z, y, x), True inside; of no voxel where no polygon has any.
+        box: bool (z, y, x), True inside; as small as it can be, of no voxel where no polygon has any.
     """
     polygons = [p for p in _without_repetitions(polygons) if len(p.points) >= 3]
     bounds = _bounds(polygons, shape)
@@ -136,7 +136,9 @@ def fill_contours(polygons: Sequence[Contour], shape: Index) -> tuple[Index, Mas
         np.add.at(steps, (row[real], first[real]), 1)
         np.add.at(steps, (row[real], behind[real]), -1)
     np.add.accumulate(steps, axis=1, out=steps)
-    return start, (steps[:, :-1] > 0).reshape(depth, height, width)
+    filled = (steps[:, :-1] > 0).reshape(depth, height, width)
+    z, y, x = common_box(filled, filled)
+    return (start[0] + z.start, start[1] + y.start, start[2] + x.start), filled[z, y, x]
 
 
 def _read_rtstruct(path: Path) -> Dataset:
@@ -192,8 +194,11 @@ def _roi(name: str, item: Dataset, series: CTSeries) -> Roi:
     polygons, problem = _polygons(item, series)
     if problem:
         return Roi(name, colour, (0, 0, 0), empty, problem)
-    start, box = fill_contours(polygons, series.geometry.shape)
-    return Roi(name, colour, start, box, "it lies outside this CT" if polygons and not box.size else "")
+    shape = series.geometry.shape
+    if polygons and _bounds(polygons, shape) is None:
+        return Roi(name, colour, (0, 0, 0), empty, "it lies outside this CT")
+    start, box = fill_contours(polygons, shape)
+    return Roi(name, colour, start, box)
 
 
 def _colour(item: Dataset) -> Colour | None:

@@ -208,6 +208,16 @@ def test_what_lies_outside_the_image_is_cut_off(tmp_path: Path, series: CTSeries
     assert outside.problem == "it lies outside this CT"
 
 
+def test_the_box_holds_no_more_than_the_voxels(tmp_path: Path, series: CTSeries) -> None:
+    """A contour that lies between centres reaches a slice, a row or a column, and leaves nothing there."""
+    tip = item(voxel_path(series, SHAPE[0] - 1, square(45.3, 45.7)))
+    beside = item(voxel_path(series, 4, square(50.2, 50.8)))
+    roi = read_one(tmp_path / "rs.dcm", series, [item(voxel_path(series, 4, square(5.5, 9.5))), tip, beside])
+    assert (roi.start, roi.box.shape, roi.box.all()) == ((4, 6, 6), (1, 4, 4), True)
+    nothing = read_one(tmp_path / "rs.dcm", series, [tip])
+    assert (nothing.box.size, nothing.problem) == (0, "")
+
+
 def test_contours_may_lie_a_little_off_their_slice(tmp_path: Path, series: CTSeries) -> None:
     points = voxel_path(series, 4, square(5.5, 9.5)) + np.array((0, 0, 0.4))
     near = read_one(tmp_path / "rs.dcm", series, [item(points)])
