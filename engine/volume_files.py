@@ -122,11 +122,29 @@ def _read_nifti(path: Path) -> tuple[Array, VolumeGeometry]:
     _check_units(path, {image.header.get_xyzt_units()[0]})
     if values.ndim != 3 or not (image.header["sform_code"] or image.header["qform_code"]):
         raise DataError(f"{path}: expected three axes and an orientation (sform or qform), found {values.ndim} axes")
+    _check_orientations(path, image.header, values.shape)
     try:
         geometry = _geometry_of(RAS_TO_LPS @ affine, values.shape)
         return canonical_from_array(values.transpose(2, 1, 0), geometry), geometry.canonical()
     except GeometryError as error:
         raise DataError(f"{path}: {error}") from error
+
+
+def _check_orientations(path: Path, header: Any, sides: tuple[int, ...]) -> None:
+    """A file may say twice where its voxels lie, and programs differ in which they believe."""
+    if not (header["sform_code"] and header["qform_code"]):
+        return
+    corners = np.array([(*np.array(corner) * np.subtract(sides, 1), 1) for corner in np.ndindex(2, 2, 2)])
+    try:
+        sform, qform = np.asarray(header.get_sform()), np.asarray(header.get_qform())
+    except ValueError as error:  # of a quaternion that turns nothing
+        raise DataError(f"{path}: its qform is no orientation: {error}; write it again") from error
+    apart = np.linalg.norm(corners @ (sform - qform).T, axis=1).max()  # nowhere more than at a corner
+    if not apart <= np.linalg.norm(sform[:3, :3], axis=0).min():
+        raise DataError(
+            f"{path}: its sform and qform place voxels up to {apart:.3g} mm apart: expected one orientation; find out "
+            "which is right, and write the file with it alone"
+        )
 
 
 def _geometry_of(affine: NDArray[np.float64], sides: tuple[int, ...]) -> VolumeGeometry:
