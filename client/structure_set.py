@@ -277,34 +277,33 @@ def _overlap(polygons: Sequence[Contour], shape: Index) -> int | None:
 def _any_overlap(contours: Sequence[Points], shape: Index) -> bool:
     """Of the contours of one slice, (n, 2) each: whether even-odd makes of two of them what nobody can have meant."""
     low, high = (np.array([extreme(points, axis=0) for points in contours]) for extreme in (np.min, np.max))
+    # What lies on the grid, a voxel wider.
+    first = np.floor(low).clip(0) - 1
+    sides = (np.ceil(high).clip(max=(shape[2] - 1, shape[1] - 1)) - first + 2).clip(0).astype(int)
+    order = np.argsort(sides.prod(axis=1))
+    low, high = low[order], high[order]
     near = np.argwhere(np.triu((np.maximum(low[:, None], low) < np.minimum(high[:, None], high)).all(axis=2), k=1))
-    # The part of the grid that they lie on.
-    start = np.floor(low.min(axis=0)).clip(0)
-    width, height = (np.ceil(high.max(axis=0)).clip(0, (shape[2] - 1, shape[1] - 1)) - start + 1).astype(int).tolist()
-    if width <= 0 or height <= 0:
-        return False
-    return any(
-        _overlapping(
-            [(contours[i] - start, contours[j] - start) for i, j in near[n : n + PAIRS_AT_ONCE]], height, width
-        )
-        for n in range(0, len(near), PAIRS_AT_ONCE)
-    )
+    near = order[near]  # the smaller one of each pair first
+    for n in range(0, len(near), PAIRS_AT_ONCE):
+        some = near[n : n + PAIRS_AT_ONCE]
+        width, height = sides[some[:, 0]].max(axis=0).tolist()
+        if _overlapping([(contours[i] - first[i], contours[j] - first[i]) for i, j in some], height, width):
+            return True
+    return False
 
 
 def _overlapping(pairs: Sequence[tuple[Points, Points]], height: int, width: int) -> bool:
-    """Whether any pair of contours is neither apart nor one, with a wall around it, inside the other."""
-    geometry = VolumeGeometry((len(pairs), height, width), (1.0, 1.0, 1.0))  # each pair as a slice of its own
+    """Whether any pair is neither apart nor a hole, with a wall around it, in the other; seen in the first's box."""
+    geometry = VolumeGeometry((len(pairs), max(1, height), max(1, width)), (1.0, 1.0, 1.0))  # a slice each
 
     def areas(*sides: int) -> Mask:
         drawn = [Contour(n, pair[side]) for n, pair in enumerate(pairs) for side in sides]
         return Roi("", None, *fill_contours(drawn, geometry.shape)).mask(geometry)
 
-    one, other = areas(0), areas(1)
-    shared = np.count_nonzero(one & other & ~areas(0, 1), axis=(1, 2))
-    sizes = np.count_nonzero(one, axis=(1, 2)), np.count_nonzero(other, axis=(1, 2))
-    share = shared / np.minimum(*sizes).clip(1)
-    outer = np.where((sizes[0] >= sizes[1])[:, None, None], one, other)
-    twice = np.maximum(*sizes) - shared < THINNEST_WALL * _border_voxels(outer)
+    inner, outer = areas(0), areas(1)
+    shared = np.count_nonzero(inner & outer & ~areas(0, 1), axis=(1, 2))
+    share = shared / np.count_nonzero(inner, axis=(1, 2)).clip(1)
+    twice = np.count_nonzero(outer, axis=(1, 2)) - shared < THINNEST_WALL * _border_voxels(outer)
     return bool(((share > OVERLAP) & ((share < 1 - OVERLAP) | twice)).any())
 
 
