@@ -127,7 +127,11 @@ def fill_contours(polygons: Sequence[Contour], shape: Index) -> tuple[Index, Mas
         start: (z, y, x) of the box.
         box: bool (z, y, x), True inside; as small as it can be, of no voxel where no polygon has any.
     """
-    polygons = [p for p in _without_repetitions(polygons) if len(p.points) >= 3]
+    return _filled([p for p in _without_repetitions(polygons) if len(p.points) >= 3], shape)
+
+
+def _filled(polygons: Sequence[Contour], shape: Index) -> tuple[Index, Mask]:
+    """What `fill_contours` gives of polygons of which none is there twice."""
     bounds = _bounds(polygons, shape)
     if bounds is None:
         return (0, 0, 0), np.zeros((0, 0, 0), np.bool_)
@@ -298,7 +302,7 @@ def _overlapping(pairs: Sequence[tuple[Points, Points]], height: int, width: int
 
     def areas(*sides: int) -> Mask:
         drawn = [Contour(n, pair[side]) for n, pair in enumerate(pairs) for side in sides]
-        return Roi("", None, *fill_contours(drawn, geometry.shape)).mask(geometry)
+        return Roi("", None, *_filled(drawn, geometry.shape)).mask(geometry)
 
     inner, outer = areas(0), areas(1)
     shared = np.count_nonzero(inner & outer & ~areas(0, 1), axis=(1, 2))
