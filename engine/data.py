@@ -30,7 +30,7 @@ from anatomynet.engine.geometry import Index, VolumeGeometry
 from anatomynet.engine.preprocess import body_box
 from anatomynet.engine.resolution import block_means, reduced_labels
 from anatomynet.engine.volume import CTVolume, LabelArray
-from anatomynet.engine.volume_files import SUFFIXES, read_volume, stem_of
+from anatomynet.engine.volume_files import SUFFIXES, is_phantom, read_volume, stem_of
 
 CT_NAMES = ("img.nrrd", "ct.nii.gz", "ct.nii")
 LABEL_MAP_NAMES = ("labels.nii.gz", "labels.nii", "labels.nrrd")
@@ -126,7 +126,7 @@ def read_case(folder: Path, structures: tuple[str, ...], *, alias_file: Path | N
         hu = np.clip(np.rint(hu), -32768, 32767)
     volume = CTVolume(hu.astype(np.int16), geometry)
     annotated = tuple(name in drawn for name in structures)
-    return Case(folder.name, volume, labels, annotated, tuple(unmatched), tuple(remarks))
+    return Case(folder.name, volume, labels, annotated, tuple(unmatched), tuple(remarks), synthetic=is_phantom(path))
 
 
 def _ct_of(folder: Path) -> Path:

@@ -17,6 +17,7 @@ from anatomynet.engine.preprocess import canonical_from_array
 
 SUFFIXES = (".nrrd", ".nii.gz", ".nii")
 SPACES_LPS = ("left-posterior-superior", "LPS")  # as NRRD spells it
+PHANTOM_KEY = "anatomynet phantom"  # in an NRRD header
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # NIfTI counts to the patient's right and front
 # nibabel and gzip, on damaged files.
 DAMAGED_NIFTI = (OSError, ValueError, EOFError, OverflowError, zlib.error)
@@ -43,8 +44,8 @@ def read_volume(path: Path) -> tuple[Array, VolumeGeometry]:
     return _read_nrrd(path) if path.suffix == ".nrrd" else _read_nifti(path)
 
 
-def write_nrrd(path: Path, array: Array, geometry: VolumeGeometry) -> None:
-    """Writes an array (z, y, x) on a canonical grid, gzipped, whole or not at all.
+def write_nrrd(path: Path, array: Array, geometry: VolumeGeometry, *, phantom: bool = False) -> None:
+    """Writes an array (z, y, x) on a canonical grid, gzipped, whole or not at all; marked where it is of a phantom.
 
     Raises:
         OutputError: it could not be written, or pynrrd is not there.
@@ -61,10 +62,19 @@ def write_nrrd(path: Path, array: Array, geometry: VolumeGeometry) -> None:
         "space directions": np.diag(geometry.spacing),
         "space origin": np.array(geometry.origin),
         "encoding": "gzip",
-    }
+    } | ({PHANTOM_KEY: "yes"} if phantom else {})
     buffer = io.BytesIO()
     nrrd.write(buffer, array, header, index_order="C", compression_level=1)
     write_whole(path, buffer.getvalue())
+
+
+def is_phantom(path: Path) -> bool:
+    """Whether a file that `read_volume` can read is marked as of a phantom; NIfTI has no such mark."""
+    if path.suffix != ".nrrd":
+        return False
+    import nrrd
+
+    return PHANTOM_KEY in nrrd.read_header(str(path))
 
 
 def _read_nrrd(path: Path) -> tuple[Array, VolumeGeometry]:
