@@ -144,9 +144,11 @@ class _Archive:
             return replace(found, remarks=(*remarks, "none of its ROIs can be learnt from"))
         volume = volume_from_series(series)
         case = self._name(pair.series.patient or series.study_instance_uid, series.series_instance_uid)
-        _write_case(self._folder / case, volume, rois)
+        phantom = series.header.get("QualityControlSubject") == "YES"
+        _write_case(self._folder / case, volume, rois, phantom=phantom)
         nameless = () if pair.series.patient else ("no PatientID: other cases of the patient will begin otherwise",)
-        return replace(found, case=case, remarks=(*remarks, *nameless, *_judgement(volume, rois)))
+        told = ("a phantom, which counts as no patient",) if phantom else ()
+        return replace(found, case=case, remarks=(*remarks, *nameless, *told, *_judgement(volume, rois)))
 
     def _name(self, patient: str, series_instance_uid: str) -> str:
         """Of the folder of a case; tells nothing of whose it is."""
@@ -200,7 +202,7 @@ def _looked_at(roi: Roi) -> tuple[str, str]:
     return "", told if len(drawn) < length else ""
 
 
-def _write_case(case: Path, volume: CTVolume, rois: Mapping[str, Roi]) -> None:
+def _write_case(case: Path, volume: CTVolume, rois: Mapping[str, Roi], *, phantom: bool) -> None:
     """The CT and its masks on canonical axes, whole or not at all."""
     beside = case.with_name(f".{case.name}.part")
     geometry = volume.geometry.canonical()
@@ -210,7 +212,7 @@ def _write_case(case: Path, volume: CTVolume, rois: Mapping[str, Roi]) -> None:
 
     try:
         (beside / "structures").mkdir(parents=True)
-        write_nrrd(beside / "img.nrrd", turned(volume.hu), geometry)
+        write_nrrd(beside / "img.nrrd", turned(volume.hu), geometry, phantom=phantom)
         for name, roi in rois.items():
             mask = roi.mask(volume.geometry).astype(np.uint8)
             write_nrrd(beside / "structures" / f"{name}.nrrd", turned(mask), geometry)

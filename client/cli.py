@@ -175,7 +175,7 @@ def phantom(folder: Path, seed: int, overwrite: bool) -> None:
     prepare_folder(folder, overwrite=overwrite)
     refuse_existing(truth_path, overwrite=overwrite)
     volume, truth = make_phantom(seed=seed)
-    series = write_ct_series(folder, volume, seed=seed)
+    series = write_ct_series(folder, volume, seed=seed, phantom=True)
     write_rtstruct(truth_path, series, trace_contours(truth), model_description="phantom", overwrite=overwrite)
     click.echo(f"{folder}: {len(series.slices)} slices of a synthetic patient; its contours: {truth_path}")
 

@@ -15,7 +15,9 @@ from anatomynet.engine.errors import OutputError
 from anatomynet.engine.volume import CTVolume
 
 
-def write_ct_series(study_dir: Path, volume: CTVolume, *, seed: int = 0, patient_position: str = "HFS") -> CTSeries:
+def write_ct_series(
+    study_dir: Path, volume: CTVolume, *, seed: int = 0, patient_position: str = "HFS", phantom: bool = False
+) -> CTSeries:
     """Write a volume as an uncompressed CT series, one file a slice, for phantoms, tests and research archives.
 
     HU are stored as they are (slope 1, intercept 0), so that every int16 comes back exactly. UIDs depend on the volume
@@ -25,6 +27,7 @@ def write_ct_series(study_dir: Path, volume: CTVolume, *, seed: int = 0, patient
         study_dir: the folder; made where it is not there.
         volume: HU int16 (z, y, x) in any axis-aligned orientation; the rows and columns become the slices' own.
         seed: tells studies of one volume apart.
+        phantom: the header shall say that it is no patient (PS3.3 C.7.1.1, Quality Control Subject).
         patient_position: HFS, HFP, FFS or FFP, as the header shall say; the geometry alone places the voxels.
 
     Returns:
@@ -38,6 +41,8 @@ def write_ct_series(study_dir: Path, volume: CTVolume, *, seed: int = 0, patient
     volume.geometry.canonical_axes()
     digest = hashlib.sha256(volume.hu.tobytes() + repr((volume.geometry, patient_position, seed)).encode()).hexdigest()
     template = _ct_template(volume, digest, patient_position)
+    if phantom:
+        template.QualityControlSubject = "YES"
     try:
         study_dir.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".", suffix=".part", dir=study_dir) as beside:

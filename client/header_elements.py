@@ -15,6 +15,7 @@ PATIENT_AND_STUDY_KEYWORDS = (
     "IssuerOfPatientID",
     "PatientBirthDate",
     "PatientSex",
+    "QualityControlSubject",
     "PatientIdentityRemoved",
     "DeidentificationMethod",
     "DeidentificationMethodCodeSequence",

@@ -2,7 +2,10 @@
 
 A voxel belongs to an ROI where its centre lies inside its contours, or on one (PS3.3 C.8.8.6.3). Contours of one slice
 are taken together by the even-odd rule: a keyhole leaves its hole, and so does a contour inside another, as planning
-systems write and read them.
+systems write and read them. Two that overlap otherwise are refused: what both hold, the rule would leave out.
+
+Contours that run through the centres of border voxels thus give back all of the mask that they were traced from;
+plastimatch leaves those centres out (against such masks DSC 0.94 to 1.0 here, and 0.08 to 0.72 there).
 """
 
 from collections.abc import Callable, Sequence
@@ -27,6 +30,12 @@ from anatomynet.engine.metrics import common_box
 OFF_SLICE_SHARE = 0.2
 # A centre this near to a contour, in voxels, lies on it: points are often cut to 0.01 mm.
 ON_CONTOUR = 0.005
+# Of the smaller of two contours: less in common with the other is the rounding of neighbours' points, and less outside
+# it that of a hole's.
+OVERLAP = 0.02
+# Of the outer one's border: a hole that leaves less of it is the same contour drawn twice.
+THINNEST_WALL = 0.25
+PAIRS_AT_ONCE = 32  # of contours; each takes some copies of the part of the slice that they lie on
 
 CLOSED_TYPES = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 Colour = tuple[int, int, int]
@@ -78,7 +87,7 @@ def read_structure_set(path: Path, series: CTSeries, *, wanted: Callable[[str], 
     """Draws the ROIs of an RTSTRUCT on the grid of the series they were drawn on.
 
     Each contour is placed on the slice whose position it has. Points are passed over. An ROI with open contours, with
-    contours between slices or outside the scan, has a `problem` and no voxels.
+    contours between slices, outside the scan or over one another, has a `problem` and no voxels.
 
     Args:
         path: of the RTSTRUCT.
@@ -116,9 +125,13 @@ def fill_contours(polygons: Sequence[Contour], shape: Index) -> tuple[Index, Mas
 
     Returns:
         start: (z, y, x) of the box.
-        box: bool (z, y, x), True inside; of no voxel where no polygon has any.
+        box: bool (z, y, x), True inside; as small as it can be, of no voxel where no polygon has any.
     """
-    polygons = [p for p in _without_repetitions(polygons) if len(p.points) >= 3]
+    return _filled([p for p in _without_repetitions(polygons) if len(p.points) >= 3], shape)
+
+
+def _filled(polygons: Sequence[Contour], shape: Index) -> tuple[Index, Mask]:
+    """What `fill_contours` gives of polygons of which none is there twice."""
     bounds = _bounds(polygons, shape)
     if bounds is None:
         return (0, 0, 0), np.zeros((0, 0, 0), np.bool_)
@@ -136,7 +149,9 @@ def fill_contours(polygons: Sequence[Contour], shape: Index) -> tuple[Index, Mas
         np.add.at(steps, (row[real], first[real]), 1)
         np.add.at(steps, (row[real], behind[real]), -1)
     np.add.accumulate(steps, axis=1, out=steps)
-    return start, (steps[:, :-1] > 0).reshape(depth, height, width)
+    filled = (steps[:, :-1] > 0).reshape(depth, height, width)
+    z, y, x = common_box(filled, filled)
+    return (start[0] + z.start, start[1] + y.start, start[2] + x.start), filled[z, y, x]
 
 
 def _read_rtstruct(path: Path) -> Dataset:
@@ -192,8 +207,11 @@ def _roi(name: str, item: Dataset, series: CTSeries) -> Roi:
     polygons, problem = _polygons(item, series)
     if problem:
         return Roi(name, colour, (0, 0, 0), empty, problem)
-    start, box = fill_contours(polygons, series.geometry.shape)
-    return Roi(name, colour, start, box, "it lies outside this CT" if polygons and not box.size else "")
+    shape = series.geometry.shape
+    if polygons and _bounds(polygons, shape) is None:
+        return Roi(name, colour, (0, 0, 0), empty, "it lies outside this CT")
+    start, box = fill_contours(polygons, shape)
+    return Roi(name, colour, start, box)
 
 
 def _colour(item: Dataset) -> Colour | None:
@@ -218,7 +236,12 @@ def _polygons(item: Dataset, series: CTSeries) -> tuple[list[Contour], str]:
     off = placed.count(None)
     if off:
         return [], f"{off} of {len(closed)} contours do not lie on a slice of this CT"
-    return [polygon for polygon in placed if polygon is not None], ""
+    polygons = [polygon for polygon in placed if polygon is not None]
+    # Of contours marked XOR, what two of them hold is meant to be outside (PS3.3 C.8.8.6.3).
+    k = None if any(kind == CLOSED_TYPES[1] for kind, _ in contours) else _overlap(polygons, series.geometry.shape)
+    if k is not None:
+        return [], f"contours of slice {k + 1} overlap, or one is there twice: unite them, and export it again"
+    return polygons, ""
 
 
 def _contour_points(contour: Dataset) -> Points:
@@ -245,6 +268,55 @@ def _placed(points: Points, positions: Points, geometry: VolumeGeometry) -> Cont
 def _without_repetitions(polygons: Sequence[Contour]) -> list[Contour]:
     """Each polygon once: by the even-odd rule a second copy would wipe out the first, wherever it begins."""
     return list({(p.slice_index, np.unique(p.points, axis=0).tobytes()): p for p in polygons}.values())
+
+
+def _overlap(polygons: Sequence[Contour], shape: Index) -> int | None:
+    """The first slice on which two contours share voxels though neither is a hole in the other; None without one."""
+    of_slice: dict[int, list[Points]] = {}
+    for polygon in _without_repetitions(polygons):
+        of_slice.setdefault(polygon.slice_index, []).append(polygon.points)
+    return next((k for k, contours in sorted(of_slice.items()) if _any_overlap(contours, shape)), None)
+
+
+def _any_overlap(contours: Sequence[Points], shape: Index) -> bool:
+    """Of the contours of one slice, (n, 2) each: whether even-odd makes of two of them what nobody can have meant."""
+    low, high = (np.array([extreme(points, axis=0) for points in contours]) for extreme in (np.min, np.max))
+    # What lies on the grid, a voxel wider.
+    first = np.floor(low).clip(0) - 1
+    sides = (np.ceil(high).clip(max=(shape[2] - 1, shape[1] - 1)) - first + 2).clip(0).astype(int)
+    order = np.argsort(sides.prod(axis=1))
+    low, high = low[order], high[order]
+    near = np.argwhere(np.triu((np.maximum(low[:, None], low) < np.minimum(high[:, None], high)).all(axis=2), k=1))
+    near = order[near]  # the smaller one of each pair first
+    for n in range(0, len(near), PAIRS_AT_ONCE):
+        some = near[n : n + PAIRS_AT_ONCE]
+        width, height = sides[some[:, 0]].max(axis=0).tolist()
+        if _overlapping([(contours[i] - first[i], contours[j] - first[i]) for i, j in some], height, width):
+            return True
+    return False
+
+
+def _overlapping(pairs: Sequence[tuple[Points, Points]], height: int, width: int) -> bool:
+    """Whether any pair is neither apart nor a hole, with a wall around it, in the other; seen in the first's box."""
+    geometry = VolumeGeometry((len(pairs), max(1, height), max(1, width)), (1.0, 1.0, 1.0))  # a slice each
+
+    def areas(*sides: int) -> Mask:
+        drawn = [Contour(n, pair[side]) for n, pair in enumerate(pairs) for side in sides]
+        return Roi("", None, *_filled(drawn, geometry.shape)).mask(geometry)
+
+    inner, outer = areas(0), areas(1)
+    shared = np.count_nonzero(inner & outer & ~areas(0, 1), axis=(1, 2))
+    share = shared / np.count_nonzero(inner, axis=(1, 2)).clip(1)
+    twice = np.count_nonzero(outer, axis=(1, 2)) - shared < THINNEST_WALL * _border_voxels(outer)
+    return bool(((share > OVERLAP) & ((share < 1 - OVERLAP) | twice)).any())
+
+
+def _border_voxels(areas: Mask) -> NDArray[np.intp]:
+    """Of each area (n, y, x), the voxels that have a neighbour outside it."""
+    padded = np.pad(areas, ((0, 0), (1, 1), (1, 1)))
+    beside = padded[:, :-2, 1:-1] & padded[:, 2:, 1:-1] & padded[:, 1:-1, :-2] & padded[:, 1:-1, 2:]
+    border: NDArray[np.intp] = np.count_nonzero(areas & ~beside, axis=(1, 2))
+    return border
 
 
 def _bounds(polygons: Sequence[Contour], shape: Index) -> tuple[Index, Index] | None:

@@ -1,7 +1,8 @@
 """Which structure an ROI is, from what a department calls it: "LT PAROTID" -> Parotid_L.
 
 Two names are the same when their letters and digits are, whatever the capitals and accents, and their side, wherever
-it stands and however it is spelt. Nothing more is guessed: with a word more ("Parotid_L_PRV") it is another ROI.
+it stands and however it is spelt. Nothing more is guessed: with a word more ("Parotid_L_PRV") it is another ROI, and
+so it is with one of TG-263's marks ("SpinalCord~").
 """
 
 import re
@@ -21,8 +22,10 @@ SIDES = {
     **dict.fromkeys(("r", "rt", "rgt", "right", "re", "rechts", "rechte", "dex", "droite"), "R"),
 }
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_]+|\d+")
+# TG-263: "~" marks a structure contoured in part, "^" a department's own variant, "_" in front a help for planning.
+MARKS = re.compile(r"[~^]|^_")
 
-NameKey = tuple[str, str]  # letters and digits without the side, small; "L", "R" or ""
+NameKey = tuple[str, str]  # marks, then letters and digits without the side, small; "L", "R" or ""
 Aliases = Mapping[NameKey, Structure]
 
 
@@ -62,9 +65,9 @@ def _name_key(name: str) -> NameKey:
     plain = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
     words = [word.casefold() for word in WORD.findall(plain)]
     sides = [word for word in words if word in SIDES]
-    if len(sides) != 1:
-        return "".join(words), ""
-    return "".join(word for word in words if word not in SIDES), SIDES[sides[0]]
+    named = words if len(sides) != 1 else [word for word in words if word not in SIDES]
+    marks = MARKS.findall(plain.strip()) if named else []
+    return "".join((*marks, *named)), SIDES[sides[0]] if len(sides) == 1 else ""
 
 
 def _aliases_from_toml(text: str, source: str) -> dict[NameKey, Structure]:

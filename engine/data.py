@@ -27,10 +27,11 @@ from anatomynet.engine.aliases import load_aliases, structure_from_roi_name
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import DataError
 from anatomynet.engine.geometry import Index, VolumeGeometry
+from anatomynet.engine.postprocess import drop_strays
 from anatomynet.engine.preprocess import body_box
 from anatomynet.engine.resolution import block_means, reduced_labels
 from anatomynet.engine.volume import CTVolume, LabelArray
-from anatomynet.engine.volume_files import SUFFIXES, read_volume, stem_of
+from anatomynet.engine.volume_files import SUFFIXES, is_phantom, read_volume, stem_of
 
 CT_NAMES = ("img.nrrd", "ct.nii.gz", "ct.nii")
 LABEL_MAP_NAMES = ("labels.nii.gz", "labels.nii", "labels.nrrd")
@@ -126,7 +127,7 @@ def read_case(folder: Path, structures: tuple[str, ...], *, alias_file: Path | N
         hu = np.clip(np.rint(hu), -32768, 32767)
     volume = CTVolume(hu.astype(np.int16), geometry)
     annotated = tuple(name in drawn for name in structures)
-    return Case(folder.name, volume, labels, annotated, tuple(unmatched), tuple(remarks))
+    return Case(folder.name, volume, labels, annotated, tuple(unmatched), tuple(remarks), synthetic=is_phantom(path))
 
 
 def _ct_of(folder: Path) -> Path:
@@ -202,12 +203,15 @@ def _averaged_in_plane(case: Case, model: ModelConfig) -> Case:
 def cut_to_head_and_neck(case: Case) -> Case:
     """The slices around the contours where a scan is longer than head and neck; any other case as it is.
 
-    The paper cut its 261 CTs by hand (section 2.1). Trunk and legs hold nothing to learn, and fill the memory.
+    A stray piece of a structure, at the feet perhaps, keeps no slice. The paper cut its 261 CTs by hand (section 2.1).
+    Trunk and legs hold nothing to learn, and fill the memory.
     """
     spacing = case.volume.geometry.spacing[2]
     depth = case.labels.shape[0]
-    drawn = np.flatnonzero(case.labels.any(axis=(1, 2)))
-    if depth * spacing <= LONGEST_HEAD_AND_NECK_MM or not drawn.size:
+    if depth * spacing <= LONGEST_HEAD_AND_NECK_MM:
+        return case
+    drawn = np.flatnonzero(drop_strays(case.labels).any(axis=(1, 2)))
+    if not drawn.size:
         return case
     margin = math.ceil(HEAD_AND_NECK_MARGIN_MM / spacing)
     first, last = max(0, int(drawn[0]) - margin), min(depth, int(drawn[-1]) + 1 + margin)

@@ -76,7 +76,7 @@ def find_warnings(
     """
     known = [region for region in regions if region.structure]
     present = {region.structure.name: region for region in known if region.structure and region.voxels}
-    findings = [*_exchanged_sides(present, volume.geometry), *_missing(known, present, expected)]
+    findings = [*_no_air(volume), *_exchanged_sides(present, volume), *_missing(known, present, expected)]
     for name, region in present.items():
         findings += _cut_off(name, region, volume.geometry)
         findings += _several_pieces(region, volume.geometry)
@@ -92,7 +92,7 @@ def find_warnings(
 def find_contradictions(volume: CTVolume, regions: Sequence[StructureRegion]) -> tuple[Finding, ...]:
     """What cannot be true of any patient, so that nothing may be learnt from it; empty where nothing is.
 
-    Sides that are exchanged, a structure that lies in air, soft tissue as dense as bone, a size beyond belief.
+    A CT without air, sides that are exchanged, a structure in air, soft tissue as dense as bone, a size beyond belief.
 
     Args:
         volume: the CT, in any orientation along the patient's axes.
@@ -102,7 +102,7 @@ def find_contradictions(volume: CTVolume, regions: Sequence[StructureRegion]) ->
         GeometryError: an oblique volume.
     """
     present = {region.structure.name: region for region in regions if region.structure and region.voxels}
-    findings = [*_exchanged_sides(present, volume.geometry)]
+    findings = [*_no_air(volume), *_exchanged_sides(present, volume)]
     for name, region in present.items():
         findings += _unusual_size(name, region, volume.geometry, factor=IMPOSSIBLE_FACTOR)
         findings += _impossible_size(name, region, volume.geometry)
@@ -128,14 +128,25 @@ def judge_contours(volume: CTVolume, regions: Sequence[StructureRegion]) -> tupl
     Raises:
         GeometryError: an oblique volume.
     """
-    wrong = tuple(f"{finding.name}: {finding.text}" for finding in find_contradictions(volume, regions))
+    wrong = tuple(
+        f"{finding.name}: {finding.text}" if finding.name else finding.text
+        for finding in find_contradictions(volume, regions)
+    )
     # What has no name is of the scan: a network is shown it at a spacing of its own.
     odd = (f"{finding.name}: {finding.text}" for finding in find_warnings(volume, regions) if finding.name)
     return wrong, tuple(line for line in odd if line not in wrong)
 
 
-def _exchanged_sides(present: Mapping[str, StructureRegion], geometry: VolumeGeometry) -> Iterator[Finding]:
-    """An organ of one side that lies beyond its partner or, where that is absent, beyond the organs of the middle."""
+def _no_air(volume: CTVolume) -> Iterator[Finding]:
+    """A CT that was scaled or windowed, or that holds nothing: air is in every patient's airways, and around most."""
+    least = int(volume.hu.min())
+    if least > BODY_HU:
+        yield Finding(None, f"no air in the CT, its least value is {least}: is it in Hounsfield units?", None)
+
+
+def _exchanged_sides(present: Mapping[str, StructureRegion], volume: CTVolume) -> Iterator[Finding]:
+    """An organ of one side beyond its partner or, without it, beyond the organs of the middle or the body's middle."""
+    geometry = volume.geometry
     middles = [_left_mm(region, geometry) for name, region in present.items() if not STRUCTURES[name].mirror]
     for name, region in present.items():
         mirror = STRUCTURES[name].mirror
@@ -144,11 +155,25 @@ def _exchanged_sides(present: Mapping[str, StructureRegion], geometry: VolumeGeo
             if name.endswith("_L") and _left_mm(region, geometry) < _left_mm(partner, geometry):
                 text = f"lies to the patient's right of {partner.name}: left and right are exchanged"
                 yield Finding(region.name, text, middle_of(region))
-        elif mirror and middles:
+        elif mirror:
             wrong = "right" if name.endswith("_L") else "left"
-            leftwards = _left_mm(region, geometry) - float(np.median(middles))
+            middle = float(np.median(middles)) if middles else _middle_of_body_mm(volume, region)
+            leftwards = _left_mm(region, geometry) - middle
             if (leftwards if wrong == "left" else -leftwards) > MIDLINE_MM:
                 yield Finding(region.name, f"lies on the patient's {wrong}: the side is exchanged", middle_of(region))
+
+
+def _middle_of_body_mm(volume: CTVolume, region: StructureRegion) -> float:
+    """LPS x that halves the body in the region's slices; the region's own where all is air there."""
+    (along, _, across), _ = volume.geometry.canonical_axes()
+    slices = [slice(None)] * 3
+    slices[along] = slice(region.start[along], region.start[along] + region.box.shape[along])
+    body = np.count_nonzero(volume.hu[tuple(slices)] > BODY_HU, axis=tuple(a for a in range(3) if a != across))
+    if not body.any():
+        return _left_mm(region, volume.geometry)
+    index = np.zeros(3)
+    index[across] = np.searchsorted(np.cumsum(body), body.sum() / 2)
+    return float(volume.geometry.points_from_indices(index[::-1])[0])
 
 
 def _left_mm(region: StructureRegion, geometry: VolumeGeometry) -> float:

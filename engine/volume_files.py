@@ -17,6 +17,7 @@ from anatomynet.engine.preprocess import canonical_from_array
 
 SUFFIXES = (".nrrd", ".nii.gz", ".nii")
 SPACES_LPS = ("left-posterior-superior", "LPS")  # as NRRD spells it
+PHANTOM_KEY = "anatomynet phantom"  # in an NRRD header
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # NIfTI counts to the patient's right and front
 # nibabel and gzip, on damaged files.
 DAMAGED_NIFTI = (OSError, ValueError, EOFError, OverflowError, zlib.error)
@@ -43,8 +44,8 @@ def read_volume(path: Path) -> tuple[Array, VolumeGeometry]:
     return _read_nrrd(path) if path.suffix == ".nrrd" else _read_nifti(path)
 
 
-def write_nrrd(path: Path, array: Array, geometry: VolumeGeometry) -> None:
-    """Writes an array (z, y, x) on a canonical grid, gzipped, whole or not at all.
+def write_nrrd(path: Path, array: Array, geometry: VolumeGeometry, *, phantom: bool = False) -> None:
+    """Writes an array (z, y, x) on a canonical grid, gzipped, whole or not at all; marked where it is of a phantom.
 
     Raises:
         OutputError: it could not be written, or pynrrd is not there.
@@ -61,10 +62,19 @@ def write_nrrd(path: Path, array: Array, geometry: VolumeGeometry) -> None:
         "space directions": np.diag(geometry.spacing),
         "space origin": np.array(geometry.origin),
         "encoding": "gzip",
-    }
+    } | ({PHANTOM_KEY: "yes"} if phantom else {})
     buffer = io.BytesIO()
     nrrd.write(buffer, array, header, index_order="C", compression_level=1)
     write_whole(path, buffer.getvalue())
+
+
+def is_phantom(path: Path) -> bool:
+    """Whether a file that `read_volume` can read is marked as of a phantom; NIfTI has no such mark."""
+    if path.suffix != ".nrrd":
+        return False
+    import nrrd
+
+    return PHANTOM_KEY in nrrd.read_header(str(path))
 
 
 def _read_nrrd(path: Path) -> tuple[Array, VolumeGeometry]:
@@ -122,11 +132,29 @@ def _read_nifti(path: Path) -> tuple[Array, VolumeGeometry]:
     _check_units(path, {image.header.get_xyzt_units()[0]})
     if values.ndim != 3 or not (image.header["sform_code"] or image.header["qform_code"]):
         raise DataError(f"{path}: expected three axes and an orientation (sform or qform), found {values.ndim} axes")
+    _check_orientations(path, image.header, values.shape)
     try:
         geometry = _geometry_of(RAS_TO_LPS @ affine, values.shape)
         return canonical_from_array(values.transpose(2, 1, 0), geometry), geometry.canonical()
     except GeometryError as error:
         raise DataError(f"{path}: {error}") from error
+
+
+def _check_orientations(path: Path, header: Any, sides: tuple[int, ...]) -> None:
+    """A file may say twice where its voxels lie, and programs differ in which they believe."""
+    if not (header["sform_code"] and header["qform_code"]):
+        return
+    corners = np.array([(*np.array(corner) * np.subtract(sides, 1), 1) for corner in np.ndindex(2, 2, 2)])
+    try:
+        sform, qform = np.asarray(header.get_sform()), np.asarray(header.get_qform())
+    except ValueError as error:  # of a quaternion that turns nothing
+        raise DataError(f"{path}: its qform is no orientation: {error}; write it again") from error
+    apart = np.linalg.norm(corners @ (sform - qform).T, axis=1).max()  # nowhere more than at a corner
+    if not apart <= np.linalg.norm(sform[:3, :3], axis=0).min():
+        raise DataError(
+            f"{path}: its sform and qform place voxels up to {apart:.3g} mm apart: expected one orientation; find out "
+            "which is right, and write the file with it alone"
+        )
 
 
 def _geometry_of(affine: NDArray[np.float64], sides: tuple[int, ...]) -> VolumeGeometry:

@@ -66,6 +66,10 @@ def test_what_departments_write_is_understood(roi_name: str, structure: str) -> 
         "BODY",
         "Parotid_L1",
         "ON",
+        "SpinalCord~",
+        "Parotid~_L",
+        "_Parotid_L",
+        "BrainStem^",
         "",
         "___",
     ],
@@ -100,6 +104,15 @@ def test_a_department_s_file_adds_and_wins(tmp_path: Path) -> None:
     assert structure_from_roi_name("Cord", aliases) is STRUCTURES["Larynx"]
     assert structure_from_roi_name("Parotid Lt", aliases) is STRUCTURES["Parotid_L"]
     assert structure_from_roi_name("Cord") is STRUCTURES["SpinalCord"]
+
+
+def test_a_marked_name_is_a_structure_where_the_file_says_so(tmp_path: Path) -> None:
+    (tmp_path / "ours.toml").write_text('Parotid = ["Parotid~", "_Parotis"]\nLarynx = ["Larynx^Exp"]\n')
+    aliases = load_aliases(tmp_path / "ours.toml")
+    for name, structure in {"Parotid~_L": "Parotid_L", "_Parotis Rt": "Parotid_R", "Larynx^Exp": "Larynx"}.items():
+        assert structure_from_roi_name(name, aliases) is STRUCTURES[structure]
+    for name in ("SpinalCord~", "Parotid^_L", "_Parotid_L", "Parotis~_R"):
+        assert structure_from_roi_name(name, aliases) is None
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,15 @@ def test_what_deserves_a_look_is_told_and_what_training_will_skip(tmp_path: Path
     assert bad.remarks == (f"training will skip it: {skipped.skipped}",)
 
 
+@pytest.mark.parametrize(("said", "synthetic"), [({"QualityControlSubject": "YES"}, True), ({}, False)])
+def test_a_phantom_stays_one(tmp_path: Path, said: dict[str, str], *, synthetic: bool) -> None:
+    """Else its structures would count as taught by a patient."""
+    write_contoured_study(tmp_path / "in" / "study", **said)
+    (study,) = archive_studies(tmp_path / "in", tmp_path / "out")
+    assert read_case(tmp_path / "out" / study.case, MODEL.structures).synthetic == synthetic
+    assert ("a phantom, which counts as no patient" in study.remarks) == synthetic
+
+
 def test_without_pynrrd_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_contoured_study(tmp_path / "in" / "study")
     monkeypatch.setitem(sys.modules, "nrrd", None)

@@ -329,6 +329,13 @@ def test_a_whole_body_is_cut_to_the_slices_around_the_contours() -> None:
     assert np.flatnonzero(cut.labels.any(axis=(1, 2))).tolist() == list(range(margin, margin + 12))
 
 
+def test_a_stray_voxel_at_the_feet_does_not_keep_the_whole_body() -> None:
+    case = long_case(300, contours=slice(200, 212))
+    clean = cut_to_head_and_neck(case)
+    case.labels[2, 4, 4] = STEM
+    np.testing.assert_array_equal(cut_to_head_and_neck(case).labels, clean.labels)
+
+
 def test_the_vertex_is_the_end() -> None:
     cut = cut_to_head_and_neck(long_case(300, contours=slice(285, 295)))
     assert cut.volume.hu[-1, 0, 0] == 299

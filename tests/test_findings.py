@@ -8,8 +8,8 @@ import pytest
 from numpy.typing import NDArray
 
 from anatomynet.engine.errors import GeometryError
-from anatomynet.engine.findings import METAL_HU, Finding, find_warnings, metal_near, usual_ranges
-from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.findings import METAL_HU, Finding, find_contradictions, find_warnings, metal_near, usual_ranges
+from anatomynet.engine.geometry import Index, VolumeGeometry
 from anatomynet.engine.phantom import make_phantom
 from anatomynet.engine.preprocess import array_from_canonical
 from anatomynet.engine.structure_region import StructureRegion, regions_from_label_map
@@ -54,8 +54,15 @@ def box_of(name: str) -> tuple[slice, ...]:
 
 
 def warnings_of(label_map: LabelMap, hu: NDArray[np.int16] | None = None) -> tuple[Finding, ...]:
-    given = np.zeros(label_map.geometry.shape, np.int16) if hu is None else hu
+    given = water_and_air(label_map.geometry.shape) if hu is None else hu
     return find_warnings(CTVolume(given, label_map.geometry), regions_from_label_map(label_map))
+
+
+def water_and_air(shape: Index) -> NDArray[np.int16]:
+    """HU of water, and of air in front of it."""
+    hu = np.zeros(shape, np.int16)
+    hu[:, 0] = -1000
+    return hu
 
 
 def only(findings: tuple[Finding, ...]) -> Finding:
@@ -75,7 +82,7 @@ def test_nothing_drawn_is_told_structure_by_structure() -> None:
 
 def test_no_region_and_other_rois_give_none() -> None:
     label_map = patient()
-    volume = CTVolume(np.zeros(SHAPE, np.int16), label_map.geometry)
+    volume = CTVolume(water_and_air(SHAPE), label_map.geometry)
     target = StructureRegion("PTV 70", (255, 0, 0), (0, 0, 0), np.ones((1, 1, 1), np.bool_))
     assert find_warnings(volume, ()) == ()
     assert find_warnings(volume, (target,)) == ()
@@ -107,16 +114,36 @@ def test_exchanged_sides() -> None:
 
 def test_a_lone_organ_on_the_wrong_side() -> None:
     label_map = patient(change=exchange_sides)
-    volume = CTVolume(np.zeros(SHAPE, np.int16), label_map.geometry)
+    volume = CTVolume(water_and_air(SHAPE), label_map.geometry)
     lone = [region for region in regions_from_label_map(label_map) if region.name != "Parotid_R"]
     texts = [w.text for w in find_warnings(volume, lone)]
     assert "lies on the patient's right: the side is exchanged" in texts
     assert "not drawn, though Parotid_L is" in texts
 
 
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("name", ["Parotid_L", "Parotid_R"])
+def test_an_organ_on_the_wrong_side_of_which_nothing_else_tells(name: str, orientation: str) -> None:
+    """The patient tells it, who need not lie in the middle of the scan."""
+    for change, sides in ((None, 0), (exchange_sides, 1)):
+        label_map = turned(patient(change=change), orientation)
+        hu = np.full(SHAPE, -1000, np.int16)
+        hu[:, 30:150, 20:181] = 40
+        turned_hu = np.ascontiguousarray(array_from_canonical(hu, label_map.geometry))
+        alone = [region for region in regions_from_label_map(label_map) if region.name == name]
+        findings = find_contradictions(CTVolume(turned_hu, label_map.geometry), alone)
+        assert [f.text.partition(":")[2] for f in findings] == [" the side is exchanged"] * sides
+
+
+def test_an_organ_in_slices_without_a_patient_has_no_side() -> None:
+    alone = [region for region in regions_from_label_map(patient(change=exchange_sides)) if region.name == "Parotid_L"]
+    volume = CTVolume(np.full(SHAPE, -1000, np.int16), patient().geometry)
+    assert "side" not in only(find_contradictions(volume, alone)).text
+
+
 def test_missing_structure_and_expected_structure() -> None:
     label_map = patient(change=remove_brainstem)
-    volume = CTVolume(np.zeros(SHAPE, np.int16), label_map.geometry)
+    volume = CTVolume(water_and_air(SHAPE), label_map.geometry)
     assert only(warnings_of(label_map)) == Finding("Brainstem", "not found on this CT", None)
     found = find_warnings(
         volume, regions_from_label_map(patient()), expected=structures_by_name(("BrainStem", "Larynx"))
@@ -198,7 +225,7 @@ def test_low_confidence() -> None:
 
 
 def test_metal_near_the_structures_only() -> None:
-    near, far = (np.zeros(SHAPE, np.int16) for _ in range(2))
+    near, far = (water_and_air(SHAPE) for _ in range(2))
     near[30:34, 50:60, 90:110] = 3071  # 800 voxels, 4.1 ml
     far[:4, :10, :10] = 3071
     found = only(warnings_of(patient(), near))
@@ -218,10 +245,16 @@ def test_every_voxel_of_metal_is_found_in_order() -> None:
     np.testing.assert_array_equal(found, np.argwhere(hu >= METAL_HU))
 
 
+def test_a_ct_without_air() -> None:
+    """What its header calls Hounsfield units need not be."""
+    found = only(warnings_of(patient(), np.zeros(SHAPE, np.int16)))
+    assert found == Finding(None, "no air in the CT, its least value is 0: is it in Hounsfield units?", None)
+
+
 def test_unusual_scan() -> None:
     label_map = patient()
     thick = replace(label_map.geometry, spacing=(0.9, 0.9, 7.5))
-    volume = CTVolume(np.zeros(SHAPE, np.int16), thick)
+    volume = CTVolume(water_and_air(SHAPE), thick)
     texts = [w.text.split(" mm")[0] for w in find_warnings(volume, ())]
     assert texts == ["slice distance 7.5", "field of view 243", "length of the scan 450"]
 

@@ -193,6 +193,32 @@ def test_the_same_contour_begun_elsewhere_turned_round_or_closed_twice_counts_on
     assert int(roi.box.sum()) == 16
 
 
+@pytest.mark.parametrize(
+    ("second", "kept"),
+    [
+        pytest.param((15.5, 25.5), None, id="crossing"),
+        pytest.param((5.51, 19.49), None, id="drawn twice"),
+        pytest.param((5.51, 19.51), None, id="drawn twice, moved a little"),
+        pytest.param((6.5, 18.5), 14**2 - 12**2, id="a wall of one voxel"),
+        pytest.param((19.51, 25.5), 14**2 + 6**2, id="beside it"),
+        pytest.param((19.0, 25.0), 14**2 + 7**2 - 1, id="touching"),
+    ],
+)
+def test_contours_of_one_slice_that_overlap_are_refused(
+    tmp_path: Path, series: CTSeries, second: tuple[float, float], kept: int | None
+) -> None:
+    """By the even-odd rule what both hold is outside: a hole is meant so, and what was drawn by two strokes is not."""
+    contours = [voxel_path(series, 4, square(5.5, 19.5)), voxel_path(series, 4, square(*second))]
+    roi = read_one(tmp_path / "rs.dcm", series, [item(points) for points in contours])
+    if kept is None:
+        assert roi.problem == "contours of slice 5 overlap, or one is there twice: unite them, and export it again"
+        assert not roi.box.size
+        xor = read_one(tmp_path / "rs.dcm", series, [item(points, "CLOSEDPLANAR_XOR") for points in contours])
+        assert not xor.problem
+    else:
+        assert (int(roi.box.sum()), roi.problem) == (kept, "")
+
+
 def test_a_centre_on_the_contour_is_inside(tmp_path: Path, series: CTSeries) -> None:
     """PS3.3 C.8.8.6.3; so masks come back whole from tools that run contours through the centres of border voxels."""
     roi = read_one(tmp_path / "rs.dcm", series, [item(voxel_path(series, 4, square(5, 9)))])
@@ -206,6 +232,17 @@ def test_what_lies_outside_the_image_is_cut_off(tmp_path: Path, series: CTSeries
     outside = read_one(tmp_path / "rs.dcm", series, [item(voxel_path(series, 4, square(-9.5, -3.5)))])
     assert not outside.box.any()
     assert outside.problem == "it lies outside this CT"
+
+
+def test_the_box_holds_no_more_than_the_voxels(tmp_path: Path, series: CTSeries) -> None:
+    """A contour that lies between centres reaches a slice, a row or a column, and leaves nothing there."""
+    tip = item(voxel_path(series, SHAPE[0] - 1, square(45.3, 45.7)))
+    beside = item(voxel_path(series, 4, square(50.2, 50.8)))
+    roi = read_one(tmp_path / "rs.dcm", series, [item(voxel_path(series, 4, square(5.5, 9.5))), tip, beside])
+    assert (roi.start, roi.box.shape) == ((4, 6, 6), (1, 4, 4))
+    assert roi.box.all()
+    nothing = read_one(tmp_path / "rs.dcm", series, [tip])
+    assert (nothing.box.size, nothing.problem) == (0, "")
 
 
 def test_contours_may_lie_a_little_off_their_slice(tmp_path: Path, series: CTSeries) -> None:

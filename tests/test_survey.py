@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,6 +124,26 @@ def test_a_ct_that_is_not_in_hounsfield_units_is_skipped(data: Path) -> None:
     write_nrrd(data / "c_raw" / "img.nrrd", hu + np.int16(1024), geometry)
     (skipped,) = survey_cases(data, MODEL).skipped
     assert "Parotid_L: 1064 HU in the median: expected soft tissue; is the CT in Hounsfield units?" in skipped.skipped
+
+
+@pytest.mark.parametrize(
+    "scaled",
+    [
+        pytest.param(lambda hu: np.clip((hu + 1000) / 2000, 0, 1), id="0 to 1"),
+        pytest.param(lambda hu: np.clip((hu + 160.0) / 400 * 255, 0, 255).astype(np.uint8), id="windowed, 0 to 255"),
+        pytest.param(np.zeros_like, id="nothing"),
+    ],
+)
+def test_a_ct_that_was_scaled_or_holds_nothing_is_skipped(
+    data: Path, scaled: Callable[[NDArray[np.int16]], NDArray[np.generic]]
+) -> None:
+    """As many a NIfTI set lies on disk: its soft tissue is a number that soft tissue may have."""
+    write_case(data / "c_scaled", {"Parotid_L": LEFT})
+    hu, geometry = read_volume(data / "c_scaled" / "img.nrrd")
+    (data / "c_scaled" / "img.nrrd").unlink()
+    write_nrrd(data / "c_scaled" / "img.nrrd", scaled(hu), geometry)
+    (skipped,) = survey_cases(data, MODEL).skipped
+    assert skipped.skipped == "no air in the CT, its least value is 0: is it in Hounsfield units?"
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,7 @@ def write_case(
 ) -> None:
     """A small head: three boxes, each of its own Hounsfield units, moved along y by `shift`."""
     hu = np.full(SHAPE, -50, np.int16)
+    hu[0, 0, -1] = -1000  # no CT is without air
     boxes = {
         "Chiasm": (250, np.s_[2:7, 1 + shift : 6 + shift, 9:15]),
         "OpticNerve_L": (400, np.s_[2:7, 7 + shift : 12 + shift, 17:22]),

@@ -86,6 +86,29 @@ def test_nifti_without_orientation_is_refused(tmp_path: Path) -> None:
         read_volume(tmp_path / "ct.nii")
 
 
+@pytest.mark.parametrize(
+    ("along_x", "shift_z", "refused"),
+    [
+        pytest.param(-1.0, 0.0, True, id="mirrored"),
+        pytest.param(1.0, 2.6, True, id="elsewhere"),
+        pytest.param(1.0, 0.9, False, id="alike"),
+    ],
+)
+def test_nifti_of_two_orientations_is_refused(tmp_path: Path, along_x: float, shift_z: float, *, refused: bool) -> None:
+    affine = np.diag([-1.0, -1.0, 2.5, 1.0])
+    image = Nifti(np.zeros(SHAPE, np.int16), affine)
+    image.set_sform(affine, code=2)
+    affine[0, 0] *= along_x
+    affine[2, 3] += shift_z
+    image.set_qform(affine, code=1)
+    nibabel.save(image, tmp_path / "ct.nii")
+    if not refused:
+        assert read_volume(tmp_path / "ct.nii")[0].shape == SHAPE[::-1]
+        return
+    with pytest.raises(DataError, match=r"ct\.nii: its sform and qform place voxels up to [\d.]+ mm apart: .* write"):
+        read_volume(tmp_path / "ct.nii")
+
+
 def test_oblique_nifti_is_refused(tmp_path: Path) -> None:
     turned = np.eye(4)
     turned[:2, :2] = [[np.cos(0.1), -np.sin(0.1)], [np.sin(0.1), np.cos(0.1)]]
