@@ -139,8 +139,8 @@ def judge_contours(volume: CTVolume, regions: Sequence[StructureRegion]) -> tupl
 
 def _no_air(volume: CTVolume) -> Iterator[Finding]:
     """A CT that was scaled or windowed, or that holds nothing: air is in every patient's airways, and around most."""
-    least = int(volume.hu.min())
-    if least > BODY_HU:
+    if not any(pixels.min() <= BODY_HU for pixels in volume.hu):  # the first slice tells, mostly
+        least = int(volume.hu.min())
         yield Finding(None, f"no air in the CT, its least value is {least}: is it in Hounsfield units?", None)
 
 
