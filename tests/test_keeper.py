@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -37,19 +39,27 @@ stub = [folder / "triton_python_backend_stub"]
 FOREVER = "signal.pause()"
 
 
-def keeping(folder: Path, body: str, *before: str) -> "subprocess.Popen[str]":
-    """A keeper, and its server of a Python text, which has a model's process to start."""
+@contextmanager
+def keeping(folder: Path, body: str, *before: str) -> Iterator["subprocess.Popen[str]"]:
+    """A keeper, and its server of a Python text, which has a model's process to start; killed after the block.
+
+    The text keeps the process in a variable, as long as it shall not be reaped.
+    """
     stub, server = folder / "triton_python_backend_stub", folder / "server"
     stub.write_text("#!/bin/sh\nexit\n")
     server.write_text(SERVER.format(python=sys.executable, folder=str(folder), body=body))
     for script in (stub, server):
         script.chmod(0o755)
     command = [*before, sys.executable, "-c", KEEP, str(server)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as kept:
+        try:
+            yield kept
+        finally:
+            kept.kill()
 
 
 def test_a_server_whose_model_has_died_is_started_anew(tmp_path: Path) -> None:
-    body = "subprocess.Popen(stub) if first else sys.exit(7)\nsignal.pause()"
+    body = f"child = subprocess.Popen(stub) if first else sys.exit(7)\n{FOREVER}"
     with keeping(tmp_path, body) as kept:
         _, said = kept.communicate(timeout=60)
     assert kept.returncode == 7
@@ -60,7 +70,7 @@ def test_a_server_whose_model_has_died_is_started_anew(tmp_path: Path) -> None:
 
 
 def test_one_that_cannot_live_is_given_up(tmp_path: Path) -> None:
-    with keeping(tmp_path, f"subprocess.Popen(stub)\n{FOREVER}") as kept:
+    with keeping(tmp_path, f"child = subprocess.Popen(stub)\n{FOREVER}") as kept:
         _, said = kept.communicate(timeout=60)
     assert kept.returncode == 1
     assert (tmp_path / "starts").read_text() == "x" * keeper.MOST_DEATHS
@@ -78,7 +88,7 @@ def test_a_server_that_is_stopping_may_lose_its_model(tmp_path: Path) -> None:
     body = "\n".join(
         (
             "def stop(*_):",
-            "    subprocess.Popen(stub)",
+            "    child = subprocess.Popen(stub)",
             "    time.sleep(1)",
             "    sys.exit(7)",
             "signal.signal(signal.SIGTERM, stop)",
@@ -96,9 +106,9 @@ def test_a_server_that_is_stopping_may_lose_its_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", sorted(keeper.FORWARDED))
 def test_a_signal_reaches_the_server_and_its_end_is_passed_on(tmp_path: Path, number: signal.Signals) -> None:
-    with keeping(
-        tmp_path, f"signal.signal(signal.SIGINT, signal.SIG_DFL); print('ready', flush=True)\n{FOREVER}"
-    ) as kept:
+    # Python handles SIGINT, and whoever starts the tests in the background has some ignored.
+    usual = f"signal.signal({number:d}, signal.SIG_DFL); print('ready', flush=True)"
+    with keeping(tmp_path, f"{usual}\n{FOREVER}") as kept:
         assert kept.stdout
         assert kept.stdout.readline() == "ready\n"
         kept.send_signal(number)
