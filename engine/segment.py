@@ -99,13 +99,14 @@ def _drawn_on_body(body: NetworkInput, runtime: Runtime, *, whole_volume: bool) 
 
 
 def _not_found(labels: LabelArray, runtime: Runtime) -> list[str]:
-    """Of the structures that any scan of head and neck should show, those without a voxel."""
+    """Of the structures that any scan of head and neck should show, and patients taught, those without a voxel."""
     structures = structures_by_name(runtime.model.structures)
+    not_expected = (*MAY_BE_BELOW_THE_SCAN, *runtime.model.unvalidated)
     present = np.bincount(labels.ravel(), minlength=len(structures) + 1)[1:] > 0
     return [
         structure.tg263_name
         for structure, found in zip(structures, present, strict=True)
-        if not found and structure.name not in MAY_BE_BELOW_THE_SCAN
+        if not found and structure.name not in not_expected
     ]
 
 

@@ -163,14 +163,20 @@ def test_what_outgrows_the_grown_box_is_drawn_on_the_whole_body() -> None:
     assert drawn.computed_share == 1
 
 
-@pytest.mark.parametrize(("name", "looked_for"), [("Larynx", True), ("Esophagus", False)])
+@pytest.mark.parametrize(
+    ("name", "patients", "looked_for"),
+    [("Larynx", (), True), ("Larynx", (9, 9), True), ("Larynx", (9, 0), False), ("Esophagus", (), False)],
+)
 @pytest.mark.parametrize("there", [True, False])
-def test_what_the_box_does_not_show_is_looked_for_on_the_whole_body(name: str, looked_for: bool, there: bool) -> None:
-    """But for the oesophagus, above which many scans of head and neck end."""
+def test_what_the_box_does_not_show_is_looked_for_on_the_whole_body(
+    name: str, patients: tuple[int, ...], looked_for: bool, there: bool
+) -> None:
+    """But for the oesophagus, above which many scans of head and neck end, and for what no patient taught."""
     volume = body_with((48, 60, 80), (60, 80, 110))
     if there:
         volume.hu[4:10, 100:110, 20:30] = BRIGHT + 1
-    painter = Painter(FixedFinder(AROUND), dataclasses.replace(STEM_ALONE, structures=("BrainStem", name)))
+    model = dataclasses.replace(STEM_ALONE, structures=("BrainStem", name), patients=patients)
+    painter = Painter(FixedFinder(AROUND), model)
     drawn = segment(volume, painter)
     assert painter.shown == [(32, 40, 56), *[volume.hu.shape] * looked_for]
     assert (drawn.labels == 2).sum() == 600 * (there and looked_for)

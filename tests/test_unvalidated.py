@@ -45,7 +45,7 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> OpenVinoRuntime:
 
 
 def test_it_is_left_out_with_a_note(study: Path, runtime: OpenVinoRuntime, tmp_path: Path) -> None:
-    options = SegmentOptions(output=tmp_path / "rs.dcm", report=tmp_path / "report.json")
+    options = SegmentOptions(output=tmp_path / "rs.dcm", report=tmp_path / "report.json", whole_volume=True)
     result = segment_study(study, options, runtime=runtime)
     rois = pydicom.dcmread(tmp_path / "rs.dcm").StructureSetROISequence
     names = [roi.ROIName for roi in rois]
@@ -65,6 +65,7 @@ def test_it_is_marked_where_it_is_allowed(study: Path, runtime: OpenVinoRuntime,
         output_types=("rtstruct", "seg"),
         report=tmp_path / "report.json",
         allow_unvalidated=True,
+        whole_volume=True,
     )
     segment_study(study, options, runtime=runtime)
     rois = {
