@@ -248,14 +248,14 @@ def test_weights_that_learn_its_crops_are_chosen_by_the_region_finders_boxes(
 
 # Gets Ctrl-C in the middle of its second epoch, however fast it is.
 INTERRUPTED = f"""
-import os, signal
+import signal
 from anatomynet.engine.train import main
 from anatomynet.engine.training import Training
 learn = Training.learn
 def learn_and_interrupt(training, sample):
     loss = learn(training, sample)
     if training.step == {INTERRUPTED_AFTER}:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     return loss
 Training.learn = learn_and_interrupt
 main()
@@ -306,7 +306,7 @@ def sending(*numbers: int, step: int) -> Callable[[Training, Sample], Tensor]:
     def learn_and_send(training: Training, sample: Sample) -> Tensor:
         if training.step == step - 1:
             for number in numbers:
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)  # in this thread, so now: os.kill may come to another one, and late
         return learn(training, sample)
 
     return learn_and_send
