@@ -93,9 +93,9 @@ def test_a_second_stop_does_not_break_off_the_tidying(stop: signal.Signals) -> N
     def stopped_twice() -> None:
         with unwound_by_stops():
             try:
-                os.kill(os.getpid(), stop)
+                signal.raise_signal(stop)
             finally:
-                os.kill(os.getpid(), stop)
+                signal.raise_signal(stop)
                 tidied.append(True)
 
     try:
