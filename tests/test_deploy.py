@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -438,6 +440,7 @@ def scrapes(random_repository: Path, tmp_path_factory: pytest.TempPathFactory) -
     repository = shutil.copytree(random_repository, folder / "models", ignore=shutil.ignore_patterns("__pycache__"))
     options = ("--metrics-config=summary_latencies=true", "--exit-timeout-secs=1")
     with running_server(repository, *options, folder=folder, status=1, program=unwatched(folder)) as server:
+        wait_until(lambda: listens(server.metrics_port), "its metrics: their port opens after READY")
         found = {"at rest": scraped(server)}
         with TritonRuntime(server.url, shared_memory="off") as runtime:
             # Triton may leave one for half a second in its queue, and the next: little beside what all of them compute.
@@ -452,6 +455,12 @@ def scrapes(random_repository: Path, tmp_path_factory: pytest.TempPathFactory) -
                     runtime.infer(smooth_hu((8, 32, 32)))
         found["dead"] = scraped(server)
     return found
+
+
+def listens(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
 
 
 def enough_computed(metrics: dict[str, float]) -> bool:
