@@ -14,7 +14,6 @@ benchmarks/results/transport.json.
 import mmap
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +37,7 @@ from anatomynet.export.repository import write_repository
 from anatomynet.export.triton_models import MODEL_SOURCE, python_model
 from benchmarks.common import machine, table_lines, write_result
 from benchmarks.served import WHOLE
-from tests.triton_servers import RunningServer, running_server
+from tests.triton_servers import RunningServer, running_server, unwatched
 
 SHARED, GRPC, HTTP = WAYS = ("shared memory", "gRPC", "HTTP")
 # Of the phantom's study (z, y, x): what `segment` sends of it, with --whole-volume, and all.
@@ -51,15 +50,6 @@ COPIES = {
     "kept": "copy into a kept region",
 }
 ECHO_MODEL = Path(__file__).with_name("echo_model.py")
-
-# Our `tritonserver` starts no code but its own, so this starts the same server without asking.
-PROGRAM = """#!{python}
-import os, sys
-from anatomynet.export.launcher import server_command
-arguments = ["--model-repository=" + os.environ["ANATOMYNET_REPOSITORY"], *sys.argv[1:]]
-command, environment = server_command(arguments, os.environ)
-os.execve(command[0], command, environment)
-"""
 
 Seconds = dict[str, dict[str, float]]
 
@@ -84,8 +74,9 @@ def main(repeats: int, scale: float) -> None:
     copies: Seconds = {}
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
-        repository, program = write_echo_repository(folder / "repository"), write_program(folder / "server")
-        server = stack.enter_context(running_server(repository, folder=folder, program=program))
+        repository = write_echo_repository(folder / "repository")
+        # Our `tritonserver` starts no code but its own.
+        server = stack.enter_context(running_server(repository, folder=folder, program=unwatched(folder)))
         askers = {way: stack.enter_context(asker(server, way)) for way in WAYS}
         for name, hu in tqdm(volumes.items(), desc="volumes"):
             for way, ask in askers.items():
@@ -138,13 +129,6 @@ def write_echo_repository(folder: Path) -> Path:
     model = python_model(load_runtime(onnx_file).model, [onnx_file])
     write_repository(folder, [replace(model, files={MODEL_SOURCE: ECHO_MODEL})])
     return folder
-
-
-def write_program(path: Path) -> Path:
-    """What starts the server."""
-    path.write_text(PROGRAM.format(python=sys.executable))
-    path.chmod(0o755)
-    return path
 
 
 @contextmanager
