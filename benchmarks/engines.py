@@ -27,7 +27,7 @@ from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.command import reports_errors
 from anatomynet.engine.network import AnatomyNet, ServedNetwork
 from anatomynet.engine.preprocess import prepare
-from anatomynet.engine.runtime import CPU_PROVIDER, CUDA_PROVIDER, PROVIDER_OPTIONS, available_cores
+from anatomynet.engine.runtime import CPU_PROVIDER, CUDA_PROVIDER, PROVIDER_OPTIONS, available_cores, openvino_core
 from anatomynet.export.onnx import network_model
 from benchmarks.common import machine, study_or_phantom, table_lines, write_result
 
@@ -109,7 +109,7 @@ def openvino_engine(network: AnatomyNet, x: torch.Tensor) -> Engine:
         properties.hint.inference_precision(): openvino.Type.f32,
         properties.inference_num_threads(): available_cores(),
     }
-    core = openvino.Core()
+    core = openvino_core()
     graph = core.read_model(network_model(network).SerializeToString())
     request = core.compile_model(graph, "CPU", options).create_infer_request()
     array = x.numpy()

@@ -23,6 +23,7 @@ from anatomynet.engine.runtime import (
     failed,
     onnxruntime_failures,
     onnxruntime_options,
+    openvino_core,
     openvino_graph,
     openvino_options,
 )
@@ -93,12 +94,10 @@ class EmbeddedRegionFinder:
 
 def _opened_by_openvino(path: Path) -> tuple[Find, str, Failures]:
     """What runs the file; its configuration as JSON, "" where it has none; what running it may raise."""
-    import openvino
-
     graph = openvino_graph(path)
     key = ["framework", REGION_METADATA_KEY]
     try:
-        request = openvino.Core().compile_model(graph, "CPU", openvino_options()).create_infer_request()
+        request = openvino_core().compile_model(graph, "CPU", openvino_options()).create_infer_request()
     except RuntimeError as error:
         raise damaged_file(path, error) from error
     text = graph.get_rt_info(key).value if graph.has_rt_info(key) else ""

@@ -122,7 +122,6 @@ class OpenVinoRuntime:
         key = ["framework", METADATA_KEY]  # where OpenVINO keeps an ONNX file's metadata
         self.model = _config_from_metadata(path, graph.get_rt_info(key).value if graph.has_rt_info(key) else None)
         self._options = openvino_options()
-        self._core = openvino.Core()
         self._path, self._graph = path, graph
         one_size = self.model.in_plane_stride == 1
         self._memory = MemoryGuard(_bytes_a_voxel(self.model, ONE_SIZE_BYTES if one_size else NETWORK_BYTES))
@@ -178,7 +177,7 @@ class OpenVinoRuntime:
             raise damaged_file(self._path, error) from error
 
     def _compiled(self, graph: openvino.Model) -> openvino.InferRequest:
-        return self._core.compile_model(graph, "CPU", self._options).create_infer_request()
+        return openvino_core().compile_model(graph, "CPU", self._options).create_infer_request()
 
 
 class OnnxRuntime:
@@ -321,6 +320,26 @@ def openvino_graph(path: Path) -> openvino.Model:
         return reader.convert(reader.load(str(path)))
     except (RuntimeError, *failures) as error:  # the failures are no RuntimeErrors
         raise damaged_file(path, error) from error
+
+
+_one_core = threading.Lock()
+
+
+def openvino_core() -> openvino.Core:
+    """The process's only one, kept to its end.
+
+    OpenVINO gives the thread that a core first compiles in a stack for the handlers of signals, and unmaps it with the
+    core: closed in another thread, or before a core that was opened later, it made the next Ctrl-C a crash.
+    """
+    with _one_core:  # whoever loads the network and the region finder compiles them in two threads
+        return _core()
+
+
+@functools.cache
+def _core() -> openvino.Core:
+    import openvino
+
+    return openvino.Core()
 
 
 def openvino_options() -> dict[str, object]:

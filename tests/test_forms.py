@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import openvino
 import pytest
 from click.testing import CliRunner
 from google.protobuf import text_format
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from anatomynet.engine.contract import MODEL_NAME
 from anatomynet.engine.errors import AnatomyNetError, ModelError
 from anatomynet.engine.limits import largest_slices
+from anatomynet.engine.runtime import openvino_core
 from anatomynet.engine.volume import LabelArray
 from anatomynet.export import forms, manifest
 from anatomynet.export.cli import main, plans_of
@@ -81,7 +81,7 @@ class PlanInOpenVino:
         assert plan_version(plan) == trt.__version__
         self.description = f"the plan in TensorRT {trt.__version__}"
         self._graph = plan_model(random_graph(), random_config(), fp16=True)
-        core = openvino.Core()
+        core = openvino_core()
         network = core.read_model(self._graph.SerializeToString(), b"")
         self._compiled = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
