@@ -18,7 +18,7 @@ from anatomynet.client.headers import UID_TAIL_LENGTH
 from anatomynet.client.outputs import output_paths
 from anatomynet.client.pipeline import DEFAULTS, Drawing, SegmentOptions, Task, draw_series, task_for, write_drawing
 from anatomynet.client.quiet import quiet_libraries
-from anatomynet.client.records import files_of, is_done, record_of, write_recorded
+from anatomynet.client.records import files_of, findings_in, is_done, record_of, write_recorded
 from anatomynet.client.report import StageClock
 from anatomynet.client.structure_table import load_structure_table
 from anatomynet.client.study import CTSeries, list_ct_series, read_ct_series
@@ -44,7 +44,7 @@ class StudyOutcome:
         status: "drawn"; "done before", its outputs were there, of the same slices by the same model; or "failed".
         seconds: that were spent on it, without waiting for others.
         outputs: its files.
-        findings: how many things deserve a look; 0 if it was done before.
+        findings: how many things deserve a look.
         error: why it failed, in one line.
     """
 
@@ -219,7 +219,7 @@ class _Run:
             return _failure(study, tail, clock, error)
         files = tuple(outputs.values())
         if drawing is None:
-            return _outcome(study, tail, "done before", clock, outputs=files)
+            return _outcome(study, tail, "done before", clock, outputs=files, findings=findings_in(files_of(outputs)))
         return _outcome(study, tail, "drawn", clock, outputs=files, findings=len(drawing.findings))
 
     def _drawn(self, series: CTSeries, outputs: Mapping[str, Path], clock: StageClock) -> Drawing | None:
@@ -231,7 +231,11 @@ class _Run:
         self.server_failures = 0
         record = record_of(series, task, drawing.model)
         written = write_recorded(
-            outputs, record, lambda staged: write_drawing(drawing, staged, task, clock=clock), overwrite=overwrite
+            outputs,
+            record,
+            lambda staged: write_drawing(drawing, staged, task, clock=clock),
+            findings=len(drawing.findings),
+            overwrite=overwrite,
         )
         return drawing if written else None
 

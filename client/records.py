@@ -28,6 +28,7 @@ from anatomynet.engine.output import alone_in, write_whole
 
 RECORDS = ".anatomynet"
 UNFINISHED = ".part"
+LOOK_AT = "look_at"  # as the column of the table
 ABANDONED_S = 24 * 3600  # no run takes so long over one study
 # What a user asks that changes nothing in the files; what is to be drawn, and its names, count as they were understood.
 NOT_IN_FILES = {
@@ -73,7 +74,12 @@ def is_done(files: Sequence[Path], record: Record) -> bool:
 
 
 def write_recorded(
-    outputs: Mapping[str, Path], record: Record, write: Callable[[Mapping[str, Path]], object], *, overwrite: bool
+    outputs: Mapping[str, Path],
+    record: Record,
+    write: Callable[[Mapping[str, Path]], object],
+    *,
+    findings: int,
+    overwrite: bool,
 ) -> bool:
     """Writes outputs and their records somewhere hidden, then gives them their names.
 
@@ -81,6 +87,7 @@ def write_recorded(
         outputs: type -> file.
         record: see `record_of`.
         write: writes the files it is given, of the same types and names.
+        findings: how many things deserve a look in them; kept in the record, see `findings_in`.
         overwrite: files that are there may be replaced.
 
     Returns:
@@ -100,7 +107,7 @@ def write_recorded(
             write(staged)
             Path(unfinished, RECORDS).mkdir()
             for file in files_of(staged):
-                known = {**record, "sha256": _hash_of(file), "anatomynet_version": __version__}
+                known = {**record, LOOK_AT: findings, "sha256": _hash_of(file), "anatomynet_version": __version__}
                 write_whole(_record_path(file), json.dumps(known).encode())
             with alone_in(folder):
                 if not overwrite and is_done(files_of(outputs), record):
@@ -113,6 +120,12 @@ def write_recorded(
             f"{first} could not be written: {error.strerror or error}; nothing was left behind"
         ) from error
     return True
+
+
+def findings_in(files: Sequence[Path]) -> int:
+    """How many things deserved a look when these files, which are done, were written; 0 where no record says it."""
+    told = _read_record(_record_path(files[0])).get(LOOK_AT, "")
+    return int(told) if told.isdecimal() else 0
 
 
 def _is_written(file: Path, record: Record) -> bool:

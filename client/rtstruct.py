@@ -50,7 +50,8 @@ def write_rtstruct(
         series: the CT that was segmented; patient, study and frame of reference are copied from it.
         contours: traced on a label map of that CT.
         notes: what was done on the way (LabelMap.notes); kept in every ROI's description.
-        findings: what to look at; kept in the description of the ROI that each is about, or of every ROI.
+        findings: what to look at; kept in the description of the ROI that each is about, or of every ROI where it has
+            none, as a structure that was not found.
         model_description: name, version and hash of the model; kept in the structure set's description.
         table: names, labels, colours and types of the ROIs; the catalogue's without.
         overwrite: replace a file that is there.
@@ -68,7 +69,7 @@ def write_rtstruct(
     styles = load_structure_table() if table is None else table
     for number, found in enumerate(contours, start=1):
         _add_roi(dataset, series, number=number, style=styles[found.structure.name])
-        if remarks := remarks_on(found.structure, findings, notes):
+        if remarks := remarks_on(found.structure, findings, notes, drawn=[each.structure for each in contours]):
             dataset.StructureSetROISequence[-1].ROIDescription = remarks
     buffer = BytesIO()
     with quiet_libraries():
@@ -81,10 +82,17 @@ def write_rtstruct(
     write_whole(path, buffer.getvalue(), overwrite=overwrite)
 
 
-def remarks_on(structure: Structure, findings: Sequence[Finding], notes: Sequence[str]) -> str:
-    """What is to be said of one structure, as a description that DICOM holds; "" where nothing is."""
-    own = (finding.text for finding in findings if finding.name in (None, structure.tg263_name))
-    return "; ".join((*own, *notes))[:LONGEST_DESCRIPTION]
+def remarks_on(
+    structure: Structure, findings: Sequence[Finding], notes: Sequence[str], *, drawn: Sequence[Structure]
+) -> str:
+    """What is to be said of one structure, as a description that DICOM holds; "" where nothing is.
+
+    Whoever gets the file alone would not miss a structure that was not found: every one that was `drawn` names it.
+    """
+    names = {each.tg263_name for each in drawn}
+    own = [finding.text for finding in findings if finding.name in (None, structure.tg263_name)]
+    missing = [f"{finding.name}: {finding.text}" for finding in findings if finding.name not in {None, *names}]
+    return "; ".join((*own, *missing, *notes))[:LONGEST_DESCRIPTION]
 
 
 def _check_grid(found: StructureContours, series: CTSeries) -> None:

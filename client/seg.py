@@ -70,7 +70,8 @@ def write_seg(
         path: of the file.
         series: the CT that was segmented; patient, study and frame of reference are copied from it.
         label_map: on that CT's own grid.
-        findings: what to look at; kept in the description of the segment that each is about, or of every segment.
+        findings: what to look at; kept in the description of the segment that each is about, or of every segment where
+            it has none, as a structure that was not found.
         model_description: name, version and hash of the model; kept as the parameters of each segment's algorithm.
         table: names and colours; the catalogue's without.
         overwrite: replace a file that is there.
@@ -89,7 +90,7 @@ def write_seg(
     styles = load_structure_table() if table is None else table
     segments = _segments(highdicom, structures, styles, model_description)
     for segment, structure in zip(segments, structures, strict=True):
-        if remarks := remarks_on(structure, findings, label_map.notes):
+        if remarks := remarks_on(structure, findings, label_map.notes, drawn=structures):
             segment.SegmentDescription = remarks
     buffer = BytesIO()
     with quiet_libraries():

@@ -140,6 +140,8 @@ def test_what_is_done_is_known_by_what_it_was_made_of(tmp_path: Path) -> None:
     results = tmp_path / "results"
     drawn = run(first, second, "--output-folder", results)
     assert drawn.exit_code == 0, drawn.output
+    looked_at = [row["look_at"] for row in rows_of(results / "anatomynet-segment.csv")]
+    assert "0" not in looked_at
     other = run(first, second, "--output-folder", results, "--tolerance-mm", "0.7")
     assert "with other options" in other.stdout
     (results / "second.rtstruct.dcm").unlink()
@@ -147,6 +149,9 @@ def test_what_is_done_is_known_by_what_it_was_made_of(tmp_path: Path) -> None:
     changed = run(first, second, "--output-folder", results)
     assert "changed since it was drawn" in changed.stdout
     assert (results / "second.rtstruct.dcm").exists()
+    again = run(first, second, "--output-folder", results)
+    assert "done before" in again.stdout
+    assert [row["look_at"] for row in rows_of(results / "anatomynet-segment.csv")] == ["0", looked_at[1]]
     assert (results / "first.rtstruct.dcm").read_bytes() == b"a physician's work"
     shutil.rmtree(first)
     write_tiny(first, seed=7)

@@ -26,12 +26,14 @@ def write_both(folder: Path, data: bytes, *, overwrite: bool = False) -> bool:
         for path in staged.values():
             path.write_bytes(data)
 
-    return write_recorded(outputs_in(folder), RECORD, write, overwrite=overwrite)
+    return write_recorded(outputs_in(folder), RECORD, write, findings=0, overwrite=overwrite)
 
 
 def write_one(folder: Path) -> Path:
     output = folder / "head.rtstruct.dcm"
-    write_recorded({"rtstruct": output}, {}, lambda staged: staged["rtstruct"].write_bytes(b"contours"), overwrite=True)
+    write_recorded(
+        {"rtstruct": output}, {}, lambda staged: staged["rtstruct"].write_bytes(b"contours"), findings=0, overwrite=True
+    )
     return output
 
 

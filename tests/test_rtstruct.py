@@ -18,6 +18,7 @@ from anatomynet.client.contours import Contour, StructureContours, trace_contour
 from anatomynet.client.rtstruct import write_rtstruct
 from anatomynet.client.study import CTSeries, read_ct_series
 from anatomynet.engine.errors import GeometryError, OutputError
+from anatomynet.engine.findings import Finding
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.structures import STRUCTURES
 from anatomynet.engine.volume import LabelMap
@@ -168,6 +169,19 @@ def test_each_organ_found_is_one_roi(tmp_path: Path, series: CTSeries) -> None:
     assert numbers == [roi.ReferencedROINumber for roi in dataset.RTROIObservationsSequence]
     assert dataset.ApprovalStatus == "UNAPPROVED"
     assert dataset.StructureSetDescription == "oar9, checkpoint 0123456789ab"
+
+
+def test_a_structure_that_was_not_found_is_named_by_every_roi(tmp_path: Path, series: CTSeries) -> None:
+    """It has no ROI of its own, and who gets the file alone would not miss it."""
+    labels = hard_labels()
+    labels[labels == 2] = 0
+    findings = (Finding("Bone_Mandible", "not found on this CT", None), Finding("Brainstem", "in 2 pieces", None))
+    write_rtstruct(tmp_path / "rs.dcm", series, traced(series, labels), notes=["a note"], findings=findings)
+    rois = pydicom.dcmread(tmp_path / "rs.dcm").StructureSetROISequence
+    missing = "Bone_Mandible: not found on this CT; a note"
+    assert {roi.ROIName: roi.ROIDescription for roi in rois} == {
+        roi.ROIName: f"in 2 pieces; {missing}" if roi.ROIName == "Brainstem" else missing for roi in rois
+    }
 
 
 def test_texts_are_no_longer_than_dicom_allows(tmp_path: Path, series: CTSeries) -> None:
