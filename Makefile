@@ -26,7 +26,7 @@ test: $(VENV)/dev.stamp
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p anatomynet.engine -p anatomynet.export -p anatomynet.client
+	$(BIN)/mypy -p anatomynet.engine -p anatomynet.export -p anatomynet.client -m anatomynet.start
 	$(BIN)/mypy tests benchmarks deploy/lock.py
 
 # After a change of a dependency: install it, then write down what it brought.

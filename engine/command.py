@@ -5,20 +5,18 @@ Exit status 0 done, 1 an AnatomyNetError, 2 usage (click's own), 130 interrupted
 
 import errno
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import click
 
 from anatomynet.engine.errors import AnatomyNetError
+from anatomynet.engine.stops import unwound_by_stops
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells say it
-STOPS = (signal.SIGTERM,) if sys.platform == "win32" else (signal.SIGTERM, signal.SIGHUP)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 Parameters = ParamSpec("Parameters")
@@ -58,26 +56,3 @@ def _drop_what_cannot_be_written() -> None:
     except OSError:
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@contextmanager
-def unwound_by_stops() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind the stack: else what lies in temporary folders, a patient's CT, would stay there.
-
-    What a program or `nohup` has chosen for them stays; in another thread than the main one nothing changes.
-    """
-    main_thread = threading.current_thread() is threading.main_thread()
-    stops = [number for number in STOPS if main_thread and signal.getsignal(number) == signal.SIG_DFL]
-
-    def leave(number: int, _frame: object) -> None:
-        for stop in stops:  # a second one, as closed terminals send it, would break off the tidying
-            signal.signal(stop, signal.SIG_IGN)
-        raise SystemExit(128 + number)
-
-    for stop in stops:
-        signal.signal(stop, leave)
-    try:
-        yield
-    finally:
-        for stop in stops:
-            signal.signal(stop, signal.SIG_DFL)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from anatomynet.engine.augmentation import Augmentation, Sample
 from anatomynet.engine.checkpoint import save_checkpoint
-from anatomynet.engine.command import STOPS, reports_errors
+from anatomynet.engine.command import reports_errors
 from anatomynet.engine.config import SHIPPED_NAME, ModelConfig, TrainConfig, load_config
 from anatomynet.engine.curves import write_curves
 from anatomynet.engine.data import Case, cut_to_body, cut_to_head_and_neck
@@ -39,6 +39,7 @@ from anatomynet.engine.region import RegionFinder
 from anatomynet.engine.region_runtime import EmbeddedRegionFinder
 from anatomynet.engine.resolution import draw_reduced
 from anatomynet.engine.runtime import TorchRuntime, available_cores
+from anatomynet.engine.stops import STOPS
 from anatomynet.engine.survey import Survey, summary_lines, survey_archive, write_survey
 from anatomynet.engine.training import Training
 

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from anatomynet.engine.augmentation import Sample
 from anatomynet.engine.checkpoint import load_checkpoint
-from anatomynet.engine.command import STOPS
 from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
 from anatomynet.engine.data import Case, read_case
 from anatomynet.engine.errors import DataError, ModelError
@@ -35,6 +34,7 @@ from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.region import RegionConfig
 from anatomynet.engine.region_runtime import EmbeddedRegionFinder
 from anatomynet.engine.runtime import TorchRuntime
+from anatomynet.engine.stops import STOPS
 from anatomynet.engine.survey import Survey
 from anatomynet.engine.train import (
     cases_to_learn_from,
