@@ -26,6 +26,7 @@ from anatomynet.engine.errors import GeometryError, OutputError, StudyError
 from anatomynet.engine.findings import judge_contours
 from anatomynet.engine.output import write_whole
 from anatomynet.engine.preprocess import canonical_from_array
+from anatomynet.engine.stops import undisturbed
 from anatomynet.engine.structure_region import StructureRegion
 from anatomynet.engine.structures import STRUCTURES
 from anatomynet.engine.volume import CTVolume
@@ -220,7 +221,8 @@ def _write_case(case: Path, volume: CTVolume, rois: Mapping[str, Roi], *, phanto
     except OSError as error:
         raise OutputError(f"{case} could not be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        with undisturbed():
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def _write_report(path: Path, studies: list[ArchivedStudy]) -> None:

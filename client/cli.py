@@ -4,6 +4,7 @@ Heavy modules are imported by the command that needs them: `--help` answers at o
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
@@ -384,14 +385,15 @@ def segment_many(
     if csv_path:
         check_csv(csv_path, overwrite=options.overwrite)
     try:
-        for outcome in run:
-            outcomes.append(outcome)
-            click.echo(progress.line(outcome), err=True)
+        with closing(run):  # else what waits is drawn before the process ends
+            for outcome in run:
+                outcomes.append(outcome)
+                click.echo(progress.line(outcome), err=True)
     finally:
         if outcomes:
-            click.echo("\n".join(table_lines(outcomes)))
             if csv_path:
                 write_csv(csv_path, outcomes)
+            click.echo("\n".join(table_lines(outcomes)))
     failed = sum(outcome.status == "failed" for outcome in outcomes)
     if failed:
         raise StudyError(f"{failed} of {len(outcomes)} could not be drawn; the table says why")

@@ -5,7 +5,7 @@ before each for the one ahead of it. A study that cannot be drawn is an outcome 
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -97,13 +97,13 @@ def segment_found(
     output_folder: Path | None = None,
     all_series: bool = False,
     runtime: Runtime | None = None,
-) -> Iterator[StudyOutcome]:
+) -> Generator[StudyOutcome, None, None]:
     """See `segment_studies`, of which this is all but the search; what is asked is checked at once."""
     _check_options(found, options, all_series=all_series)
     table = load_structure_table(options.structure_table)
     names = _output_names(found, options, output_folder)
 
-    def outcomes() -> Iterator[StudyOutcome]:
+    def outcomes() -> Generator[StudyOutcome, None, None]:
         with ExitStack() as stack:
             # Between what each thread has quiet for itself, too.
             stack.enter_context(quiet_libraries())

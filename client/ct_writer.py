@@ -2,7 +2,6 @@
 
 import hashlib
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from pydicom.valuerep import format_number_as_ds
 
 from anatomynet.client.study import CTSeries, read_ct_series
 from anatomynet.engine.errors import OutputError
+from anatomynet.engine.stops import temporary_folder
 from anatomynet.engine.volume import CTVolume
 
 
@@ -45,7 +45,7 @@ def write_ct_series(
         template.QualityControlSubject = "YES"
     try:
         study_dir.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".", suffix=".part", dir=study_dir) as beside:
+        with temporary_folder(prefix=".", suffix=".part", dir=study_dir) as beside:
             for k in range(volume.geometry.shape[0]):
                 _fill_slice(template, volume, k, digest)
                 template.save_as(Path(beside, f"CT{k + 1:04d}.dcm"), enforce_file_format=True)

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from anatomynet import __version__
@@ -25,6 +24,7 @@ from anatomynet.client.study import CTSeries
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import OutputError
 from anatomynet.engine.output import alone_in, write_whole
+from anatomynet.engine.stops import temporary_folder
 
 RECORDS = ".anatomynet"
 UNFINISHED = ".part"
@@ -102,7 +102,7 @@ def write_recorded(
     try:
         folder.mkdir(exist_ok=True)
         _remove_abandoned(folder)
-        with TemporaryDirectory(dir=folder, prefix=f"{first.name}.", suffix=UNFINISHED) as unfinished:
+        with temporary_folder(dir=folder, prefix=f"{first.name}.", suffix=UNFINISHED) as unfinished:
             staged = {kind: Path(unfinished, path.name) for kind, path in outputs.items()}
             write(staged)
             Path(unfinished, RECORDS).mkdir()

@@ -11,9 +11,9 @@ import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
 
 from anatomynet.engine.errors import StudyError
+from anatomynet.engine.stops import temporary_folder
 
 LARGEST_FILE_COUNT = 20_000
 LARGEST_UNPACKED_BYTES = 4 << 30  # twenty CT series of 400 slices
@@ -33,7 +33,7 @@ def opened_study(study: Path) -> Iterator[Path]:
         StudyError: a zip file that is damaged, encrypted or too large, or that would write outside its folder.
     """
     if study.is_file() and zipfile.is_zipfile(study):
-        with TemporaryDirectory(prefix="anatomynet-") as folder:
+        with temporary_folder(prefix="anatomynet-") as folder:
             _unpack(study, Path(folder))
             yield Path(folder)
     elif study.is_file() and study.name.upper() == "DICOMDIR":

@@ -8,7 +8,6 @@ Nothing reaches the repository before everything is proven; a run that fails lea
 import importlib.util
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ import click
 from anatomynet.engine.command import reports_errors
 from anatomynet.engine.errors import ExportError
 from anatomynet.engine.output import alone_in, write_whole
+from anatomynet.engine.stops import temporary_folder
 
 if TYPE_CHECKING:
     from anatomynet.export.forms import FinderCheckpoint, Source
@@ -87,7 +87,7 @@ def main(
 
     finder = load_region_checkpoint(region)
     source = forms.read_source(checkpoint, parity_input)
-    with tempfile.TemporaryDirectory(prefix="anatomynet-export-") as folder:
+    with temporary_folder(prefix="anatomynet-export-") as folder:
         if onnx_file:
             write_whole(onnx_file, forms.onnx_file(source, Path(folder), fp16=fp16).read_bytes(), overwrite=True)
             click.echo(onnx_file)
@@ -166,7 +166,7 @@ def move_in_place(folder: Path, home: Path) -> Path:
     place = home / folder.name
     try:
         home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=home) as beside:
+        with temporary_folder(prefix=f".{folder.name}-", dir=home) as beside:
             copied = Path(beside) / folder.name
             copied.mkdir()
             for file in sorted(folder.iterdir()):  # copytree's error would not say what the disk said

@@ -11,13 +11,13 @@ Written beside and swapped in, so that a server never finds half a model.
 
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from anatomynet.engine.contract import MODEL_NAME, REGION_NAME
 from anatomynet.engine.errors import ExportError
 from anatomynet.engine.output import alone_in
+from anatomynet.engine.stops import temporary_folder
 from anatomynet.export.manifest import CONFIG_NAME, write_manifest
 from anatomynet.export.triton_models import FINISH_NAME, PLAN_NAME, PREPARE_NAME, TritonModel
 
@@ -37,7 +37,7 @@ def write_repository(output: Path, models: Sequence[TritonModel]) -> None:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{MODEL_NAME}-", dir=_folder_beside(output)) as beside:
+        with temporary_folder(prefix=f".{MODEL_NAME}-", dir=_folder_beside(output)) as beside:
             new, old = Path(beside) / "new", Path(beside) / "old"
             old.mkdir()
             for model in models:

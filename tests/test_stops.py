@@ -109,7 +109,7 @@ def test_a_second_one_does_not_break_off_the_tidying(end: signal.Signals, second
     with pytest.raises((SystemExit, KeyboardInterrupt)) as left:
         stopped_twice()
     assert tidied
-    assert isinstance(left.value, KeyboardInterrupt) if end == signal.SIGINT else left.value.code == 128 + end
+    assert getattr(left.value, "code", 128 + signal.SIGINT) == 128 + end  # a KeyboardInterrupt has none
     signal.raise_signal(second)  # nor the wait for threads that comes after
 
 
