@@ -31,7 +31,7 @@ def output_paths(types: Sequence[str], study: Path, *, output: Path | None, over
         overwrite: files that are there may be replaced.
 
     Raises:
-        OutputError: an unknown type, a package that a type needs and is missing, a file that is there.
+        OutputError: an unknown type, a package that a type needs and is missing, a file that is there, or would be two.
     """
     wanted = list(dict.fromkeys(kind.strip().lower() for kind in types))
     unknown = [kind for kind in wanted or [""] if kind not in ENDINGS]
@@ -45,6 +45,9 @@ def output_paths(types: Sequence[str], study: Path, *, output: Path | None, over
         base = next((base.removesuffix(e) for e in (*ENDINGS.values(), ".nii", ".dcm") if base.endswith(e)), base)
     paths = {kind: first.with_name(base + ENDINGS[kind]) for kind in wanted}
     if output:
+        other = next((kind for kind in wanted[1:] if paths[kind] == first), None)
+        if other:
+            raise OutputError(f"{output} would be both {wanted[0]} and {other}: give another --output")
         paths[wanted[0]] = output
     files = [*paths.values(), *([label_table_path(paths["nifti"])] if "nifti" in paths else [])]
     for path in files:

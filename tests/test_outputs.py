@@ -214,3 +214,14 @@ def test_names_of_the_files(tmp_path: Path) -> None:
     (tmp_path / "pat.1.labels.tsv").touch()
     with pytest.raises(OutputError, match=r"labels\.tsv exists"):
         names("nifti", None)
+
+
+@pytest.mark.parametrize(
+    ("output", "types"),
+    [("head.seg.dcm", "rtstruct,seg"), ("head.nii.gz", "rtstruct,nifti"), ("a.nii.gz", "seg,nifti")],
+)
+def test_two_outputs_of_one_name_are_refused(tmp_path: Path, output: str, types: str) -> None:
+    first, second = types.split(",")
+    with pytest.raises(OutputError, match=f"{output} would be both {first} and {second}"):
+        output_paths([first, second], tmp_path / "study", output=tmp_path / output, overwrite=True)
+    output_paths([second, first], tmp_path / "study", output=tmp_path / output, overwrite=True)
