@@ -4,8 +4,10 @@ A zip file comes from elsewhere: what would write outside its folder, or fill th
 unpacked.
 """
 
+import lzma
 import shutil
 import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -20,6 +22,16 @@ LARGEST_UNPACKED_BYTES = 4 << 30  # twenty CT series of 400 slices
 # CT packs two to five times; deflate's own limit is about 1000. A small file may be as empty as it likes.
 LARGEST_RATIO, ALWAYS_ALLOWED_BYTES = 100, 64 << 20
 CHUNK_BYTES = 1 << 20
+# What zipfile raises, depending on where a file is damaged; a name may say that it is UTF-8, and not be.
+DAMAGED_ZIP = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    ValueError,
+    EOFError,
+    NotImplementedError,
+)
 
 
 @contextmanager
@@ -84,7 +96,7 @@ def _unpack(path: Path, folder: Path) -> None:
                     shutil.copyfileobj(packed, file, CHUNK_BYTES)
     except FileExistsError as error:
         raise StudyError(f"{path.name} holds two files of one name; export the study again") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except DAMAGED_ZIP as error:
         raise StudyError(f"{path.name} is damaged, or packed in a way that is not known here; pack it again") from error
     except OSError as error:
         raise StudyError(f"{path.name} could not be unpacked: {error.strerror or error}") from error

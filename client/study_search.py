@@ -11,7 +11,6 @@ CT beside studies becomes one that is refused by its name, and nothing is passed
 """
 
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from anatomynet.client.header_elements import META_START, PREAMBLE_LENGTH
 from anatomynet.client.headers import read_header
 from anatomynet.client.quiet import quiet_libraries
+from anatomynet.client.study_files import DAMAGED_ZIP
 from anatomynet.engine.errors import StudyError
 
 # Patient and study of one CT file, or a zip file's path.
@@ -138,7 +138,7 @@ def is_dicom_zip(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as packed:
             return any(_is_dicom_entry(packed, entry) for entry in packed.infolist() if not entry.is_dir())
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
+    except (OSError, RuntimeError, *DAMAGED_ZIP):
         return True
 
 
