@@ -3,6 +3,7 @@
 Nothing is resampled: a file whose voxels are not those of the CT is refused.
 """
 
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from anatomynet.client.structure_set import (
     roi_from_mask,
 )
 from anatomynet.client.study import CTSeries
+from anatomynet.client.study_files import mode_of
 from anatomynet.engine.errors import StudyError
 
 LABEL_MAP_SEGMENTATION_STORAGE = "1.2.840.10008.5.1.4.1.1.66.7"  # DICOM 2024d; pydicom has no name for it yet
@@ -46,8 +48,11 @@ def read_structures(path: Path, series: CTSeries, *, wanted: Wanted = lambda _: 
     Raises:
         StudyError: a file that cannot be read, is none of these, or lies on another grid.
     """
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if _is_nifti(file))
+    if stat.S_ISDIR(mode_of(path)):
+        try:
+            files = sorted(file for file in path.iterdir() if _is_nifti(file))
+        except OSError as error:
+            raise StudyError(f"{path} cannot be read: {error.strerror or error}") from error
         if not files:
             raise StudyError(f"{path} holds no NIfTI masks; expected STRUCTURE.nii.gz in it, or give an RTSTRUCT")
         return _read_nifti(files, series, wanted)

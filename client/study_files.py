@@ -34,6 +34,20 @@ DAMAGED_ZIP = (
 )
 
 
+def mode_of(path: Path) -> int:
+    """The st_mode of what a user names: what kind of thing it is; 0 where nothing is there.
+
+    Raises:
+        StudyError: it may not be looked at, or no file can have such a name.
+    """
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:
+        raise StudyError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
 @contextmanager
 def opened_study(study: Path) -> Iterator[Path]:
     """The folder of a study's files; what was unpacked is deleted when it closes.
@@ -42,13 +56,15 @@ def opened_study(study: Path) -> Iterator[Path]:
         study: a folder, a DICOMDIR (what lies in its folder is read, whatever it lists), or a zip file.
 
     Raises:
-        StudyError: a zip file that is damaged, encrypted or too large, or that would write outside its folder.
+        StudyError: a zip file that is damaged, encrypted or too large, or that would write outside its folder; a place
+            that may not be looked at.
     """
-    if study.is_file() and zipfile.is_zipfile(study):
+    is_file = stat.S_ISREG(mode_of(study))
+    if is_file and zipfile.is_zipfile(study):
         with TemporaryDirectory(prefix="anatomynet-") as folder:
             _unpack(study, Path(folder))
             yield Path(folder)
-    elif study.is_file() and study.name.upper() == "DICOMDIR":
+    elif is_file and study.name.upper() == "DICOMDIR":
         yield study.parent
     else:
         yield study

@@ -10,6 +10,7 @@ One CT file of each folder is asked for its patient and study. So two patients n
 CT beside studies becomes one that is refused by its name, and nothing is passed over in silence.
 """
 
+import os
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -67,13 +68,18 @@ def find_studies(named: Iterable[Path], *, left_out: Sequence[Path] = ()) -> lis
         named: studies, and folders of studies.
         left_out: folders below them that hold results, and no studies.
     """
-    skipped = frozenset(path.resolve() for path in left_out)
+    skipped = frozenset(map(_real, left_out))
     found: dict[Path, tuple[Path, int]] = {}
     for given in named:
         for path in _studies_in(given, skipped):
-            found.setdefault(path.resolve(), (path, max(1, len(path.relative_to(given).parts))))
+            found.setdefault(_real(path), (path, max(1, len(path.relative_to(given).parts))))
     names = _distinct_names(list(found.values()))
     return [FoundStudy(path, name) for (path, _), name in zip(found.values(), names, strict=True)]
+
+
+def _real(path: Path) -> Path:
+    """As Path.resolve, which before Python 3.13 raises RuntimeError of links in a loop."""
+    return Path(os.path.realpath(path))
 
 
 def _distinct_names(paths: Sequence[tuple[Path, int]]) -> list[str]:
@@ -91,7 +97,11 @@ def _distinct_names(paths: Sequence[tuple[Path, int]]) -> list[str]:
 
 
 def _studies_in(given: Path, skipped: frozenset[Path]) -> Iterator[Path]:
-    if not given.is_dir():
+    try:
+        is_folder = given.is_dir()
+    except OSError:  # refused by its name when it is read
+        is_folder = False
+    if not is_folder:
         return iter([given])
     with quiet_libraries():
         return _studies_of(_scanned(given, skipped, above=frozenset()))

@@ -1,7 +1,10 @@
 """SEG and NIfTI: what highdicom and SimpleITK write is read back voxel for voxel; another grid is refused."""
 
 import builtins
+import errno
+import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,20 @@ def masks() -> dict[str, Mask]:
     first[1:4, 3:9, 4:20], first[1, 3, 4:7] = True, False
     second[2:5, 8:21, 15:26] = True
     return dict(zip(NAMES, (first, second), strict=True))
+
+
+def test_what_cannot_be_looked_at_is_refused(
+    tmp_path: Path, head_first: CTSeries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StudyError, match="cannot be read: File name too long"):
+        read_structures(tmp_path / ("a" * 256), head_first)
+
+    def iterdir(self: Path) -> Iterator[Path]:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(StudyError, match="cannot be read: Permission denied"):
+        read_structures(tmp_path, head_first)
 
 
 def write_seg(path: Path, series: CTSeries, kind: str = "BINARY") -> Path:

@@ -88,6 +88,19 @@ def test_a_folder_and_any_other_file_are_left_to_the_reader(tmp_path: Path) -> N
             assert found == path
 
 
+def test_what_cannot_be_looked_at_is_found_and_refused_when_read(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for path, why in (
+        (tmp_path / ("a" * 256), "File name too long"),
+        (tmp_path / "loop", "Too many levels of symbolic links"),
+    ):
+        assert [study.path for study in find_studies([path], left_out=[path])] == [path]
+        with pytest.raises(StudyError, match=f"cannot be read: {why}"), opened_study(path):
+            pass
+        with pytest.raises(StudyError, match=f"cannot be read: {why}"):
+            read_ct_series(path)
+
+
 @pytest.mark.parametrize("name", ["../out.dcm", "a/../../out.dcm", "/etc/out.dcm", "..\\out.dcm", "C:\\out.dcm"])
 def test_paths_that_lead_outside_are_refused(tmp_path: Path, unpacked_here: Path, name: str) -> None:
     refusal(zip_of(tmp_path / "s.zip", ("fine", b"1"), (name, b"2")), "outside its folder", unpacked_here)
