@@ -181,7 +181,7 @@ def _mp4(frames: Iterator[Image]) -> bytes:
                 height, width, _ = frame.shape
         given = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(FRAMES_PER_SECOND)]
         command = [ffmpeg, "-loglevel", "error", *given, "-i", str(raw), "-pix_fmt", "yuv420p", str(film)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise OutputError(f"ffmpeg could not make the film: {done.stderr.strip()[-200:]}")
         return film.read_bytes()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -256,6 +257,24 @@ def test_a_film_by_ffmpeg(study: Study) -> None:
     path = study.folder / "film.mp4"
     assert study.compare("--animation", str(path)).exit_code == 0
     assert path.read_bytes()[4:8] == b"ftyp"
+
+
+def test_ffmpeg_reads_nothing_of_what_is_meant_for_others(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the names that `while read study; do anatomynet-client compare ...; done` has yet to read."""
+    program, names = study.folder / "ffmpeg", study.folder / "names"
+    program.write_text('#!/bin/sh\nfor film; do :; done\ncat > "$film"\n')  # "$film" is the last argument
+    program.chmod(0o755)
+    names.write_text("the other studies")
+    monkeypatch.setattr(shutil, "which", lambda _: str(program))
+    before = os.dup(0)
+    try:
+        with names.open() as file:
+            os.dup2(file.fileno(), 0)
+            assert study.compare("--animation", str(study.folder / "film.mp4")).exit_code == 0
+            assert os.read(0, 100) == b"the other studies"
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
 
 
 def test_it_needs_no_torch(study: Study) -> None:
