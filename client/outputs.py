@@ -11,6 +11,7 @@ from anatomynet.client.rtstruct import write_rtstruct
 from anatomynet.client.seg import seg_library, write_seg
 from anatomynet.client.structure_table import StructureTable
 from anatomynet.client.study import CTSeries
+from anatomynet.client.study_files import named_path
 from anatomynet.engine.errors import OutputError
 from anatomynet.engine.findings import Finding
 from anatomynet.engine.output import refuse_existing
@@ -39,7 +40,7 @@ def output_paths(types: Sequence[str], study: Path, *, output: Path | None, over
         raise OutputError(f"unknown output type {unknown[0]!r}; expected some of {', '.join(ENDINGS)}")
     for kind in wanted:
         LIBRARIES.get(kind, lambda: None)()
-    first = (output or study).absolute()
+    first = (output or named_path(study)).absolute()
     base = first.name.removesuffix(".zip")
     if output:
         base = next((base.removesuffix(e) for e in (*ENDINGS.values(), ".nii", ".dcm") if base.endswith(e)), base)

@@ -48,6 +48,11 @@ def mode_of(path: Path) -> int:
         raise StudyError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
+def named_path(path: Path) -> Path:
+    """A study's path, by which its outputs are called: of "." and ".." the folder's own."""
+    return path if path.name.strip(".") else path.resolve()
+
+
 @contextmanager
 def opened_study(study: Path) -> Iterator[Path]:
     """The folder of a study's files; what was unpacked is deleted when it closes.

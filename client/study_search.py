@@ -20,7 +20,7 @@ from pathlib import Path
 from anatomynet.client.header_elements import META_START, PREAMBLE_LENGTH
 from anatomynet.client.headers import read_header
 from anatomynet.client.quiet import quiet_libraries
-from anatomynet.client.study_files import DAMAGED_ZIP
+from anatomynet.client.study_files import DAMAGED_ZIP, named_path
 from anatomynet.engine.errors import StudyError
 
 # Patient and study of one CT file, or a zip file's path.
@@ -84,7 +84,7 @@ def _real(path: Path) -> Path:
 
 def _distinct_names(paths: Sequence[tuple[Path, int]]) -> list[str]:
     """Of each path so many of its last parts, and more where others have the same, as far as there are any."""
-    parts = [(path if path.name.strip(".") else path.resolve()).absolute().parts[1:] for path, _ in paths]
+    parts = [named_path(path).absolute().parts[1:] for path, _ in paths]
     lengths = [length for _, length in paths]
     while True:
         names = ["_".join(of[-length:]).removesuffix(".zip") for of, length in zip(parts, lengths, strict=True)]
