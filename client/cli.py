@@ -207,11 +207,13 @@ def compare(
 ) -> None:
     """Measure how well a physician's contours and the network's agree on the CT in the folder STUDY."""
     from anatomynet.client.compare import compare_files, table_lines, write_csv, write_json
-    from anatomynet.client.overlay import write_animation, write_figure
+    from anatomynet.client.overlay import check_animation, write_animation, write_figure
     from anatomynet.client.study import read_ct_series, volume_from_series
 
     for path in filter(None, (json_path, csv_path, figure, animation)):
         refuse_existing(path, overwrite=overwrite)
+    if animation:
+        check_animation(animation)
     ct_series = read_ct_series(study_folder(study), series_instance_uid=series)
     comparison = compare_files(prediction, reference, ct_series, alias_file=aliases)
     for line in table_lines(comparison):

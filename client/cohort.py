@@ -22,7 +22,7 @@ from anatomynet.client.records import files_of, findings_in, is_done, record_of,
 from anatomynet.client.report import StageClock
 from anatomynet.client.structure_table import load_structure_table
 from anatomynet.client.study import CTSeries, list_ct_series, read_ct_series
-from anatomynet.client.study_files import opened_study
+from anatomynet.client.study_files import named_path, opened_study
 from anatomynet.client.study_search import FoundStudy, find_studies
 from anatomynet.engine.errors import AnatomyNetError, OutputError, ServerError, StudyError
 from anatomynet.engine.runtime import Runtime
@@ -154,7 +154,7 @@ def _output_names(found: Sequence[FoundStudy], options: SegmentOptions, folder: 
     owners: dict[Path, Path] = {}
     named = []
     for study in found:
-        name = folder / study.name if folder else study.path
+        name = folder / study.name if folder else named_path(study.path)
         first = next(iter(_outputs(name, options).values()))
         other = owners.setdefault(first, study.path)
         if other != study.path:

@@ -1,5 +1,6 @@
 """Where the network runs: the server that was asked for, one on this machine, or the embedded engine."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -87,13 +88,19 @@ def access_to(server: ServerOptions) -> Access:
     Raises:
         ServerError: a file that cannot be what it should, an address that is none or has no use for it.
     """
+    addresses = [address_from_url(url) for url in server.urls]
     access = read_access(
-        tls_ca=server.tls_ca, tls_cert=server.tls_cert, tls_key=server.tls_key, api_key_file=server.api_key_file
+        tls_ca=server.tls_ca,
+        tls_cert=server.tls_cert,
+        tls_key=server.tls_key,
+        api_key_file=server.api_key_file,
+        # Where the key would not be sent, it may be another's, or empty, as compose files set it.
+        environment=os.environ if any(address.secure for address in addresses) else {},
     )
     if access.given and not server.urls:
         raise ServerError(f"{' and '.join(access.given)} without a server: expected --url https://HOST:PORT")
-    for url in server.urls:
-        access.check_fits(address_from_url(url))
+    for address in addresses:
+        access.check_fits(address)
     return access
 
 

@@ -6,7 +6,7 @@ Asking again is always safe: a question changes nothing at a server.
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from anatomynet.engine.errors import ServerBusyError, ServerError
+from anatomynet.engine.errors import ModelError, ServerBusyError, ServerError
 
 if TYPE_CHECKING:
     from tritonclient.utils import InferenceServerException
@@ -90,6 +90,11 @@ class AttemptError(Exception):
     def as_server_error(self) -> ServerError:
         """What a user of the runtime gets, once nothing more is tried."""
         return (ServerBusyError if self.busy else ServerError)(str(self))
+
+
+def unknown_model(name: str, error: ModelError) -> ServerError:
+    """Of a served model whose parameters are not understood here."""
+    return ServerError(f"the model {name} cannot be used: {error}: update this client, or export it again")
 
 
 def attempt_error(error: "InferenceServerException | None", before: str, after: str = "") -> AttemptError:

@@ -6,6 +6,7 @@ Here it is decided what is DICOM, what is a CT slice and what is damaged; whethe
 import math
 import os
 import re
+import stat
 import struct
 import zlib
 from collections import Counter
@@ -43,6 +44,7 @@ from anatomynet.client.header_elements import (
     FileElements,
 )
 from anatomynet.client.header_scan import HEAD_BYTES, scan_header
+from anatomynet.client.study_files import mode_of
 from anatomynet.engine.errors import GeometryError, StudyError
 
 FRAME_CLASSES = frozenset({EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage})
@@ -267,8 +269,9 @@ def files_under(study_dir: Path) -> Iterator[Path]:
     Raises:
         StudyError: no folder, or one that cannot be read.
     """
-    if not study_dir.is_dir():
-        what = "is a file" if study_dir.exists() else "does not exist"
+    mode = mode_of(study_dir)
+    if not stat.S_ISDIR(mode):
+        what = "is a file" if mode else "does not exist"
         raise StudyError(f"{study_dir} {what}; expected a folder, or a zip file, with one CT series")
 
     def refuse(error: OSError) -> NoReturn:
@@ -277,10 +280,12 @@ def files_under(study_dir: Path) -> Iterator[Path]:
     for root, folders, names in os.walk(study_dir, onerror=refuse):
         # What is hidden is not the scanner's: a Mac leaves a "._IMG1.dcm" beside IMG1.dcm on foreign disks.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(root, name)
-            if not name.startswith(".") and path.is_file():
-                yield path
+        paths = [Path(root, name) for name in sorted(names) if not name.startswith(".")]
+        try:
+            files = [path for path in paths if path.is_file()]
+        except OSError as error:  # a folder that may be listed, and not entered
+            refuse(error)
+        yield from files
 
 
 def read_header(path: Path) -> CTHeader | None:

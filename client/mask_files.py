@@ -3,6 +3,7 @@
 Nothing is resampled: a file whose voxels are not those of the CT is refused.
 """
 
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,16 @@ from anatomynet.client.structure_set import (
     roi_from_mask,
 )
 from anatomynet.client.study import CTSeries
-from anatomynet.engine.errors import StudyError
+from anatomynet.client.study_files import mode_of
+from anatomynet.engine.errors import DataError, StudyError
+from anatomynet.engine.preprocess import array_from_canonical
+from anatomynet.engine.volume_files import read_volume
 
 LABEL_MAP_SEGMENTATION_STORAGE = "1.2.840.10008.5.1.4.1.1.66.7"  # DICOM 2024d; pydicom has no name for it yet
 SEG_CLASSES = (SegmentationStorage, LABEL_MAP_SEGMENTATION_STORAGE)
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 # How far the corner of a mask's voxel may lie off the CT's own, in voxels.
 GRID_TOLERANCE = 0.01
-RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 Wanted = Callable[[str], bool]
 
@@ -46,8 +49,11 @@ def read_structures(path: Path, series: CTSeries, *, wanted: Wanted = lambda _: 
     Raises:
         StudyError: a file that cannot be read, is none of these, or lies on another grid.
     """
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if _is_nifti(file))
+    if stat.S_ISDIR(mode_of(path)):
+        try:
+            files = sorted(file for file in path.iterdir() if _is_nifti(file))
+        except OSError as error:
+            raise StudyError(f"{path} cannot be read: {error.strerror or error}") from error
         if not files:
             raise StudyError(f"{path} holds no NIfTI masks; expected STRUCTURE.nii.gz in it, or give an RTSTRUCT")
         return _read_nifti(files, series, wanted)
@@ -128,40 +134,20 @@ def _read_nifti(files: list[Path], series: CTSeries, wanted: Wanted) -> Structur
 def _nifti_mask(path: Path, series: CTSeries) -> Mask:
     """bool (z, y, x) on the series' grid, True where the file is not 0."""
     try:
-        import nibabel
-        from nibabel.filebasedimages import ImageFileError
-        from nibabel.spatialimages import HeaderDataError
-        from nibabel.wrapstruct import WrapStructError
-    except ImportError as error:
-        raise StudyError(f"{path.name}: NIfTI needs nibabel; pip install nibabel, or give an RTSTRUCT") from error
-    try:
-        image = nibabel.Nifti1Image.from_filename(path)
-        values, affine = np.asarray(image.dataobj), np.asarray(image.affine)
-    except (OSError, ImageFileError, HeaderDataError, WrapStructError, *DAMAGED) as error:
-        raise StudyError(f"{path.name} cannot be read as NIfTI; write it again") from error
-    found = np.unique(values)
-    if len(found) > 2 or values.ndim != 3:
+        values, geometry = read_volume(path)
+    except DataError as error:
+        raise StudyError(str(error)) from error
+    found = len(np.unique(values))
+    if found > 2:
         raise StudyError(
-            f"{path.name} holds {len(found)} values in {values.ndim} dimensions; expected one mask in three: "
-            "write a file a structure, named after it"
+            f"{path.name} holds {found} values; expected one mask: write a file a structure, named after it"
         )
-    return _on_series_grid(values != 0, RAS_TO_LPS @ affine, series, path)
-
-
-def _on_series_grid(mask: Mask, affine: NDArray[np.float64], series: CTSeries, path: Path) -> Mask:
-    """A mask (i, j, k) with its index -> LPS mm matrix, turned to the series' (z, y, x)."""
-    to_series = np.linalg.inv(series.geometry.affine) @ affine
-    turn = np.rint(to_series[:3, :3])
-    order = np.abs(turn).argmax(axis=1)  # of the file's axes along x, y, z
-    corners = np.array(np.meshgrid(*((0, side - 1) for side in mask.shape))).reshape(3, -1)
-    exact = to_series[:3, :3] @ corners + to_series[:3, 3:]
-    sides = np.array(series.geometry.shape[::-1])
-    same = sorted(order) == [0, 1, 2] and tuple(np.array(mask.shape)[order]) == tuple(sides)
-    off = np.abs(exact - np.where(np.abs(exact) < 0.5, 0, sides[:, None] - 1)).max()
-    if not same or off > GRID_TOLERANCE:
+    grid = series.geometry.canonical()
+    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(grid.shape[::-1]) - 1)
+    off = np.abs(grid.indices_from_points(geometry.points_from_indices(corners)) - corners).max()
+    if geometry.shape != grid.shape or not off <= GRID_TOLERANCE:
         raise _other_grid(path)
-    flips = [axis for axis in range(3) if turn[axis, order[axis]] < 0]
-    return np.flip(mask.transpose(order), flips).transpose(2, 1, 0)
+    return array_from_canonical(values != 0, series.geometry)
 
 
 def _other_grid(path: Path) -> StudyError:

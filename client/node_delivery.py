@@ -65,7 +65,13 @@ def deliver(paths: Sequence[Path], destination: Destination, *, ae_title: str, t
 def _send(association: Association, path: Path, where: str) -> None:
     if not association.is_established:
         raise DeliveryError(f"{where} broke the association")
-    status = association.send_c_store(path).get("Status")
+    try:
+        status = association.send_c_store(path).get("Status")
+    except RuntimeError as error:  # aborted since it was looked at
+        raise DeliveryError(f"{where} broke the association") from error
+    except ValueError as error:  # whose text may quote the file
+        message = f"{path.name} could not be encoded for {where}; let it take another transfer syntax, then --retry"
+        raise DeliveryError(message, transient=False) from error
     if status is None:
         raise DeliveryError(f"{where} gave no answer")
     if status not in STORED_STATUSES:

@@ -19,8 +19,6 @@ import pydicom
 from pydicom.dataset import Dataset
 from pydicom.uid import (
     JPEG2000,
-    CTImageStorage,
-    EnhancedCTImageStorage,
     ExplicitVRLittleEndian,
     HTJ2KLossless,
     ImplicitVRLittleEndian,
@@ -37,7 +35,7 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 from pynetdicom.transport import ThreadedAssociationServer
 
 from anatomynet.client.codecs import is_readable
-from anatomynet.client.headers import DAMAGED, uid_tail
+from anatomynet.client.headers import CT_CLASSES, DAMAGED, uid_tail
 from anatomynet.client.node_arrivals import STARTED, STORED, Arrivals, Instance
 from anatomynet.client.node_config import NodeConfig
 from anatomynet.client.node_log import log, log_failure
@@ -79,7 +77,7 @@ def listening(config: NodeConfig, arrivals: Arrivals) -> Iterator[tuple[str, int
     ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = config.timeout_seconds
     ae.maximum_pdu_size = ANNOUNCED_PDU
     ae.add_supported_context(Verification)
-    for storage in (CTImageStorage, EnhancedCTImageStorage):
+    for storage in sorted(CT_CLASSES):
         ae.add_supported_context(storage, list(readable_syntaxes()))
     handlers: list[Any] = [
         (evt.EVT_CONN_OPEN, bound_reading),

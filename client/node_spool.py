@@ -32,7 +32,8 @@ from typing import IO, Any
 
 from anatomynet.client.headers import UID_TAIL_LENGTH
 from anatomynet.client.node_log import log
-from anatomynet.engine.errors import NodeError
+from anatomynet.engine.config import config_from_table
+from anatomynet.engine.errors import ModelError, NodeError
 from anatomynet.engine.output import write_whole
 
 RECEIVED, READY, SEGMENTED, SENT, PARKED, TRASH = "received", "ready", "segmented", "sent", "parked", "trash"
@@ -296,13 +297,14 @@ def read_record(folder: Path) -> JobRecord:
     text = path.read_bytes()
     try:
         values = json.loads(text)
-        known: dict[str, Any] = {each.name: values[each.name] for each in fields(JobRecord)}
-        for name in ("notes", "delivered"):
-            known[name] = tuple(known[name])
-    except (ValueError, KeyError, TypeError):
+        known = {each.name: values[each.name] for each in fields(JobRecord)}  # a newer version may write more
+        record = config_from_table(JobRecord, known, RECORD_NAME)
+        if datetime.fromisoformat(record.since).tzinfo is None:
+            raise ValueError("no time zone")
+    except (ValueError, KeyError, TypeError, ModelError):  # cut short, or edited by hand
         written = datetime.fromtimestamp(path.stat().st_mtime, UTC)  # its age still counts
         return JobRecord(since=written.isoformat(), problem=f"{RECORD_NAME} was damaged")
-    return JobRecord(**known)
+    return record
 
 
 def write_record(folder: Path, record: JobRecord) -> None:

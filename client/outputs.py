@@ -11,6 +11,7 @@ from anatomynet.client.rtstruct import write_rtstruct
 from anatomynet.client.seg import seg_library, write_seg
 from anatomynet.client.structure_table import StructureTable
 from anatomynet.client.study import CTSeries
+from anatomynet.client.study_files import named_path
 from anatomynet.engine.errors import OutputError
 from anatomynet.engine.findings import Finding
 from anatomynet.engine.output import refuse_existing
@@ -31,7 +32,7 @@ def output_paths(types: Sequence[str], study: Path, *, output: Path | None, over
         overwrite: files that are there may be replaced.
 
     Raises:
-        OutputError: an unknown type, a package that a type needs and is missing, a file that is there.
+        OutputError: an unknown type, a package that a type needs and is missing, a file that is there, or would be two.
     """
     wanted = list(dict.fromkeys(kind.strip().lower() for kind in types))
     unknown = [kind for kind in wanted or [""] if kind not in ENDINGS]
@@ -39,12 +40,15 @@ def output_paths(types: Sequence[str], study: Path, *, output: Path | None, over
         raise OutputError(f"unknown output type {unknown[0]!r}; expected some of {', '.join(ENDINGS)}")
     for kind in wanted:
         LIBRARIES.get(kind, lambda: None)()
-    first = (output or study).absolute()
+    first = (output or named_path(study)).absolute()
     base = first.name.removesuffix(".zip")
     if output:
         base = next((base.removesuffix(e) for e in (*ENDINGS.values(), ".nii", ".dcm") if base.endswith(e)), base)
     paths = {kind: first.with_name(base + ENDINGS[kind]) for kind in wanted}
     if output:
+        other = next((kind for kind in wanted[1:] if paths[kind] == first), None)
+        if other:
+            raise OutputError(f"{output} would be both {wanted[0]} and {other}: give another --output")
         paths[wanted[0]] = output
     files = [*paths.values(), *([label_table_path(paths["nifti"])] if "nifti" in paths else [])]
     for path in files:

@@ -67,6 +67,19 @@ def write_figure(path: Path, volume: CTVolume, comparison: Comparison, *, overwr
     write_png(path, framed([row for row in rows if row], legend), overwrite=overwrite)
 
 
+def check_animation(path: Path) -> None:
+    """Asked before any work is done.
+
+    Raises:
+        OutputError: another ending than .gif and .mp4; no ffmpeg for the latter.
+    """
+    ending = path.suffix.lower()
+    if ending not in (".gif", ".mp4"):
+        raise OutputError(f"{path}: expected a name that ends in .gif or .mp4")
+    if ending == ".mp4":
+        _ffmpeg()
+
+
 def write_animation(path: Path, volume: CTVolume, comparison: Comparison, *, overwrite: bool = False) -> None:
     """Writes a GIF, or an MP4 where ffmpeg is installed: reference left, prediction right, from the feet to the head.
 
@@ -74,13 +87,12 @@ def write_animation(path: Path, volume: CTVolume, comparison: Comparison, *, ove
         GeometryError: an oblique volume.
         OutputError: another ending, no ffmpeg, a file that exists, or cannot be written.
     """
+    check_animation(path)
     frames = _frames(volume, comparison)
     if path.suffix.lower() == ".gif":
         data = _gif(frames, [pair.structure.colour for pair in comparison.pairs])
-    elif path.suffix.lower() == ".mp4":
-        data = _mp4(frames)
     else:
-        raise OutputError(f"{path}: expected a name that ends in .gif or .mp4")
+        data = _mp4(frames)
     write_whole(path, data, overwrite=overwrite)
 
 
@@ -169,10 +181,14 @@ def _palette(colours: Sequence[Colour]) -> NDArray[np.uint8]:
     return np.vstack((grey, *ramps))[:256].round().astype(np.uint8)
 
 
-def _mp4(frames: Iterator[Image]) -> bytes:
-    ffmpeg = shutil.which("ffmpeg")
-    if ffmpeg is None:
+def _ffmpeg() -> str:
+    program = shutil.which("ffmpeg")
+    if program is None:
         raise OutputError("an MP4 needs ffmpeg, which is not installed here; install it, or write a .gif")
+    return program
+
+
+def _mp4(frames: Iterator[Image]) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         raw, film = Path(folder, "frames.rgb"), Path(folder, "film.mp4")
         with raw.open("wb") as file:
@@ -180,8 +196,8 @@ def _mp4(frames: Iterator[Image]) -> bytes:
                 file.write(frame.tobytes())
                 height, width, _ = frame.shape
         given = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(FRAMES_PER_SECOND)]
-        command = [ffmpeg, "-loglevel", "error", *given, "-i", str(raw), "-pix_fmt", "yuv420p", str(film)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [_ffmpeg(), "-loglevel", "error", *given, "-i", str(raw), "-pix_fmt", "yuv420p", str(film)]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise OutputError(f"ffmpeg could not make the film: {done.stderr.strip()[-200:]}")
         return film.read_bytes()

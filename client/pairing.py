@@ -12,6 +12,7 @@ from pathlib import Path
 
 from anatomynet.client.headers import uid_tail
 from anatomynet.client.study_contents import FoundRtstruct, FoundSeries, StudyContents, contents_below
+from anatomynet.client.study_files import named_path
 
 LISTED = 5  # of what a line names
 
@@ -141,7 +142,7 @@ class _Pairing:
         path = study / inside
         if path != self.source and path.is_relative_to(self.source):
             return path.relative_to(self.source).as_posix()
-        return (path if path.name.strip(".") else path.resolve()).name
+        return named_path(path).name
 
 
 def _listed(names: Sequence[str]) -> str:

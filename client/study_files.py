@@ -4,8 +4,10 @@ A zip file comes from elsewhere: what would write outside its folder, or fill th
 unpacked.
 """
 
+import lzma
 import shutil
 import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -20,6 +22,35 @@ LARGEST_UNPACKED_BYTES = 4 << 30  # twenty CT series of 400 slices
 # CT packs two to five times; deflate's own limit is about 1000. A small file may be as empty as it likes.
 LARGEST_RATIO, ALWAYS_ALLOWED_BYTES = 100, 64 << 20
 CHUNK_BYTES = 1 << 20
+# What zipfile raises, depending on where a file is damaged; a name may say that it is UTF-8, and not be.
+DAMAGED_ZIP = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    ValueError,
+    EOFError,
+    NotImplementedError,
+)
+
+
+def mode_of(path: Path) -> int:
+    """The st_mode of what a user names: what kind of thing it is; 0 where nothing is there.
+
+    Raises:
+        StudyError: it may not be looked at, or no file can have such a name.
+    """
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except OSError as error:
+        raise StudyError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def named_path(path: Path) -> Path:
+    """A study's path, by which its outputs are called: of "." and ".." the folder's own."""
+    return path if path.name.strip(".") else path.resolve()
 
 
 @contextmanager
@@ -30,13 +61,15 @@ def opened_study(study: Path) -> Iterator[Path]:
         study: a folder, a DICOMDIR (what lies in its folder is read, whatever it lists), or a zip file.
 
     Raises:
-        StudyError: a zip file that is damaged, encrypted or too large, or that would write outside its folder.
+        StudyError: a zip file that is damaged, encrypted or too large, or that would write outside its folder; a place
+            that may not be looked at.
     """
-    if study.is_file() and zipfile.is_zipfile(study):
+    is_file = stat.S_ISREG(mode_of(study))
+    if is_file and zipfile.is_zipfile(study):
         with temporary_folder(prefix="anatomynet-") as folder:
             _unpack(study, Path(folder))
             yield Path(folder)
-    elif study.is_file() and study.name.upper() == "DICOMDIR":
+    elif is_file and study.name.upper() == "DICOMDIR":
         yield study.parent
     else:
         yield study
@@ -84,7 +117,7 @@ def _unpack(path: Path, folder: Path) -> None:
                     shutil.copyfileobj(packed, file, CHUNK_BYTES)
     except FileExistsError as error:
         raise StudyError(f"{path.name} holds two files of one name; export the study again") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except DAMAGED_ZIP as error:
         raise StudyError(f"{path.name} is damaged, or packed in a way that is not known here; pack it again") from error
     except OSError as error:
         raise StudyError(f"{path.name} could not be unpacked: {error.strerror or error}") from error

@@ -10,8 +10,8 @@ One CT file of each folder is asked for its patient and study. So two patients n
 CT beside studies becomes one that is refused by its name, and nothing is passed over in silence.
 """
 
+import os
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from pathlib import Path
 from anatomynet.client.header_elements import META_START, PREAMBLE_LENGTH
 from anatomynet.client.headers import read_header
 from anatomynet.client.quiet import quiet_libraries
+from anatomynet.client.study_files import DAMAGED_ZIP, named_path
 from anatomynet.engine.errors import StudyError
 
 # Patient and study of one CT file, or a zip file's path.
@@ -67,18 +68,23 @@ def find_studies(named: Iterable[Path], *, left_out: Sequence[Path] = ()) -> lis
         named: studies, and folders of studies.
         left_out: folders below them that hold results, and no studies.
     """
-    skipped = frozenset(path.resolve() for path in left_out)
+    skipped = frozenset(map(_real, left_out))
     found: dict[Path, tuple[Path, int]] = {}
     for given in named:
         for path in _studies_in(given, skipped):
-            found.setdefault(path.resolve(), (path, max(1, len(path.relative_to(given).parts))))
+            found.setdefault(_real(path), (path, max(1, len(path.relative_to(given).parts))))
     names = _distinct_names(list(found.values()))
     return [FoundStudy(path, name) for (path, _), name in zip(found.values(), names, strict=True)]
 
 
+def _real(path: Path) -> Path:
+    """As Path.resolve, which before Python 3.13 raises RuntimeError of links in a loop."""
+    return Path(os.path.realpath(path))
+
+
 def _distinct_names(paths: Sequence[tuple[Path, int]]) -> list[str]:
     """Of each path so many of its last parts, and more where others have the same, as far as there are any."""
-    parts = [(path if path.name.strip(".") else path.resolve()).absolute().parts[1:] for path, _ in paths]
+    parts = [named_path(path).absolute().parts[1:] for path, _ in paths]
     lengths = [length for _, length in paths]
     while True:
         names = ["_".join(of[-length:]).removesuffix(".zip") for of, length in zip(parts, lengths, strict=True)]
@@ -91,7 +97,11 @@ def _distinct_names(paths: Sequence[tuple[Path, int]]) -> list[str]:
 
 
 def _studies_in(given: Path, skipped: frozenset[Path]) -> Iterator[Path]:
-    if not given.is_dir():
+    try:
+        is_folder = given.is_dir()
+    except OSError:  # refused by its name when it is read
+        is_folder = False
+    if not is_folder:
         return iter([given])
     with quiet_libraries():
         return _studies_of(_scanned(given, skipped, above=frozenset()))
@@ -138,7 +148,7 @@ def is_dicom_zip(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as packed:
             return any(_is_dicom_entry(packed, entry) for entry in packed.infolist() if not entry.is_dir())
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError):
+    except (OSError, RuntimeError, *DAMAGED_ZIP):
         return True
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from anatomynet.client.failures import reason_of
+from anatomynet.client.failures import reason_of, unknown_model
 from anatomynet.engine.contract import BOX, CT_COARSE, REGION_CONFIG_KEY, REGION_NAME
-from anatomynet.engine.errors import ServerError
+from anatomynet.engine.errors import ModelError, ServerError
 from anatomynet.engine.region import RegionConfig, region_config_from_json
 from anatomynet.engine.volume import HounsfieldArray
 
@@ -26,7 +26,7 @@ def region_config_of(client: "InferenceServerClient", timeout_s: float) -> Regio
     """What the region finder of a server was trained for; None where it has none that is READY.
 
     Raises:
-        ModelError: one that anatomynet-export did not write.
+        ServerError: one that anatomynet-export did not write, or a newer one than is known here.
     """
     from tritonclient.utils import InferenceServerException
 
@@ -38,7 +38,10 @@ def region_config_of(client: "InferenceServerClient", timeout_s: float) -> Regio
         return None
     if REGION_CONFIG_KEY not in parameters:
         return None
-    return region_config_from_json(parameters[REGION_CONFIG_KEY].string_value)
+    try:
+        return region_config_from_json(parameters[REGION_CONFIG_KEY].string_value)
+    except ModelError as error:
+        raise unknown_model(REGION_NAME, error) from error
 
 
 def common_region_finder(
@@ -47,7 +50,7 @@ def common_region_finder(
     """The region finder of servers that all have the same; None otherwise, for the box must not hang on the server.
 
     Raises:
-        ModelError: one that anatomynet-export did not write.
+        ServerError: one that anatomynet-export did not write, or a newer one than is known here.
     """
     configs = [region_config_of(client, timeout_s) for client in clients]
     if not configs or configs[0] is None or any(config != configs[0] for config in configs):

@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 from anatomynet.client.access import NO_ACCESS, Access
 from anatomynet.client.address import address_from_url
 from anatomynet.client.channel import open_client
-from anatomynet.client.failures import DEAD_MODEL, LOST_REGION, MEMORY_FULL, AttemptError, Outlook, attempt_error
+from anatomynet.client.failures import (
+    DEAD_MODEL,
+    LOST_REGION,
+    MEMORY_FULL,
+    AttemptError,
+    Outlook,
+    attempt_error,
+    unknown_model,
+)
 from anatomynet.client.region_keeper import RegionKeeper, free_kept_regions
 from anatomynet.client.shared_memory import (
     SHARED_MEMORY_FOLDER,
@@ -25,7 +33,7 @@ from anatomynet.client.shared_memory import (
 )
 from anatomynet.engine.config import ModelConfig, model_config_from_json
 from anatomynet.engine.contract import CONFIDENCE, CONFIG_KEY, CT, LABEL_MAP, MODEL_NAME
-from anatomynet.engine.errors import ServerError
+from anatomynet.engine.errors import ModelError, ServerError
 from anatomynet.engine.limits import SizeLimit, size_limit_from_parameters
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
 
@@ -141,7 +149,7 @@ class TritonServer:
 
         Raises:
             AttemptError: no server there, or no such model.
-            ServerError: a model that anatomynet-export did not write.
+            ServerError: a model that anatomynet-export did not write, or a newer one than is known here.
         """
         from tritonclient.utils import InferenceServerException
 
@@ -158,11 +166,14 @@ class TritonServer:
                 f"the model {MODEL_NAME} at {self.url} has no parameter '{CONFIG_KEY}' in its config.pbtxt: expected "
                 "one that anatomynet-export wrote"
             )
-        text = served.parameters[CONFIG_KEY].string_value
-        if self._served is None or self._served[0] != text:
-            self._served = (text, model_config_from_json(text))
         parameters = {key: value.string_value for key, value in served.parameters.items()}
-        self.size_limit = size_limit_from_parameters(parameters, self._served[1])
+        text = parameters[CONFIG_KEY]
+        try:
+            if self._served is None or self._served[0] != text:
+                self._served = (text, model_config_from_json(text))
+            self.size_limit = size_limit_from_parameters(parameters, self._served[1])
+        except ModelError as error:  # the server's fault: another may do, or the embedded engine
+            raise unknown_model(f"{MODEL_NAME} at {self.url}", error) from error
         return self._served[1]
 
     def maps_regions(self) -> bool:

@@ -17,11 +17,16 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
     """Asked before any work is done.
 
     Raises:
-        OutputError: the file exists and may not be overwritten, or its folder does not.
+        OutputError: the file exists and may not be overwritten, its folder does not or may not be entered, or no file
+            can have such a name.
     """
-    if path.exists() and not overwrite:
+    try:
+        there, has_folder = path.exists(), path.parent.is_dir()
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}; give another --output") from error
+    if there and not overwrite:
         raise OutputError(f"{path} exists and was kept: give --overwrite to replace it, or another --output")
-    if not path.parent.is_dir():
+    if not has_folder:
         raise OutputError(f"{path}: its folder does not exist; make it, or give another --output")
 
 

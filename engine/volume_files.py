@@ -121,7 +121,7 @@ def _read_nifti(path: Path) -> tuple[Array, VolumeGeometry]:
         from nibabel.spatialimages import HeaderDataError
         from nibabel.wrapstruct import WrapStructError
     except ImportError as error:
-        raise DataError(f"{path}: NIfTI needs nibabel; pip install 'anatomynet[train]'") from error
+        raise DataError(f"{path}: NIfTI needs nibabel: pip install 'anatomynet[formats]'") from error
     try:
         image: Any = nibabel.Nifti1Image.from_filename(path)  # whose header's calls are not typed
         values, affine = np.asarray(image.dataobj), np.asarray(image.affine)

@@ -7,7 +7,7 @@ import pytest
 
 from anatomynet.client.access import API_KEY_VARIABLE, Access, read_access
 from anatomynet.client.address import address_from_url
-from anatomynet.client.connection import ServerOptions, choose_runtime
+from anatomynet.client.connection import ServerOptions, access_to, choose_runtime
 from anatomynet.engine.errors import ServerError
 from tests.tls_proxy import Certificates, make_certificates
 
@@ -122,3 +122,17 @@ def test_what_is_for_tls_is_not_passed_over(key_file: Path) -> None:
 def test_a_key_of_the_environment_is_for_those_servers_that_speak_tls() -> None:
     """It may be there for other servers: a plain one is asked without it; see test_tls.py for what is sent."""
     read_access(environment={API_KEY_VARIABLE: SECRET}).check_fits(address_from_url("localhost:8001"))
+
+
+@pytest.mark.parametrize("value", ["", "two words", SECRET])
+def test_a_variable_is_looked_at_only_where_it_would_be_sent(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """Compose files and the like set it, empty, where there is no key."""
+    monkeypatch.setenv(API_KEY_VARIABLE, value)
+    for urls in ((), ("localhost:8001",)):
+        assert access_to(ServerOptions(urls=urls)) == Access()
+    secure = ServerOptions(urls=("localhost:8001", "https://localhost:8443"))
+    if value == SECRET:
+        assert access_to(secure).api_key == SECRET
+        return
+    with pytest.raises(ServerError, match=f"{API_KEY_VARIABLE} is no API key"):
+        access_to(secure)

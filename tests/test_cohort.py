@@ -162,7 +162,7 @@ def test_what_is_done_is_known_by_what_it_was_made_of(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("embedded")
-def test_every_series_of_a_study(tmp_path: Path) -> None:
+def test_every_series_of_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = tmp_path / "study"
     for path in two(study):
         for file in path.iterdir():
@@ -170,6 +170,14 @@ def test_every_series_of_a_study(tmp_path: Path) -> None:
     result = run(study, "--all-series")
     assert result.exit_code == 0, result.output
     assert len(list(tmp_path.glob("study.*.rtstruct.dcm"))) == 2
+    for path in tmp_path.glob("study.*.rtstruct.dcm"):
+        path.unlink()
+    for here, named in ((study, "."), (study / "first", "..")):
+        monkeypatch.chdir(here)
+        result = run(named, "--all-series", "--overwrite")
+        assert result.exit_code == 0, result.output
+        assert len(list(tmp_path.glob("study.*.rtstruct.dcm"))) == 2
+        assert not list(study.rglob("*.rtstruct.dcm"))
 
 
 @pytest.mark.usefixtures("embedded")

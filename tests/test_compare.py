@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -244,11 +245,13 @@ def test_the_gif_runs_through_every_slice(study: Study) -> None:
 
 def test_a_film_without_ffmpeg_says_what_to_do(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    line = one_line_of_error(study.compare("--animation", str(study.folder / "film.mp4")))
+    table = ["--json", str(study.folder / "c.json")]  # not written, since this is told before any work is done
+    line = one_line_of_error(study.compare("--animation", str(study.folder / "film.mp4"), *table))
     assert "ffmpeg" in line
     assert ".gif" in line
-    assert not list(study.folder.glob("*film*"))
-    assert "ends in .gif or .mp4" in one_line_of_error(study.compare("--animation", str(study.folder / "film.avi")))
+    line = one_line_of_error(study.compare("--animation", str(study.folder / "film.avi"), *table))
+    assert "ends in .gif or .mp4" in line
+    assert not [path for path in study.folder.iterdir() if path.suffix in (".json", ".mp4", ".avi")]
 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
@@ -256,6 +259,24 @@ def test_a_film_by_ffmpeg(study: Study) -> None:
     path = study.folder / "film.mp4"
     assert study.compare("--animation", str(path)).exit_code == 0
     assert path.read_bytes()[4:8] == b"ftyp"
+
+
+def test_ffmpeg_reads_nothing_of_what_is_meant_for_others(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the names that `while read study; do anatomynet-client compare ...; done` has yet to read."""
+    program, names = study.folder / "ffmpeg", study.folder / "names"
+    program.write_text('#!/bin/sh\nfor film; do :; done\ncat > "$film"\n')  # "$film" is the last argument
+    program.chmod(0o755)
+    names.write_text("the other studies")
+    monkeypatch.setattr(shutil, "which", lambda _: str(program))
+    before = os.dup(0)
+    try:
+        with names.open() as file:
+            os.dup2(file.fileno(), 0)
+            assert study.compare("--animation", str(study.folder / "film.mp4")).exit_code == 0
+            assert os.read(0, 100) == b"the other studies"
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
 
 
 def test_it_needs_no_torch(study: Study) -> None:

@@ -1,7 +1,10 @@
 """SEG and NIfTI: what highdicom and SimpleITK write is read back voxel for voxel; another grid is refused."""
 
 import builtins
+import errno
+import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,20 @@ def masks() -> dict[str, Mask]:
     first[1:4, 3:9, 4:20], first[1, 3, 4:7] = True, False
     second[2:5, 8:21, 15:26] = True
     return dict(zip(NAMES, (first, second), strict=True))
+
+
+def test_what_cannot_be_looked_at_is_refused(
+    tmp_path: Path, head_first: CTSeries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StudyError, match="cannot be read: File name too long"):
+        read_structures(tmp_path / ("a" * 256), head_first)
+
+    def iterdir(self: Path) -> Iterator[Path]:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(StudyError, match="cannot be read: Permission denied"):
+        read_structures(tmp_path, head_first)
 
 
 def write_seg(path: Path, series: CTSeries, kind: str = "BINARY") -> Path:
@@ -175,16 +192,44 @@ def test_a_nifti_mask_on_another_grid_is_refused(tmp_path: Path, series: CTSerie
             read_structures(wrong, series)
 
 
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ("sform", "its sform and qform place voxels up to 52 mm apart"),
+        ("units", "expected lengths in mm, found meter"),
+        ("nan", r"origin .*nan"),
+    ],
+)
+def test_a_nifti_mask_that_may_lie_elsewhere_is_refused(
+    tmp_path: Path, head_first: CTSeries, change: str, complaint: str
+) -> None:
+    nibabel: Any = pytest.importorskip("nibabel")
+    image = nibabel.load(write_nifti(tmp_path / "whole.nii", head_first, masks()[NAMES[0]]))
+    affine = image.affine.copy()
+    if change == "sform":
+        affine[2, 3] += 52
+        image.set_qform(affine, code=1)
+    elif change == "units":
+        image.header.set_xyzt_units("meter")
+    else:
+        affine[2, 3] = np.nan
+        image.set_qform(None, code=0)
+        image.set_sform(affine, code=1)
+    nibabel.save(image, tmp_path / "Parotid_L.nii")
+    with pytest.raises(StudyError, match=rf"Parotid_L\.nii: .*{complaint}"):
+        read_structures(tmp_path / "Parotid_L.nii", head_first)
+
+
 def test_a_nifti_label_map_is_refused(tmp_path: Path, head_first: CTSeries) -> None:
     first, second = masks().values()
     path = write_nifti(tmp_path / "labels.nii", head_first, first.astype(np.uint8) + second)
-    with pytest.raises(StudyError, match=r"labels\.nii holds 3 values .* expected one mask"):
+    with pytest.raises(StudyError, match=r"labels\.nii holds 3 values; expected one mask"):
         read_structures(path, head_first)
 
 
 def test_what_is_no_nifti_is_refused(tmp_path: Path, head_first: CTSeries) -> None:
     (tmp_path / "text.nii").write_text("not NIfTI")
-    with pytest.raises(StudyError, match=r"text\.nii cannot be read as NIfTI"):
+    with pytest.raises(StudyError, match=r"text\.nii is not a readable NIfTI file"):
         read_structures(tmp_path / "text.nii", head_first)
     (tmp_path / "empty").mkdir()
     with pytest.raises(StudyError, match="holds no NIfTI masks"):
@@ -203,7 +248,7 @@ def test_nifti_without_nibabel_says_what_to_install(
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(StudyError, match="pip install nibabel"):
+    with pytest.raises(StudyError, match=r"pip install 'anatomynet\[formats\]'"):
         read_structures(path, head_first)
 
 

@@ -9,6 +9,7 @@ import pydicom
 import pytest
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RTStructureSetStorage
 from pynetdicom import AE, evt
+from pynetdicom.association import Association
 from pynetdicom.events import Event
 
 from anatomynet.client.node_config import Destination
@@ -97,6 +98,28 @@ def test_a_refusal_names_its_status(rtstruct: Path, status: int, transient: bool
     with answering(status) as port, pytest.raises(DeliveryError, match=f"refused rs.dcm with status {status:04X}") as e:
         send_to(port, rtstruct)
     assert e.value.transient == transient
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "transient"),
+    [
+        (RuntimeError("The association must be established"), "broke the association", True),
+        (ValueError("of Secret^Name"), r"rs\.dcm could not be encoded for planning", False),
+    ],
+)
+def test_what_pynetdicom_raises_is_a_delivery_that_failed(
+    rtstruct: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str, transient: bool
+) -> None:
+    """RuntimeError: the association was aborted between a look at it and the request."""
+
+    def send_c_store(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Association, "send_c_store", send_c_store)
+    with answering(0) as port, pytest.raises(DeliveryError, match=message) as caught:
+        send_to(port, rtstruct)
+    assert caught.value.transient == transient
+    assert "Secret" not in str(caught.value)
 
 
 def test_who_takes_no_rtstruct_is_not_asked_again(rtstruct: Path) -> None:

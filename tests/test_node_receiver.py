@@ -19,6 +19,7 @@ from pynetdicom.events import Event
 from pynetdicom.pdu import P_DATA_TF
 from pynetdicom.pdu_items import PresentationDataValueItem
 
+from anatomynet.client.headers import CT_CLASSES
 from anatomynet.client.node_arrivals import Arrivals
 from anatomynet.client.node_config import NodeConfig, Peer
 from anatomynet.client.node_receiver import _Receiver, _RefusedError, instance_from_bytes, listening
@@ -100,6 +101,16 @@ def test_one_association_too_many_is_rejected(tmp_path: Path) -> None:
             stack.callback(association.release)
             assert association.is_established
         assert ae.associate("127.0.0.1", port, ae_title=NODE_TITLE).is_rejected
+
+
+def test_every_ct_that_can_be_read_is_taken(tmp_path: Path) -> None:
+    ae = AE(ae_title=CALLER)
+    for storage in sorted(CT_CLASSES):
+        ae.add_requested_context(storage)
+    with node(tmp_path) as (port, _):
+        association = ae.associate("127.0.0.1", port, ae_title=NODE_TITLE)
+        assert {context.abstract_syntax for context in association.accepted_contexts} == CT_CLASSES
+        association.release()
 
 
 def test_what_is_no_ct_is_not_taken(tmp_path: Path, series: list[Path]) -> None:

@@ -1,16 +1,28 @@
 """The spool: one node at a time, and a series in one state, whole, wherever the node is killed."""
 
 import fcntl
+import json
 import os
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from anatomynet.client import node_spool
-from anatomynet.client.node_spool import NODE_LOCK, PARKED, READY, STATES, JobRecord, Spool, read_record, write_record
+from anatomynet.client.node_spool import (
+    NODE_LOCK,
+    PARKED,
+    READY,
+    STATES,
+    JobRecord,
+    Spool,
+    now_text,
+    read_record,
+    write_record,
+)
 from anatomynet.engine.errors import NodeError
 
 # Ends a process at its n-th change of the disk, for every n; then lets another go on from there. A sender sends again
@@ -177,8 +189,36 @@ def test_a_series_that_another_process_moves_meanwhile_is_passed_over(
 def test_a_damaged_record_is_told(spool: Spool) -> None:
     folder = spool.folder / READY / "series-1-2_1"
     folder.mkdir()
-    write_record(folder, JobRecord(source="CT", notes=("a",)))
-    assert read_record(folder) == JobRecord(source="CT", notes=("a",))
+    record = JobRecord(source="CT", since=now_text(), notes=("a",))
+    write_record(folder, record)
+    assert read_record(folder) == record
     (folder / "job.json").write_text('{"source":')
     (job,) = spool.jobs(READY, PARKED)
     assert job.record.problem == "job.json was damaged"
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [
+        {"since": "yesterday"},
+        {"since": "2026-01-02T03:04:05"},  # of which time zone?
+        {"since": 20260102},
+        {"slices": "many"},
+        {"starts": None},
+        {"notes": "one"},
+        {"delivered": [1]},
+    ],
+    ids=str,
+)
+def test_a_record_that_was_edited_to_what_no_node_writes_is_damaged(spool: Spool, edited: dict[str, object]) -> None:
+    folder = spool.folder / READY / "series-1-2_1"
+    folder.mkdir()
+    write_record(folder, JobRecord(source="CT", since=now_text(), delivered=("planning",)))
+    path = folder / "job.json"
+    whole = json.loads(path.read_bytes())
+    path.write_text(json.dumps(whole | {"from_a_newer_version": 1}))
+    assert read_record(folder).problem == ""
+    path.write_text(json.dumps(whole | edited))
+    record = read_record(folder)
+    assert record.problem == "job.json was damaged"
+    assert datetime.fromisoformat(record.since) <= datetime.now(UTC)

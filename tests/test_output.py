@@ -1,3 +1,5 @@
+import errno
+import os
 import subprocess
 import sys
 import time
@@ -94,6 +96,18 @@ def test_two_may_write_one_file_at_the_same_time(
 def test_a_folder_that_is_not_there_is_named_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="its folder does not exist"):
         refuse_existing(tmp_path / "missing" / "result.bin", overwrite=True)
+
+
+def test_a_name_that_cannot_be_looked_at_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OutputError, match="cannot be written: File name too long; give another --output"):
+        refuse_existing(tmp_path / ("a" * 256), overwrite=True)
+
+    def is_dir(self: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    with pytest.raises(OutputError, match="cannot be written: Permission denied"):
+        refuse_existing(tmp_path / "result.bin", overwrite=False)
 
 
 def test_a_folder_is_emptied_only_of_slices(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_a_package_that_is_missing_is_named(
         output_paths([kind], tmp_path / "study", output=None, overwrite=False)
 
 
-def test_names_of_the_files(tmp_path: Path) -> None:
+def test_names_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def names(types: str, output: str | None) -> list[str]:
         path = tmp_path / output if output else None
         paths = output_paths(types.split(","), tmp_path / "pat.1", output=path, overwrite=False)
@@ -209,8 +209,24 @@ def test_names_of_the_files(tmp_path: Path) -> None:
     assert names("rtstruct,seg, NIfTI", None) == ["pat.1.rtstruct.dcm", "pat.1.seg.dcm", "pat.1.nii.gz"]
     assert names("rtstruct,seg,nifti", "rs.dcm") == ["rs.dcm", "rs.seg.dcm", "rs.nii.gz"]
     assert names("nifti,rtstruct", "map.nii.gz") == ["map.nii.gz", "map.rtstruct.dcm"]
+    (tmp_path / "pat.1" / "CT").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "pat.1" / "CT")
+    for study, name in ((".", "CT"), ("..", "pat.1")):  # beside the study, called after it
+        (path,) = output_paths(["rtstruct"], Path(study), output=None, overwrite=False).values()
+        assert path == Path(study).resolve().parent / f"{name}.rtstruct.dcm"
     with pytest.raises(OutputError, match="unknown output type 'stl'; expected some of rtstruct, seg, nifti"):
         names("rtstruct,stl", None)
     (tmp_path / "pat.1.labels.tsv").touch()
     with pytest.raises(OutputError, match=r"labels\.tsv exists"):
         names("nifti", None)
+
+
+@pytest.mark.parametrize(
+    ("output", "types"),
+    [("head.seg.dcm", "rtstruct,seg"), ("head.nii.gz", "rtstruct,nifti"), ("a.nii.gz", "seg,nifti")],
+)
+def test_two_outputs_of_one_name_are_refused(tmp_path: Path, output: str, types: str) -> None:
+    first, second = types.split(",")
+    with pytest.raises(OutputError, match=f"{output} would be both {first} and {second}"):
+        output_paths([first, second], tmp_path / "study", output=tmp_path / output, overwrite=True)
+    output_paths([second, first], tmp_path / "study", output=tmp_path / output, overwrite=True)

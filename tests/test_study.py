@@ -1,5 +1,7 @@
 """Reading a study: what is found, and what is refused."""
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -54,6 +56,18 @@ ORIGIN_TOLERANCE_MM = 1e-5  # of positions written with six decimals
 def study(tmp_path: Path) -> Study:
     folder = tmp_path / "study"
     return folder, write_study(folder)
+
+
+def test_a_folder_that_may_be_listed_and_not_entered_is_refused(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, paths = study
+
+    def is_file(self: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "is_file", is_file)
+    with pytest.raises(StudyError, match="cannot be read: Permission denied; check its permissions") as error:
+        read_ct_series(folder)
+    assert paths[0].name not in str(error.value)
 
 
 def same_series(found: CTSeries, expected: CTSeries) -> bool:

@@ -3,6 +3,7 @@
 import stat
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from anatomynet.client.contours import trace_contours
 from anatomynet.client.rtstruct import write_rtstruct
 from anatomynet.client.study import read_ct_series, volume_from_series
 from anatomynet.client.study_files import OpenedStudies, opened_study
+from anatomynet.client.study_search import find_studies
 from anatomynet.engine.errors import StudyError
 from anatomynet.engine.structures import STRUCTURES
 from anatomynet.engine.volume import LabelMap
@@ -86,6 +88,19 @@ def test_a_folder_and_any_other_file_are_left_to_the_reader(tmp_path: Path) -> N
             assert found == path
 
 
+def test_what_cannot_be_looked_at_is_found_and_refused_when_read(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for path, why in (
+        (tmp_path / ("a" * 256), "File name too long"),
+        (tmp_path / "loop", "Too many levels of symbolic links"),
+    ):
+        assert [study.path for study in find_studies([path], left_out=[path])] == [path]
+        with pytest.raises(StudyError, match=f"cannot be read: {why}"), opened_study(path):
+            pass
+        with pytest.raises(StudyError, match=f"cannot be read: {why}"):
+            read_ct_series(path)
+
+
 @pytest.mark.parametrize("name", ["../out.dcm", "a/../../out.dcm", "/etc/out.dcm", "..\\out.dcm", "C:\\out.dcm"])
 def test_paths_that_lead_outside_are_refused(tmp_path: Path, unpacked_here: Path, name: str) -> None:
     refusal(zip_of(tmp_path / "s.zip", ("fine", b"1"), (name, b"2")), "outside its folder", unpacked_here)
@@ -128,6 +143,31 @@ def test_a_damaged_and_an_encrypted_zip_are_refused(tmp_path: Path, unpacked_her
     data[data.rindex(b"PK\x01\x02") + 8] |= 1
     packed.write_bytes(data)
     refusal(packed, "encrypted", unpacked_here)
+
+
+def with_damaged_lzma(path: Path) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("slice.dcm", np.random.default_rng(1).bytes(5000))
+    data = bytearray(path.read_bytes())
+    data[data.index(b"slice.dcm") + len(b"slice.dcm") + 4] = 0xFF  # LZMA's properties
+    path.write_bytes(data)
+    return path
+
+
+def with_a_name_that_is_no_utf_8(path: Path) -> Path:
+    data = zip_of(path, ("\u00e9.dcm", b"data")).read_bytes()
+    path.write_bytes(data.replace("\u00e9".encode(), b"\xff\xff"))
+    return path
+
+
+@pytest.mark.parametrize("damaged", [with_damaged_lzma, with_a_name_that_is_no_utf_8])
+def test_damage_of_any_kind_is_refused_when_read_and_not_when_searched_for(
+    tmp_path: Path, unpacked_here: Path, damaged: Callable[[Path], Path]
+) -> None:
+    (tmp_path / "in").mkdir()
+    packed = damaged(tmp_path / "in" / "s.zip")
+    assert [study.path for study in find_studies([tmp_path / "in"])] == [packed]
+    refusal(packed, "damaged", unpacked_here)
 
 
 def test_the_commands_take_a_zip(tmp_path: Path, unpacked_here: Path) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +33,7 @@ from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import GeometryError, ModelError, ServerError
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.limits import MemoryGuard
+from anatomynet.engine.region import RegionConfig
 from anatomynet.engine.runtime import Runtime, load_runtime
 from anatomynet.engine.volume import CTVolume
 from anatomynet.export.triton_models import LARGEST_QUEUE
@@ -558,6 +560,48 @@ def test_probe_finds_a_ready_model_past_a_proxy(
 
 def test_probe_finds_nothing() -> None:
     assert probe_local(f"localhost:{free_ports(1)[0]}") is None
+
+
+@pytest.mark.parametrize("of_its_region", [False, True])
+@pytest.mark.parametrize("change", [{"from_a_newer_version": 1}, {"name": "../elsewhere"}, None], ids=str)
+def test_a_server_of_a_model_that_this_client_does_not_know(
+    random_model_config: ModelConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, object] | None,
+    of_its_region: bool,
+) -> None:
+    """Asked for, it is a server that cannot be used; on this machine it is passed over."""
+    region = RegionConfig(("Mandible",), (6.0, 6.0, 6.0), (-1000.0, 600.0), 0.0, (1, 1, 1))
+    known = {"anatomynet": random_model_config.to_json(), "anatomynet_region": region.to_json()}
+    changed = list(known)[of_its_region]
+    known[changed] = "" if change is None else json.dumps(json.loads(known[changed]) | change)
+
+    def get_model_config(_: object, name: str, **__: object) -> Any:
+        key = "region_config" if name == "anatomynet_region" else "model_config"
+        return SimpleNamespace(config=SimpleNamespace(parameters={key: SimpleNamespace(string_value=known[name])}))
+
+    for name, answer in {
+        "get_server_metadata": lambda *_, **__: SimpleNamespace(version="2.99.0"),
+        "is_model_ready": lambda *_, **__: True,
+        "get_model_config": get_model_config,
+    }.items():
+        monkeypatch.setattr(grpc.InferenceServerClient, name, answer)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(ServerError, match=f"the model {changed} .*: update this client"):
+            TritonRuntime(url, shared_memory="off", retries=False)
+        monkeypatch.setattr("anatomynet.client.triton_server.SHARED_MEMORY_FOLDER", Path(url))
+        assert probe_local(url) is None
+
+
+def test_a_limit_of_the_served_model_that_is_no_number(
+    random_model_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = {"model_config": random_model_config.to_json(), "largest_voxels": "many"}
+    config = SimpleNamespace(parameters={key: SimpleNamespace(string_value=text) for key, text in parameters.items()})
+    monkeypatch.setattr(grpc.InferenceServerClient, "get_model_config", lambda *_, **__: SimpleNamespace(config=config))
+    with pytest.raises(ServerError, match="no whole number"):
+        TritonServer("127.0.0.1:1", shared_memory="off", answer_timeout_s=1.0).ask_model()
 
 
 def test_probe_does_not_wait_for_another_service() -> None:
