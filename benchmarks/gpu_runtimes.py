@@ -4,7 +4,8 @@ import click
 
 from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.gpu_runtime import GpuRuntime
-from anatomynet.engine.runtime import CPU_PROVIDER, CUDA_PROVIDER, OnnxRuntime
+from anatomynet.engine.onnx_files import CPU_PROVIDER
+from anatomynet.engine.runtime import CUDA_PROVIDER, OnnxRuntime
 from benchmarks.gpu_trial import Row, Trial, median_seconds
 
 

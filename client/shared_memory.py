@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anatomynet.client.failures import Outlook, attempt_error, outlook_of, reason_of
-from anatomynet.engine.runtime import available_cores
+from anatomynet.engine.machine import available_cores
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
 
 if TYPE_CHECKING:

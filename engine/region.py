@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,11 @@ from anatomynet.engine.config import ModelConfig, Vector, config_from_json
 from anatomynet.engine.errors import ModelError
 from anatomynet.engine.geometry import Index, Point
 from anatomynet.engine.preprocess import BOX_STEP, POOLING, NetworkInput
-from anatomynet.engine.runtime import Runtime
 from anatomynet.engine.structures import structures_by_name
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
+
+if TYPE_CHECKING:
+    from anatomynet.engine.runtime import Runtime
 
 # Of each axis z, y, x: at its start, and at its stop.
 FACES = (("lower", "upper"), ("front", "back"), ("right", "left"))
@@ -105,7 +107,7 @@ class Box:
     stop: Index
 
 
-def finder_of(runtime: Runtime) -> RegionFinder | None:
+def finder_of(runtime: "Runtime") -> RegionFinder | None:
     """The region finder that a runtime brings with it, where it knows every structure of the runtime's model."""
     finder: RegionFinder | None = getattr(runtime, "region_finder", None)
     known = finder.config.structures if finder else ()

@@ -18,8 +18,8 @@ from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.contract import CONFIDENCE, CT
 from anatomynet.engine.errors import ExportError
 from anatomynet.engine.limits import check_size
+from anatomynet.engine.onnx_files import CPU_PROVIDER, onnxruntime_options
 from anatomynet.engine.output import write_whole
-from anatomynet.engine.runtime import CPU_PROVIDER, onnxruntime_options
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
 from anatomynet.export.onnx import crop_model, plan_model, prepare_model
 
