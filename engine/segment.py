@@ -10,6 +10,7 @@ from anatomynet.engine.errors import ModelError, ServerError
 from anatomynet.engine.postprocess import drop_strays, source_labels_from_network
 from anatomynet.engine.preprocess import NetworkInput, prepare
 from anatomynet.engine.region import find_box, finder_of, grown_box, touched_faces
+from anatomynet.engine.resolution import enlarged, reduced_labels
 from anatomynet.engine.runtime import Runtime
 from anatomynet.engine.structure_region import boxes_of
 from anatomynet.engine.structures import structures_by_name
@@ -52,6 +53,20 @@ def segment(volume: CTVolume, runtime: Runtime, *, whole_volume: bool = False) -
         notes=given.notes,
         computed_share=given.hu.size / math.prod(given.grid.shape),
     )
+
+
+def draw_reduced(volume: CTVolume, runtime: Runtime, *, whole_volume: bool = False) -> LabelMap:
+    """What the served model draws on a CT that was reduced in plane by its stride, on the reduced grid.
+
+    Enlarged again, drawn by the same `segment` that serves, and reduced as the archive's own masks were.
+
+    Raises:
+        GeometryError, ModelError, ServerError: see `segment`.
+    """
+    stride = runtime.model.in_plane_stride
+    drawn = segment(enlarged(volume, stride), runtime, whole_volume=whole_volume)
+    labels = reduced_labels(drawn.labels, stride, count=len(drawn.structures))
+    return replace(drawn, labels=labels, geometry=volume.geometry)
 
 
 @dataclass(frozen=True, eq=False)

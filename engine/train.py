@@ -38,8 +38,8 @@ from anatomynet.engine.output import write_whole
 from anatomynet.engine.phantom import make_phantom
 from anatomynet.engine.region import RegionFinder
 from anatomynet.engine.region_runtime import EmbeddedRegionFinder
-from anatomynet.engine.resolution import draw_reduced
 from anatomynet.engine.runtime import TorchRuntime
+from anatomynet.engine.segment import draw_reduced
 from anatomynet.engine.survey import Survey, summary_lines, survey_archive, write_survey
 from anatomynet.engine.training import Training
 
