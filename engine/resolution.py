@@ -6,8 +6,8 @@ Archives such as OpenKBP come reduced to the network's resolution already; the s
 import numpy as np
 from numpy.typing import NDArray
 
+from anatomynet.engine.boxes import boxes_of
 from anatomynet.engine.geometry import VolumeGeometry
-from anatomynet.engine.structure_region import boxes_of
 from anatomynet.engine.volume import CTVolume, LabelArray
 
 INSIDE_SHARE = 0.5  # of a block: from here on its voxel is inside

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from anatomynet.engine.boxes import boxes_of
 from anatomynet.engine.errors import ModelError, ServerError
 from anatomynet.engine.postprocess import drop_strays, source_labels_from_network
 from anatomynet.engine.preprocess import NetworkInput, prepare
 from anatomynet.engine.region import find_box, finder_of, grown_box, touched_faces
 from anatomynet.engine.resolution import enlarged, reduced_labels
 from anatomynet.engine.runtime import Runtime
-from anatomynet.engine.structure_region import boxes_of
 from anatomynet.engine.structures import structures_by_name
 from anatomynet.engine.volume import CTVolume, LabelArray, LabelMap
 
