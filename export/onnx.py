@@ -36,20 +36,6 @@ from anatomynet.export.slabs import slab_finish_model, split_network
 TRIAL_SIDES = (11, 37, 43)  # times the stride in plane, and odd: padding and cropping both happen
 
 
-def export_onnx(network: AnatomyNet, config: ModelConfig, path: Path, *, fp16: bool = False) -> None:
-    """Writes the served model as one self-contained ONNX file, once it has run.
-
-    Args:
-        fp16: weights and activations in FP16, but for the means over the volume and what follows the logits. It is
-            for GPUs: a CPU computes such a graph in FP32.
-
-    Raises:
-        ExportError: a graph that is not valid, or that does not run.
-        OutputError: it cannot be written.
-    """
-    write_onnx(served_model(network_model(network), config, fp16=fp16), path)
-
-
 def write_onnx(model: onnx.ModelProto, path: Path) -> None:
     """Checks the served model, writes it, runs it on a small volume, and only then puts it in place.
 
@@ -76,6 +62,9 @@ def served_model(network: onnx.ModelProto, config: ModelConfig, *, fp16: bool) -
 
     Args:
         network: what `network_model` gave, in FP32.
+        config: its own.
+        fp16: weights and activations in FP16, but for the means over the volume and what follows the logits. It is
+            for GPUs: a CPU computes such a graph in FP32.
     """
     if config.in_plane_stride == 1:
         middle, head = split_network(network)

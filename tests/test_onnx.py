@@ -20,7 +20,6 @@ from anatomynet.engine.folding import folded
 from anatomynet.engine.network import AnatomyNet, ServedNetwork, border_confidence
 from anatomynet.engine.runtime import OnnxRuntime, OpenVinoRuntime, TorchRuntime
 from anatomynet.export.onnx import (
-    export_onnx,
     finish_model,
     half_model,
     network_model,
@@ -207,7 +206,7 @@ def test_no_normalisation_is_left(exported: tuple[ModelConfig, Path]) -> None:
 def test_export_says_nothing_and_leaves_the_network_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     network = AnatomyNet(random_config().classes)  # in training mode, as train.py holds it
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    export_onnx(network, random_config(), tmp_path / "quiet.onnx")
+    write_onnx(served_model(network_model(network), random_config(), fp16=False), tmp_path / "quiet.onnx")
     assert capfd.readouterr() == ("", "")
     assert network.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
