@@ -12,8 +12,9 @@ text; what they must compute is engine.network.ServedNetwork, line for line. The
 import copy
 import importlib
 import logging
+import secrets
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,15 +44,29 @@ def write_onnx(model: onnx.ModelProto, path: Path) -> None:
         ExportError: a graph that is not valid, or that does not run.
         OutputError: it cannot be written.
     """
+    check_graph(model, "the exported graph")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_proven(model, path, prove=_run_once)
+
+
+def check_graph(model: onnx.ModelProto, name: str) -> None:
+    """Raises ExportError, which calls it `name`, for a graph that is not valid."""
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the exported graph is not valid ONNX: {error}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
+        raise ExportError(f"{name} is not valid ONNX: {error}") from error
+
+
+def write_proven(model: onnx.ModelProto, path: Path, *, prove: Callable[[Path], object]) -> None:
+    """Writes a graph beside `path`, has it proven there, and puts it in place unless that raises.
+
+    Raises:
+        OutputError: it cannot be written; and what `prove` raises.
+    """
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # for this run alone
     try:
         write_whole(beside, model.SerializeToString(), overwrite=True)
-        _run_once(beside)
+        prove(beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

@@ -27,6 +27,7 @@ from anatomynet.export.onnx import (
     prepare_model,
     served_model,
     write_onnx,
+    write_proven,
 )
 from tests.random_network import STRIDES, random_config, random_graph, random_network, smooth_hu
 
@@ -211,6 +212,12 @@ def test_export_says_nothing_and_leaves_the_network_alone(tmp_path: Path, capfd:
     assert network.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert [path.name for path in tmp_path.iterdir()] == ["quiet.onnx"]
+
+
+def test_two_exports_onto_one_file_do_not_take_each_others(tmp_path: Path) -> None:
+    path, graph = tmp_path / "model.onnx", prepare_model(random_config(), fp16=False)
+    write_proven(graph, path, prove=lambda _: write_proven(graph, path, prove=onnx.load))
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_what_swallows_signals_is_imported_before_the_export() -> None:
