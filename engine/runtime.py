@@ -38,7 +38,7 @@ from anatomynet.engine.onnx_files import (
     openvino_graph,
     openvino_options,
 )
-from anatomynet.engine.preprocess import SMALLEST_NETWORK_SIDE
+from anatomynet.engine.preprocess import smallest_shape
 from anatomynet.engine.region_runtime import EmbeddedRegionFinder
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
 
@@ -304,8 +304,7 @@ def _config_from_metadata(path: Path, text: str | None) -> ModelConfig:
 
 def check_input(hu: HounsfieldArray, config: ModelConfig) -> None:
     """Raises GeometryError for an array of another type, too small for the network, or too large for any runtime."""
-    in_plane = SMALLEST_NETWORK_SIDE * config.in_plane_stride
-    smallest = (SMALLEST_NETWORK_SIDE, in_plane, in_plane)
+    smallest = smallest_shape(config)
     if hu.dtype != np.int16 or hu.ndim != 3 or any(side < s for side, s in zip(hu.shape, smallest, strict=True)):
         raise GeometryError(
             f"expected int16 of at least {smallest} voxels (z, y, x), found {hu.dtype} of shape {hu.shape}"
