@@ -41,7 +41,7 @@ class SizeLimit:
         step = 2 * config.in_plane_stride
         padded = [-(-side // unit) * unit for side, unit in zip(shape, (2, step, step), strict=True)]
         if math.prod(padded) > self.voxels:
-            slices = self.voxels // IN_PLANE_VOXELS**2 // 2 * 2
+            slices = _slices(self.voxels)
             raise GeometryError(
                 f"CT of {shape} voxels (z, y, x): expected at most {self.voxels} in all, {slices} slices of "
                 "512 x 512; segment a part of the scan"
@@ -86,7 +86,7 @@ def largest_voxels(config: ModelConfig) -> int:
 
 def largest_slices(config: ModelConfig) -> int:
     """Slices of 512 x 512 in the largest CT; an even number."""
-    return largest_voxels(config) // IN_PLANE_VOXELS**2 // 2 * 2
+    return _slices(largest_voxels(config))
 
 
 def check_size(shape: Shape, config: ModelConfig) -> None:
@@ -96,3 +96,8 @@ def check_size(shape: Shape, config: ModelConfig) -> None:
         GeometryError: it is larger.
     """
     size_limit(config).check(shape, config)
+
+
+def _slices(voxels: int) -> int:
+    """Of 512 x 512, an even number."""
+    return voxels // IN_PLANE_VOXELS**2 // 2 * 2
