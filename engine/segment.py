@@ -83,8 +83,8 @@ def _drawn_on_body(body: NetworkInput, runtime: Runtime, *, whole_volume: bool) 
     """What the network draws on head and neck, where they can be found, else on the whole body box.
 
     A structure that reaches a face of the found box may be cut there: that face moves out, once, and all is drawn
-    again; if then one reaches a face still, on the whole. So it is where one is not found at all: near a face that
-    cuts an organ the network may draw nothing.
+    again; if then one reaches a face still, on the whole. The same is done where an expected structure is not found
+    at all: near a face that cuts an organ the network may draw nothing.
     """
     finder = None if whole_volume else finder_of(runtime)
     if finder is None:
