@@ -34,7 +34,7 @@ from anatomynet.engine.postprocess import drop_strays
 from anatomynet.engine.precision import in_bfloat16
 from anatomynet.engine.preprocess import body_box, prepare
 from anatomynet.engine.region import (
-    FACES,
+    BOX_FACES,
     Box,
     RegionConfig,
     box_from_coarse,
@@ -243,7 +243,7 @@ def _grown(box: Box, case: HeldOut, in_plane_stride: int) -> Box | None:
     high = (case.last > np.subtract(box.stop, width)) & (np.array(box.stop) < case.shape)
     faces = tuple(
         face
-        for pair, reached in zip(FACES, zip(low, high, strict=True), strict=True)
+        for pair, reached in zip(BOX_FACES, zip(low, high, strict=True), strict=True)
         for face, yes in zip(pair, reached, strict=True)
         if yes
     )
