@@ -24,13 +24,12 @@ from anatomynet.engine.command import reports_errors
 from anatomynet.engine.data import Case, find_cases, read_case
 from anatomynet.engine.errors import DataError, GeometryError, ModelError
 from anatomynet.engine.metrics import Agreement, compare_label_maps
-from anatomynet.engine.mirror import MirroredNetwork
-from anatomynet.engine.resolution import draw_reduced
 from anatomynet.engine.runtime import Runtime, TorchRuntime, load_runtime
-from anatomynet.engine.segment import segment
+from anatomynet.engine.segment import draw_reduced, segment
 from anatomynet.engine.structures import structures_by_name
 from anatomynet.engine.volume import LabelMap
 from benchmarks.common import RESULTS, machine, write_result
+from benchmarks.mirror import MirroredNetwork
 
 # Of an Agreement: what each is called, and its digits after the point.
 MEASURES = {

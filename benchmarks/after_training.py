@@ -22,11 +22,11 @@ from anatomynet.engine.command import reports_errors
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.data import Case, cut_to_body, find_cases, read_case
 from anatomynet.engine.metrics import dice
-from anatomynet.engine.mirror import MirroredNetwork
 from anatomynet.engine.network import normalised_from_hu
 from anatomynet.engine.postprocess import drop_strays
 from anatomynet.engine.volume import LabelArray
 from benchmarks.common import machine, write_result
+from benchmarks.mirror import MirroredNetwork
 
 # Added to the background's logit. What is drawn is 6 % larger than what the physicians drew, in the median.
 BACKGROUND = 0.6

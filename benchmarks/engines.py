@@ -25,9 +25,11 @@ from tqdm import tqdm
 from anatomynet.client.study import read_ct_series, volume_from_series
 from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.command import reports_errors
+from anatomynet.engine.machine import available_cores
 from anatomynet.engine.network import AnatomyNet, ServedNetwork
+from anatomynet.engine.onnx_files import CPU_PROVIDER, openvino_core
 from anatomynet.engine.preprocess import prepare
-from anatomynet.engine.runtime import CPU_PROVIDER, CUDA_PROVIDER, PROVIDER_OPTIONS, available_cores, openvino_core
+from anatomynet.engine.runtime import CUDA_PROVIDER, PROVIDER_OPTIONS
 from anatomynet.export.onnx import network_model
 from benchmarks.common import machine, study_or_phantom, table_lines, write_result
 

@@ -19,8 +19,8 @@ from anatomynet.engine.command import reports_errors
 from anatomynet.engine.data import find_cases, read_case
 from anatomynet.engine.findings import find_warnings
 from anatomynet.engine.metrics import dice
-from anatomynet.engine.resolution import draw_reduced
 from anatomynet.engine.runtime import Runtime, load_runtime
+from anatomynet.engine.segment import draw_reduced
 from anatomynet.engine.structure_region import regions_from_label_map
 from benchmarks.common import machine, table_lines, write_result
 

@@ -4,7 +4,8 @@ import click
 
 from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.gpu_runtime import GpuRuntime
-from anatomynet.engine.runtime import CPU_PROVIDER, CUDA_PROVIDER, OnnxRuntime
+from anatomynet.engine.onnx_files import CPU_PROVIDER
+from anatomynet.engine.runtime import CUDA_PROVIDER, OnnxRuntime
 from benchmarks.gpu_trial import Row, Trial, median_seconds
 
 
@@ -26,13 +27,13 @@ def measure_onnx_runtime(trial: Trial) -> None:
     """
     import onnxruntime
 
-    from anatomynet.export.onnx import export_onnx
+    from anatomynet.export.onnx import network_model, served_model, write_onnx
 
     if trial.on_gpu and CUDA_PROVIDER not in onnxruntime.get_available_providers():
         raise click.ClickException("ONNX Runtime here has no CUDA: pip install onnxruntime-gpu")
     network, config = load_checkpoint(trial.checkpoint)
     file = trial.folder / "fp16.onnx"
-    export_onnx(network, config, file, fp16=True)
+    write_onnx(served_model(network_model(network), config, fp16=True), file)
     runtime = OnnxRuntime(file, providers=(CUDA_PROVIDER, CPU_PROVIDER) if trial.on_gpu else None)
     if trial.on_gpu and CUDA_PROVIDER not in runtime.providers:
         raise click.ClickException("ONNX Runtime's CUDA does not start here")

@@ -20,11 +20,11 @@ from tests.triton_servers import RunningServer
 
 def measure_served(trial: Trial) -> None:
     """The real server over shared memory: seconds of a volume, volumes a second, memory of the GPU."""
-    from anatomynet.export.onnx import export_onnx
+    from anatomynet.export.onnx import network_model, served_model, write_onnx
 
     network, config = load_checkpoint(trial.checkpoint)
     file = trial.folder / f"{config.name}-fp32.onnx"
-    export_onnx(network, config, file)
+    write_onnx(served_model(network_model(network), config, fp16=False), file)
     repository = trial.folder / "repository"
     write_repository(repository, [python_model(config, [file], checkpoint=trial.checkpoint)])
     rows: dict[str, Row] = {}

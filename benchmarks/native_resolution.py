@@ -22,7 +22,7 @@ from tqdm import tqdm
 from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.config import load_config
 from anatomynet.engine.network import AnatomyNet
-from anatomynet.export.onnx import export_onnx
+from anatomynet.export.onnx import network_model, served_model, write_onnx
 from benchmarks.common import KIB_PER_GB, machine, write_result
 from benchmarks.served import phantom_hu
 
@@ -75,7 +75,7 @@ def write_native_model(checkpoint: Path | None, file: Path) -> None:
         network = AnatomyNet(config.classes).eval()
     if config.in_plane_stride != 1:
         raise click.ClickException(f"{config.name} averages {config.in_plane_stride} voxels: expected stride 1")
-    export_onnx(network, config, file)
+    write_onnx(served_model(network_model(network), config, fp16=False), file)
 
 
 def measure(file: Path, shape: tuple[int, int, int], runtime_class: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import click
 import numpy as np
 
-from anatomynet.client.report import StageClock
+from anatomynet.client.clock import StageClock
 from anatomynet.engine.volume import CTVolume
 from benchmarks.simple_itk import read_with_simple_itk
 

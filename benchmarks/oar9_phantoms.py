@@ -25,9 +25,9 @@ from anatomynet.engine.command import reports_errors
 from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
 from anatomynet.engine.data import Case, cut_to_body
 from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.machine import available_cores
 from anatomynet.engine.network import AnatomyNet
 from anatomynet.engine.phantom import make_phantom
-from anatomynet.engine.runtime import available_cores
 from anatomynet.engine.train import samples, validate
 from anatomynet.engine.training import Training
 from benchmarks.common import machine, write_result

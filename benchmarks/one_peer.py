@@ -18,8 +18,8 @@ from typing import Any
 import click
 import numpy as np
 
+from anatomynet.client.clock import StageClock
 from anatomynet.client.contours import trace_contours
-from anatomynet.client.report import StageClock
 from anatomynet.client.rtstruct import write_rtstruct
 from anatomynet.client.study import read_ct_series, volume_from_series
 from anatomynet.engine.command import reports_errors

@@ -18,8 +18,8 @@ import numpy as np
 from anatomynet.engine.command import reports_errors
 from anatomynet.engine.data import find_cases, read_case
 from anatomynet.engine.metrics import Mask, dice
-from anatomynet.engine.resolution import draw_reduced
 from anatomynet.engine.runtime import Runtime, load_runtime
+from anatomynet.engine.segment import draw_reduced
 from anatomynet.engine.survey import survey_cases
 from benchmarks.accuracy import runtime_from_checkpoint
 from benchmarks.common import machine, write_result

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from anatomynet.client.pairing import Pair, find_pairs
+from anatomynet.client.pairing import SeriesWithRtstruct, find_pairs
 from anatomynet.client.structure_set import Roi, StructureSet, read_structure_set
 from anatomynet.client.study import read_ct_files, volume_from_series
 from anatomynet.client.study_files import OpenedStudies
@@ -85,7 +85,7 @@ def archive_studies(
     try:
         with OpenedStudies(2) as opened:  # the CT's and the RTSTRUCT's
             for found in find_pairs(source, left_out=[folder]):
-                if isinstance(found, Pair):
+                if isinstance(found, SeriesWithRtstruct):
                     done.append(archive.add(found, opened))
                 else:
                     done.append(ArchivedStudy(found.where, remarks=(found.problem,)))
@@ -126,14 +126,14 @@ class _Archive:
         # hashing all such numbers; to count patients would give two runs' first ones one name.
         self._words: dict[str, str] = {}
 
-    def add(self, pair: Pair, opened: OpenedStudies) -> ArchivedStudy:
+    def add(self, pair: SeriesWithRtstruct, opened: OpenedStudies) -> ArchivedStudy:
         """Writes the case of a pair; what cannot be used becomes a remark."""
         try:
             return self._add(pair, opened)
         except (StudyError, GeometryError) as error:
             return ArchivedStudy(pair.where, rtstruct=pair.rtstruct_where, remarks=(str(error),))
 
-    def _add(self, pair: Pair, opened: OpenedStudies) -> ArchivedStudy:
+    def _add(self, pair: SeriesWithRtstruct, opened: OpenedStudies) -> ArchivedStudy:
         ct, rtstruct = opened.folder_of(pair.series.study), opened.folder_of(pair.rtstruct.study)
         series = read_ct_files(ct / file for file in pair.series.files)
         structures = read_structure_set(rtstruct / pair.rtstruct.file, series)

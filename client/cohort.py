@@ -13,13 +13,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+from anatomynet.client.clock import StageClock
 from anatomynet.client.connection import connected
 from anatomynet.client.headers import UID_TAIL_LENGTH
 from anatomynet.client.outputs import output_paths
 from anatomynet.client.pipeline import DEFAULTS, Drawing, SegmentOptions, Task, draw_series, task_for, write_drawing
 from anatomynet.client.quiet import quiet_libraries
 from anatomynet.client.records import files_of, findings_in, is_done, record_of, write_recorded
-from anatomynet.client.report import StageClock
 from anatomynet.client.structure_table import load_structure_table
 from anatomynet.client.study import CTSeries, list_ct_series, read_ct_series
 from anatomynet.client.study_files import named_path, opened_study

@@ -45,7 +45,7 @@ NAME_WIDTH = 16  # of a TG-263 name
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class ComparedRoi:
     """One structure as both drew it.
 
     Attributes:
@@ -71,7 +71,7 @@ class Comparison:
     """
 
     geometry: VolumeGeometry
-    pairs: tuple[Pair, ...]
+    pairs: tuple[ComparedRoi, ...]
     problems: dict[str, str]
 
 
@@ -177,7 +177,7 @@ def write_csv(path: Path, comparison: Comparison, *, overwrite: bool = False) ->
     write_whole(path, text.getvalue().encode(), overwrite=overwrite)
 
 
-def _row(pair: Pair) -> dict[str, Any]:
+def _row(pair: ComparedRoi) -> dict[str, Any]:
     return {"name": pair.structure.tg263_name, **asdict(pair.agreement)}
 
 
@@ -212,9 +212,9 @@ def _problem(sides: dict[str, list[Roi]], structure: Structure) -> str:
     return f"not in the {missing.pop()}" if len(missing) == 1 else ""
 
 
-def _pair(structure: Structure, prediction: Roi, reference: Roi, geometry: VolumeGeometry) -> Pair:
+def _pair(structure: Structure, prediction: Roi, reference: Roi, geometry: VolumeGeometry) -> ComparedRoi:
     agreement = compare_masks(prediction.mask(geometry), reference.mask(geometry), geometry, structure=structure.name)
-    return Pair(structure, prediction, reference, agreement)
+    return ComparedRoi(structure, prediction, reference, agreement)
 
 
 def _listed(structure_set: StructureSet) -> str:

@@ -44,7 +44,7 @@ REMEDIES = {
 }
 # A closed API, and shared memory that is switched off: UNAVAILABLE by their status, and so they stay.
 REFUSALS = ("protocol is restricted", "allow-client-shm", "allow_client_shm")
-TOO_LITTLE_MEMORY = "GB of memory"  # engine.limits.MemoryGuard at the server; another may have more
+TOO_LITTLE_MEMORY = "GB of memory"  # engine.machine.MemoryGuard at the server; another may have more
 # However gRPC's status calls them: they would fail again at the same server.
 LASTING_SYMPTOMS = (
     "SSL_ERROR_SSL",

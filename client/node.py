@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
+from anatomynet.client.clock import StageClock
 from anatomynet.client.connection import ServerOptions, access_to, connected, describe_runtime
 from anatomynet.client.node_arrivals import Arrivals, arriving_folders
 from anatomynet.client.node_config import NodeConfig
@@ -36,7 +37,6 @@ from anatomynet.client.node_spool import (
 )
 from anatomynet.client.outputs import output_paths
 from anatomynet.client.pipeline import SegmentOptions, draw_series, task_for, write_drawing
-from anatomynet.client.report import StageClock
 from anatomynet.client.structure_table import load_structure_table
 from anatomynet.client.study import read_ct_series
 from anatomynet.engine.errors import AnatomyNetError, NodeError, OutputError, ServerError

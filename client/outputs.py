@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from anatomynet.client.clock import StageClock
 from anatomynet.client.contours import contours_of_regions, exact_tolerance_mm
 from anatomynet.client.nifti import label_table_path, nifti_library, write_nifti
-from anatomynet.client.report import StageClock
 from anatomynet.client.rtstruct import write_rtstruct
 from anatomynet.client.seg import seg_library, write_seg
 from anatomynet.client.structure_table import StructureTable

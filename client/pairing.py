@@ -18,7 +18,7 @@ LISTED = 5  # of what a line names
 
 
 @dataclass(frozen=True)
-class Pair:
+class SeriesWithRtstruct:
     """A CT series and its only RTSTRUCT.
 
     Attributes:
@@ -46,7 +46,7 @@ class Unpaired:
     problem: str
 
 
-def find_pairs(source: Path, *, left_out: Sequence[Path] = ()) -> Iterator[Pair | Unpaired]:
+def find_pairs(source: Path, *, left_out: Sequence[Path] = ()) -> Iterator[SeriesWithRtstruct | Unpaired]:
     """Every CT series below a source with the RTSTRUCT that was drawn on it, or what to do so that it has one.
 
     A study with a file that cannot be read gives no pair: it may be a slice of any of its series. Localizers and
@@ -82,7 +82,7 @@ class _Pairing:
         on = [series for uid in sorted(rtstruct.refers_to) for series in self._copies.get(uid, ())]
         return [series for series in on if series.stacks] or on
 
-    def of_study(self, study: StudyContents) -> Iterator[Pair | Unpaired]:
+    def of_study(self, study: StudyContents) -> Iterator[SeriesWithRtstruct | Unpaired]:
         """Of each series, and of what else must be named."""
         if study.problems:
             more = len(study.problems) - LISTED
@@ -99,12 +99,12 @@ class _Pairing:
         for zipped in study.zips:
             yield Unpaired(self._way(study.path, zipped), "it lies in a study and was not looked into: unpack it")
 
-    def _of_series(self, where: str, series: FoundSeries) -> Pair | Unpaired:
+    def _of_series(self, where: str, series: FoundSeries) -> SeriesWithRtstruct | Unpaired:
         rtstructs = self._rtstructs.get(series, [])
         problem = self._problem_of(series, rtstructs)
         if problem:
             return Unpaired(where, problem)
-        return Pair(where, self._way(rtstructs[0].study, rtstructs[0].file), series, rtstructs[0])
+        return SeriesWithRtstruct(where, self._way(rtstructs[0].study, rtstructs[0].file), series, rtstructs[0])
 
     def _problem_of(self, series: FoundSeries, rtstructs: Sequence[FoundRtstruct]) -> str:
         """Why a series has no RTSTRUCT of its own, and what to do; "" where it has."""

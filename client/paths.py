@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-Points = NDArray[np.int64]
+HalfVoxels = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,11 +20,11 @@ class Paths:
         planes: int64 (p,), the number of the plane that each lies in; ascending.
     """
 
-    points: Points
+    points: HalfVoxels
     bounds: NDArray[np.int64]
     planes: NDArray[np.int64]
 
-    def __iter__(self) -> Iterator[tuple[int, Points]]:
+    def __iter__(self) -> Iterator[tuple[int, HalfVoxels]]:
         """The plane and the points of each; views."""
         for plane, (start, stop) in zip(self.planes.tolist(), pairwise(self.bounds.tolist()), strict=True):
             yield plane, self.points[start:stop]
@@ -47,7 +47,7 @@ class Paths:
         return Paths(self.points[kept], before[self.bounds], self.planes)
 
 
-def paths_of(pieces: Iterable[tuple[int, Points]]) -> Paths:
+def paths_of(pieces: Iterable[tuple[int, HalfVoxels]]) -> Paths:
     """The paths that `Paths` gives when iterated over; at least one."""
     planes, points = zip(*pieces, strict=True)
     return Paths(np.concatenate(points), np.cumsum([0, *map(len, points)]), np.array(planes, np.int64))

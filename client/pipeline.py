@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 
+from anatomynet.client.clock import StageClock
 from anatomynet.client.connection import ServerOptions, connected, describe_model, describe_runtime
 from anatomynet.client.outputs import OutputStyle, output_paths, write_outputs
 from anatomynet.client.picture import write_picture
-from anatomynet.client.report import StageClock, write_report
+from anatomynet.client.report import write_report
 from anatomynet.client.review import write_review
 from anatomynet.client.structure_table import (
     StructureTable,

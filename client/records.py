@@ -4,7 +4,7 @@
     OUT/.anatomynet/head.rtstruct.dcm.json    the file's hash, and hashes of the slices, the model and what was asked
 
 A name alone says nothing: an output is done when its bytes are those that were written, of these slices, by this model.
-A record takes its name just before its output does, so that a run that was killed leaves none that it disowns.
+A record is renamed into place just before its output, so that a killed run never leaves an output without a record.
 Runs that write to one folder take turns at that, and each looks again before: another may have been faster.
 """
 

@@ -1,43 +1,17 @@
-"""What was done, with which model, in how long: the clock of the command and its JSON report. Nothing private."""
+"""What was done, with which model, in how long: the JSON report of a study. Nothing private."""
 
 import json
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from anatomynet.client.clock import StageClock
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.findings import Finding
 from anatomynet.engine.geometry import VolumeGeometry
 from anatomynet.engine.output import write_whole
 from anatomynet.engine.structure_region import StructureRegion
 from anatomynet.engine.volume import LabelMap
-
-
-class StageClock:
-    """Wall-clock seconds of each stage, in the order they ran.
-
-    Attributes:
-        seconds: stage -> seconds.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Counts the time spent inside under `name`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def summary(self) -> str:
-        """One line: "read 0.41 s, infer 3.20 s, ... 4.1 s in all"."""
-        stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())
-        return f"{stages}; {sum(self.seconds.values()):.1f} s in all"
 
 
 def structure_volumes_ml(regions: Sequence[StructureRegion], geometry: VolumeGeometry) -> dict[str, float]:

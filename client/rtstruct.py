@@ -16,6 +16,7 @@ from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_
 
 from anatomynet import __version__
 from anatomynet.client.contours import Contour, StructureContours
+from anatomynet.client.dicom_object import LONGEST_DESCRIPTION, copy_patient_and_study, remarks_on
 from anatomynet.client.explicit_vr import encoded, put_encoded_sequences
 from anatomynet.client.quiet import quiet_libraries
 from anatomynet.client.structure_table import RoiStyle, StructureTable, load_structure_table
@@ -23,13 +24,11 @@ from anatomynet.client.study import CTSeries, CTSlice
 from anatomynet.engine.errors import GeometryError, OutputError
 from anatomynet.engine.findings import Finding
 from anatomynet.engine.output import write_whole
-from anatomynet.engine.structures import Structure
 
 # A point in 0.001 mm: "-1234.567" is 9 of the 16 bytes that a DS may have.
 DECIMALS = 3
 LABEL = "AnatomyNet"
 DETACHED_STUDY_MANAGEMENT = "1.2.840.10008.3.1.2.3.1"  # retired, and what RT objects still refer to (PS3.3 C.8.8.5)
-LONGEST_DESCRIPTION = 1024  # characters of an ST value (PS3.5 6.2)
 
 
 def write_rtstruct(
@@ -82,19 +81,6 @@ def write_rtstruct(
     write_whole(path, buffer.getvalue(), overwrite=overwrite)
 
 
-def remarks_on(
-    structure: Structure, findings: Sequence[Finding], notes: Sequence[str], *, drawn: Sequence[Structure]
-) -> str:
-    """What is to be said of one structure, as a description that DICOM holds; "" where nothing is.
-
-    Whoever gets the file alone would not miss a structure that was not found: every one that was `drawn` names it.
-    """
-    names = {each.tg263_name for each in drawn}
-    own = [finding.text for finding in findings if finding.name in (None, structure.tg263_name)]
-    missing = [f"{finding.name}: {finding.text}" for finding in findings if finding.name not in {None, *names}]
-    return "; ".join((*own, *missing, *notes))[:LONGEST_DESCRIPTION]
-
-
 def _check_grid(found: StructureContours, series: CTSeries) -> None:
     ours, theirs = series.geometry, found.geometry
     if not ours.is_same_grid(theirs):
@@ -133,29 +119,6 @@ def _structure_set(series: CTSeries, model_description: str) -> Dataset:
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     return dataset
-
-
-def copy_patient_and_study(series: CTSeries, dataset: Dataset) -> None:
-    """Puts what a CT says of patient and study into an object of the same study, byte for byte."""
-    dataset.update(series.header)
-    for keyword in TYPE_2_KEYWORDS:
-        if keyword not in series.header:
-            setattr(dataset, keyword, "")
-
-
-# Attributes that must be there, empty where the CT has none (PS3.3 C.7.1.1, C.7.2.1, C.7.4.1).
-TYPE_2_KEYWORDS = (
-    "PatientName",
-    "PatientID",
-    "PatientBirthDate",
-    "PatientSex",
-    "StudyDate",
-    "StudyTime",
-    "ReferringPhysicianName",
-    "StudyID",
-    "AccessionNumber",
-    "PositionReferenceIndicator",
-)
 
 
 def _dataset(**values: Any) -> Dataset:

@@ -13,9 +13,9 @@ from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 
 from anatomynet import __version__
+from anatomynet.client.dicom_object import TYPE_2_KEYWORDS, copy_patient_and_study, remarks_on
 from anatomynet.client.header_elements import PATIENT_AND_STUDY_KEYWORDS
 from anatomynet.client.quiet import quiet_libraries
-from anatomynet.client.rtstruct import TYPE_2_KEYWORDS, copy_patient_and_study, remarks_on
 from anatomynet.client.structure_table import RoiStyle, StructureTable, load_structure_table
 from anatomynet.client.study import CTSeries
 from anatomynet.engine.errors import GeometryError, OutputError

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anatomynet.client.failures import Outlook, attempt_error, outlook_of, reason_of
-from anatomynet.engine.runtime import available_cores
+from anatomynet.engine.machine import available_cores
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ UNWRITTEN = 255
 RELEASE_PAUSES_S = (0.0, 0.01, 0.04)
 # What Triton says of a region that it would have mapped, were it there; a server that refuses says something else.
 ALLOWED_BUT_NOT_THERE = "Unable to open shared memory region"
-# A line tells it that the file has no name any more. Its standard input ends without one when this process does, killed
-# or not. A service that is stopped has all its processes told to end: the janitor is the last.
+# A line on stdin means: the file has no name any more. If stdin ends without one, its owner died: remove the file. A
+# service that is stopped has all its processes told to end: the janitor is the last.
 JANITOR = 'trap "" HUP INT TERM; read -r _ || rm -f -- "$0"'
 
 

@@ -40,7 +40,7 @@ PAIRS_AT_ONCE = 32  # of contours; each takes some copies of the part of the sli
 CLOSED_TYPES = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 Colour = tuple[int, int, int]
 Mask = NDArray[np.bool_]
-Points = NDArray[np.float64]
+PointsMm = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,18 +244,18 @@ def _polygons(item: Dataset, series: CTSeries) -> tuple[list[Contour], str]:
     return polygons, ""
 
 
-def _contour_points(contour: Dataset) -> Points:
+def _contour_points(contour: Dataset) -> PointsMm:
     """LPS mm (n, 3)."""
     raw = contour.get_item("ContourData")
     text = raw.value if raw is not None and raw.value else b""
     # From the bytes: pydicom would make an object of every number.
-    points: Points = np.array(text.split(b"\\") if text else [], dtype=np.bytes_).astype(np.float64).reshape(-1, 3)
+    points: PointsMm = np.array(text.split(b"\\") if text else [], dtype=np.bytes_).astype(np.float64).reshape(-1, 3)
     if not np.isfinite(points).all():
         raise ValueError("a coordinate is not finite")
     return points
 
 
-def _placed(points: Points, positions: Points, geometry: VolumeGeometry) -> Contour | None:
+def _placed(points: PointsMm, positions: PointsMm, geometry: VolumeGeometry) -> Contour | None:
     """The contour on the slice, of those at `positions`, that it lies in; None where it lies in none."""
     direction, spacing = np.array(geometry.direction), geometry.spacing
     heights = points @ direction[:, 2]
@@ -272,13 +272,13 @@ def _without_repetitions(polygons: Sequence[Contour]) -> list[Contour]:
 
 def _overlap(polygons: Sequence[Contour], shape: Index) -> int | None:
     """The first slice on which two contours share voxels though neither is a hole in the other; None without one."""
-    of_slice: dict[int, list[Points]] = {}
+    of_slice: dict[int, list[PointsMm]] = {}
     for polygon in _without_repetitions(polygons):
         of_slice.setdefault(polygon.slice_index, []).append(polygon.points)
     return next((k for k, contours in sorted(of_slice.items()) if _any_overlap(contours, shape)), None)
 
 
-def _any_overlap(contours: Sequence[Points], shape: Index) -> bool:
+def _any_overlap(contours: Sequence[PointsMm], shape: Index) -> bool:
     """Of the contours of one slice, (n, 2) each: whether even-odd makes of two of them what nobody can have meant."""
     low, high = (np.array([extreme(points, axis=0) for points in contours]) for extreme in (np.min, np.max))
     # What lies on the grid, a voxel wider.
@@ -296,7 +296,7 @@ def _any_overlap(contours: Sequence[Points], shape: Index) -> bool:
     return False
 
 
-def _overlapping(pairs: Sequence[tuple[Points, Points]], height: int, width: int) -> bool:
+def _overlapping(pairs: Sequence[tuple[PointsMm, PointsMm]], height: int, width: int) -> bool:
     """Whether any pair is neither apart nor a hole, with a wall around it, in the other; seen in the first's box."""
     geometry = VolumeGeometry((len(pairs), max(1, height), max(1, width)), (1.0, 1.0, 1.0))  # a slice each
 

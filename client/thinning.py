@@ -10,7 +10,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from anatomynet.client.paths import Paths, Points, paths_of
+from anatomynet.client.paths import HalfVoxels, Paths, paths_of
 
 # After this many halvings of the tolerance nothing moves any more.
 LARGEST_HALVING_COUNT = 8
@@ -33,7 +33,7 @@ def thinned_paths(paths: Paths, *, half_voxel: tuple[float, float], tolerance_mm
     """
     if safe:
         return _thin(paths, half_voxel, tolerance_mm)
-    done: dict[int, Sequence[Points]] = {}
+    done: dict[int, Sequence[HalfVoxels]] = {}
     waiting = _by_plane(paths)
     for _ in range(LARGEST_HALVING_COUNT):
         together = paths_of((plane, path) for plane, full in waiting.items() for path in full)
@@ -48,7 +48,7 @@ def thinned_paths(paths: Paths, *, half_voxel: tuple[float, float], tolerance_mm
     return paths_of((plane, path) for plane in sorted(done) for path in done[plane])
 
 
-def _by_plane(paths: Paths) -> dict[int, list[Points]]:
+def _by_plane(paths: Paths) -> dict[int, list[HalfVoxels]]:
     return {plane: [path for _, path in group] for plane, group in groupby(paths, key=lambda item: item[0])}
 
 
@@ -117,7 +117,7 @@ def _distance_to_segment(
     return distance
 
 
-def _keeps_topology(cycles: Sequence[Points], thinned: Sequence[Points]) -> bool:
+def _keeps_topology(cycles: Sequence[HalfVoxels], thinned: Sequence[HalfVoxels]) -> bool:
     """Whether thinned paths of one plane cut no other and none of themselves, keep their cuts and their nesting."""
     if min(map(len, thinned)) < 3:
         return False
@@ -136,14 +136,14 @@ def _keeps_topology(cycles: Sequence[Points], thinned: Sequence[Points]) -> bool
     )
 
 
-def _repeated(edges: Points) -> int:
+def _repeated(edges: HalfVoxels) -> int:
     """How many edges (n, 4) run where another does: a keyhole's cut, there and back."""
     forward = (edges[:, 0] < edges[:, 2]) | ((edges[:, 0] == edges[:, 2]) & (edges[:, 1] < edges[:, 3]))
     undirected = np.where(forward[:, None], edges, edges[:, [2, 3, 0, 1]])
     return len(edges) - len(np.unique(undirected, axis=0))
 
 
-def _any_meet(edges: Points) -> bool:
+def _any_meet(edges: HalfVoxels) -> bool:
     """Whether two edges (n, 4) without a common end have a point in common; whole numbers, so exact."""
     start, end = edges[:, None, :2], edges[:, None, 2:]
     a, b = edges[None, :, :2], edges[None, :, 2:]
@@ -154,14 +154,14 @@ def _any_meet(edges: Points) -> bool:
     return bool((straddled & straddled.T & ~apart & ~common_end).any())
 
 
-def _side(start: Points, end: Points, point: Points) -> NDArray[np.int64]:
+def _side(start: HalfVoxels, end: HalfVoxels, point: HalfVoxels) -> NDArray[np.int64]:
     """On which side of a line a point lies: -1, 0 on it, 1."""
     along, offset = end - start, point - start
     side: NDArray[np.int64] = np.sign(along[..., 0] * offset[..., 1] - along[..., 1] * offset[..., 0])
     return side
 
 
-def _surrounds(path: Points, point: Points) -> bool:
+def _surrounds(path: HalfVoxels, point: HalfVoxels) -> bool:
     """Whether a point lies inside a path, by the even-odd rule."""
     x, y = path.T
     next_x, next_y = np.roll(x, -1), np.roll(y, -1)

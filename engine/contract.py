@@ -18,7 +18,7 @@ MODEL_NAME, REGION_NAME = "anatomynet", "anatomynet_region"
 CT, LABEL_MAP, CONFIDENCE = "CT", "LABEL_MAP", "CONFIDENCE"
 CT_COARSE, BOX = "CT_COARSE", "BOX"
 
-# Of the ModelConfig and of the RegionConfig, as JSON: among a served model's parameters and in a checkpoint's metadata,
+# Keys of the ModelConfig and the RegionConfig, as JSON. CONFIG_KEY: in a served model's parameters and a checkpoint's
+# metadata. METADATA_KEY: in an ONNX file's metadata_props.
 CONFIG_KEY, REGION_CONFIG_KEY = "model_config", "region_config"
-# and in an ONNX file's metadata_props.
 METADATA_KEY, REGION_METADATA_KEY = "anatomynet", "anatomynet_region"

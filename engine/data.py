@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anatomynet.engine.aliases import load_aliases, structure_from_roi_name
+from anatomynet.engine.boxes import slices_of
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import DataError
 from anatomynet.engine.geometry import Index, VolumeGeometry
@@ -224,7 +225,7 @@ def cut_to_body(case: Case) -> Case:
 
 
 def _cropped(case: Case, start: Index, stop: Index) -> Case:
-    box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+    box = slices_of(start, stop)
     volume = CTVolume(np.ascontiguousarray(case.volume.hu[box]), case.volume.geometry.cropped(start, stop))
     return replace(case, volume=volume, labels=np.ascontiguousarray(case.labels[box]))
 

@@ -41,7 +41,7 @@ BONES = ("Mandible",)
 LARGEST_AIR_SHARE = 0.5  # of a structure; an airway fills less of the larynx and the oesophagus
 # They run out of every head-and-neck scan towards the feet.
 THROUGH_THE_NECK = ("SpinalCord", "Esophagus")
-FACES = (("feet", "head"), ("front", "back"), ("right", "left"))  # of the patient, for z, y, x
+PATIENT_FACES = (("feet", "head"), ("front", "back"), ("right", "left"))  # of the patient, for z, y, x
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _missing(
 def _cut_off(name: str, region: StructureRegion, geometry: VolumeGeometry) -> Iterator[Finding]:
     """A structure that reaches an outer face of the scan."""
     order, flips = geometry.canonical_axes()
-    for axis, flip, (low, high) in zip(order, flips, FACES, strict=True):
+    for axis, flip, (low, high) in zip(order, flips, PATIENT_FACES, strict=True):
         ends = ((0, high if flip else low), (geometry.shape[axis] - 1, low if flip else high))
         for last, face in ends:
             edge = last - region.start[axis]

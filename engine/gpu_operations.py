@@ -20,8 +20,8 @@ Shape = tuple[int, int, int]  # (z, y, x)
 
 
 class Operations(Protocol):
-    """One network's passes. Those that return rows may write them over those that they were given first, but for the
-    convolutions, whose inputs stay as they are: one volume, or two whose channels are one after the other's.
+    """One network's passes. An operation that returns rows may overwrite its first argument. Convolutions never change
+    their inputs: one volume, or two to be concatenated along the channels.
 
     Attributes:
         without: what of the best is missing, in words for whoever reads the server's log; empty where nothing is.

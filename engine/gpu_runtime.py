@@ -23,8 +23,10 @@ from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.gpu_network import HEAD_HALO, HEAD_WIDTH, TensorCoreNetwork
 from anatomynet.engine.gpu_operations import Operations, TorchOperations, rows_of
 from anatomynet.engine.limits import LARGEST_TENSOR
+from anatomynet.engine.machine import available_cores
 from anatomynet.engine.network import AnatomyNet, ServedNetwork
-from anatomynet.engine.runtime import available_cores, check_input, failed
+from anatomynet.engine.onnx_files import failed
+from anatomynet.engine.runtime import check_input
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
 
 # What the head takes of a voxel of its own resolution, and how much of the free memory it may have.

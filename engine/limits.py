@@ -1,4 +1,4 @@
-"""The largest CT that can be computed: the one rule for every runtime, server and plan, and the memory that is there.
+"""The largest CT that can be computed: the one rule for every runtime, server and plan.
 
 Convolutions and interpolations on GPUs index a tensor with 32 bits. The largest tensor is either what the last block
 sees, 15 channels at the network's resolution, or the logits at the CT's own.
@@ -7,7 +7,6 @@ sees, 15 channels at the network's resolution, or the logits at the CT's own.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import GeometryError, ModelError
@@ -17,9 +16,6 @@ CHANNELS_AT_FULL_RESOLUTION = 15  # the up-sampled features and the CT
 IN_PLANE_VOXELS = 512
 # Of a served model's parameters.
 VOXELS_KEY, SIDES_KEY = "largest_voxels", "largest_shape_zyx"
-CGROUP = Path("/sys/fs/cgroup")
-MEMINFO = Path("/proc/meminfo")
-UNLIMITED = 1 << 62
 
 Shape = tuple[int, ...]
 
@@ -45,7 +41,7 @@ class SizeLimit:
         step = 2 * config.in_plane_stride
         padded = [-(-side // unit) * unit for side, unit in zip(shape, (2, step, step), strict=True)]
         if math.prod(padded) > self.voxels:
-            slices = self.voxels // IN_PLANE_VOXELS**2 // 2 * 2
+            slices = _slices(self.voxels)
             raise GeometryError(
                 f"CT of {shape} voxels (z, y, x): expected at most {self.voxels} in all, {slices} slices of "
                 "512 x 512; segment a part of the scan"
@@ -90,7 +86,7 @@ def largest_voxels(config: ModelConfig) -> int:
 
 def largest_slices(config: ModelConfig) -> int:
     """Slices of 512 x 512 in the largest CT; an even number."""
-    return largest_voxels(config) // IN_PLANE_VOXELS**2 // 2 * 2
+    return _slices(largest_voxels(config))
 
 
 def check_size(shape: Shape, config: ModelConfig) -> None:
@@ -102,50 +98,6 @@ def check_size(shape: Shape, config: ModelConfig) -> None:
     size_limit(config).check(shape, config)
 
 
-class MemoryGuard:
-    """Refuses a CT for which there is too little memory, before the system ends the process in the middle.
-
-    Args:
-        bytes_a_voxel: that computing a CT takes. A runtime keeps them for the next one.
-    """
-
-    def __init__(self, bytes_a_voxel: float) -> None:
-        self._bytes_a_voxel = bytes_a_voxel
-        self._held = 0.0
-
-    def check(self, shape: Shape) -> None:
-        """Before a CT (z, y, x) is computed.
-
-        Raises:
-            ModelError: how much it would take, and how much is there.
-        """
-        needed, available = math.prod(shape) * self._bytes_a_voxel, available_memory() + self._held
-        if needed > available:
-            raise ModelError(
-                f"CT of {shape} voxels (z, y, x) takes about {needed / 1e9:.1f} GB of memory, found "
-                f"{available / 1e9:.1f} GB free: end other programs, or segment a part of the scan"
-            )
-        self._held = max(self._held, needed)
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: what the machine has left, and in a container its limit (cgroup 2)."""
-    return min(_free_on_machine(), _free_in_cgroup())
-
-
-def _free_on_machine() -> int:
-    try:
-        lines = MEMINFO.read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) << 10
-    except (OSError, ValueError, StopIteration):  # no Linux
-        return UNLIMITED
-
-
-def _free_in_cgroup() -> int:
-    try:
-        limit = int((CGROUP / "memory.max").read_text(encoding="ascii"))
-        used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
-        statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
-        return limit - used + int(statistics["inactive_file"])  # a cache that gives way
-    except (OSError, ValueError, KeyError):  # no container, or "max"
-        return UNLIMITED
+def _slices(voxels: int) -> int:
+    """Of 512 x 512, an even number."""
+    return voxels // IN_PLANE_VOXELS**2 // 2 * 2

@@ -2,10 +2,10 @@
 
 import numpy as np
 
+from anatomynet.engine.boxes import boxes_of, slices_of
 from anatomynet.engine.geometry import Index
 from anatomynet.engine.preprocess import NetworkInput, array_from_canonical, canonical_from_array, resample_linear
 from anatomynet.engine.runs import pieces_of, runs_of
-from anatomynet.engine.structure_region import boxes_of
 from anatomynet.engine.volume import CTVolume, LabelArray
 
 # A piece of a structure smaller than this share of its largest piece is a stray; the network's known weakness.
@@ -21,7 +21,7 @@ def source_labels_from_network(labels: LabelArray, given: NetworkInput, volume: 
         whole = np.zeros(volume.geometry.shape, np.uint8)
         stop = np.add(given.start, labels.shape)
         canonical = canonical_from_array(whole, volume.geometry)  # a view: what is written there is turned already
-        canonical[tuple(slice(a, b) for a, b in zip(given.start, stop, strict=True))] = labels
+        canonical[slices_of(given.start, stop)] = labels
         return whole
     return np.ascontiguousarray(array_from_canonical(_labels_resampled(labels, given), volume.geometry))
 
@@ -48,12 +48,12 @@ def _labels_resampled(labels: LabelArray, given: NetworkInput) -> LabelArray:
     whole = np.zeros(given.canonical.shape, np.uint8)
     grid_labels = np.zeros(given.grid.shape, np.uint8)
     stop = np.add(given.start, labels.shape)
-    grid_labels[tuple(slice(a, b) for a, b in zip(given.start, stop, strict=True))] = labels
+    grid_labels[slices_of(given.start, stop)] = labels
     for label, box in enumerate(boxes_of(grid_labels, int(labels.max(initial=0))), start=1):
         if box is None:
             continue
         first, last = _reach(box, given)
-        target = tuple(slice(a, b) for a, b in zip(first, last, strict=True))
+        target = slices_of(first, last)
         mask = resample_linear(grid_labels == label, given.canonical.shape, start=first, stop=last)
         wins = mask > best[target]
         whole[target][wins] = label

@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from anatomynet.engine.boxes import slices_of
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import GeometryError
 from anatomynet.engine.geometry import Index, VolumeGeometry
@@ -53,7 +54,7 @@ class NetworkInput:
 
     def cropped(self, start: Index, stop: Index) -> "NetworkInput":
         """A part of it, [start:stop] of `hu`; a view."""
-        box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+        box = slices_of(start, stop)
         return replace(self, hu=self.hu[box], start=_index(np.add(self.start, start).tolist()))
 
 
@@ -73,13 +74,18 @@ def prepare(volume: CTVolume, config: ModelConfig) -> NetworkInput:
             f"resampled from {_millimetres(canonical)} to {_millimetres(grid)} (x, y, z): "
             f"{config.name} was not trained for the study's spacing",
         )
-    stride = config.in_plane_stride
-    smallest = (SMALLEST_NETWORK_SIDE, SMALLEST_NETWORK_SIDE * stride, SMALLEST_NETWORK_SIDE * stride)
+    smallest = smallest_shape(config)
     if any(side < least for side, least in zip(grid.shape, smallest, strict=True)):
         raise GeometryError(f"volume of {grid.shape} voxels (z, y, x): expected at least {smallest} for {config.name}")
-    start, stop = body_box(hu, in_plane_stride=stride)
-    box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+    start, stop = body_box(hu, in_plane_stride=config.in_plane_stride)
+    box = slices_of(start, stop)
     return NetworkInput(hu[box], start, grid, canonical, notes)
+
+
+def smallest_shape(config: ModelConfig) -> Index:
+    """Voxels (z, y, x) of the smallest CT that the network takes."""
+    in_plane = SMALLEST_NETWORK_SIDE * config.in_plane_stride
+    return SMALLEST_NETWORK_SIDE, in_plane, in_plane
 
 
 def body_box(hu: HounsfieldArray, *, in_plane_stride: int) -> tuple[Index, Index]:

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +20,14 @@ from anatomynet.engine.config import ModelConfig, Vector, config_from_json
 from anatomynet.engine.errors import ModelError
 from anatomynet.engine.geometry import Index, Point
 from anatomynet.engine.preprocess import BOX_STEP, POOLING, NetworkInput
-from anatomynet.engine.runtime import Runtime
 from anatomynet.engine.structures import structures_by_name
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
 
+if TYPE_CHECKING:
+    from anatomynet.engine.runtime import Runtime
+
 # Of each axis z, y, x: at its start, and at its stop.
-FACES = (("lower", "upper"), ("front", "back"), ("right", "left"))
+BOX_FACES = (("lower", "upper"), ("front", "back"), ("right", "left"))
 # No box of head and neck is smaller: what is, was not found but guessed.
 SMALLEST_BOX_MM = 40.0
 
@@ -105,7 +107,7 @@ class Box:
     stop: Index
 
 
-def finder_of(runtime: Runtime) -> RegionFinder | None:
+def finder_of(runtime: "Runtime") -> RegionFinder | None:
     """The region finder that a runtime brings with it, where it knows every structure of the runtime's model."""
     finder: RegionFinder | None = getattr(runtime, "region_finder", None)
     known = finder.config.structures if finder else ()
@@ -146,7 +148,7 @@ def box_from_coarse(found: NDArray[np.int64], factors: Index, shape: Index, *, i
 
 
 def touched_faces(labels: LabelArray, box: Box, shape: Index, *, in_plane_stride: int) -> tuple[str, ...]:
-    """The faces of a box, among FACES, that a structure reaches and that are not the volume's own: it may be cut there.
+    """The faces of a box (BOX_FACES) that a structure reaches and that are not the volume's own: it may be cut there.
 
     Args:
         labels: uint8 (z, y, x), what was drawn in the box.
@@ -160,16 +162,16 @@ def touched_faces(labels: LabelArray, box: Box, shape: Index, *, in_plane_stride
     ):
         along = np.moveaxis(labels, axis, 0)
         if first > 0 and along[:width].any():
-            touched.append(FACES[axis][0])
+            touched.append(BOX_FACES[axis][0])
         if last < size and along[-width:].any():
-            touched.append(FACES[axis][1])
+            touched.append(BOX_FACES[axis][1])
     return tuple(touched)
 
 
 def grown_box(box: Box, faces: tuple[str, ...], shape: Index) -> Box:
     """The box with these faces moved out to the volume's own."""
-    start = [0 if low in faces else first for first, (low, _) in zip(box.start, FACES, strict=True)]
-    stop = [size if high in faces else last for last, size, (_, high) in zip(box.stop, shape, FACES, strict=True)]
+    start = [0 if low in faces else first for first, (low, _) in zip(box.start, BOX_FACES, strict=True)]
+    stop = [size if high in faces else last for last, size, (_, high) in zip(box.stop, shape, BOX_FACES, strict=True)]
     return _box(start, stop)
 
 

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from anatomynet.engine.contract import BOX, CT_COARSE, REGION_METADATA_KEY
 from anatomynet.engine.errors import GeometryError, ModelError
-from anatomynet.engine.limits import MemoryGuard
-from anatomynet.engine.region import region_config_from_json
-from anatomynet.engine.runtime import (
+from anatomynet.engine.machine import MemoryGuard
+from anatomynet.engine.onnx_files import (
     CPU_PROVIDER,
     INSTALL_HINT,
     check_file,
@@ -27,6 +26,7 @@ from anatomynet.engine.runtime import (
     openvino_graph,
     openvino_options,
 )
+from anatomynet.engine.region import region_config_from_json
 from anatomynet.engine.volume import HounsfieldArray
 
 Find = Callable[[HounsfieldArray], NDArray[np.int64]]

@@ -1,18 +1,14 @@
-"""Full resolution and the network's: what a stride of `in_plane_stride` does to a CT, to masks, and to a drawing.
+"""Full resolution and the network's: what a stride of `in_plane_stride` does to a CT and to masks.
 
 Archives such as OpenKBP come reduced to the network's resolution already; the served model takes full ones.
 """
 
-from dataclasses import replace
-
 import numpy as np
 from numpy.typing import NDArray
 
+from anatomynet.engine.boxes import boxes_of
 from anatomynet.engine.geometry import VolumeGeometry
-from anatomynet.engine.runtime import Runtime
-from anatomynet.engine.segment import segment
-from anatomynet.engine.structure_region import boxes_of
-from anatomynet.engine.volume import CTVolume, LabelArray, LabelMap
+from anatomynet.engine.volume import CTVolume, LabelArray
 
 INSIDE_SHARE = 0.5  # of a block: from here on its voxel is inside
 
@@ -54,17 +50,3 @@ def enlarged(volume: CTVolume, stride: int) -> CTVolume:
         geometry.direction,
     )
     return CTVolume(np.ascontiguousarray(volume.hu.repeat(stride, axis=1).repeat(stride, axis=2)), fine)
-
-
-def draw_reduced(volume: CTVolume, runtime: Runtime, *, whole_volume: bool = False) -> LabelMap:
-    """What the served model draws on a CT that was reduced in plane by its stride, on the reduced grid.
-
-    Enlarged again, drawn by the same `segment` that serves, and reduced as the archive's own masks were.
-
-    Raises:
-        GeometryError, ModelError, ServerError: see `segment`.
-    """
-    stride = runtime.model.in_plane_stride
-    drawn = segment(enlarged(volume, stride), runtime, whole_volume=whole_volume)
-    labels = reduced_labels(drawn.labels, stride, count=len(drawn.structures))
-    return replace(drawn, labels=labels, geometry=volume.geometry)

@@ -11,8 +11,6 @@ and engine.gpu_runtime.GpuRuntime, a checkpoint on an NVIDIA GPU through PyTorch
 from __future__ import annotations
 
 import functools
-import math
-import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,19 +24,30 @@ from numpy.typing import NDArray
 from anatomynet.engine.config import ModelConfig, model_config_from_json, shipped_weights
 from anatomynet.engine.contract import CONFIDENCE, CT, LABEL_MAP, METADATA_KEY
 from anatomynet.engine.errors import GeometryError, ModelError
-from anatomynet.engine.limits import MemoryGuard, check_size
-from anatomynet.engine.preprocess import SMALLEST_NETWORK_SIDE
+from anatomynet.engine.limits import check_size
+from anatomynet.engine.machine import MemoryGuard, available_cores
+from anatomynet.engine.onnx_files import (
+    CPU_PROVIDER,
+    INSTALL_HINT,
+    check_file,
+    damaged_file,
+    failed,
+    onnxruntime_failures,
+    onnxruntime_options,
+    openvino_core,
+    openvino_graph,
+    openvino_options,
+)
+from anatomynet.engine.preprocess import smallest_shape
+from anatomynet.engine.region_runtime import EmbeddedRegionFinder
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
 
 if TYPE_CHECKING:
-    import onnxruntime
     import openvino
     import torch
 
     from anatomynet.engine.region import RegionFinder
 
-INSTALL_HINT = "pip install 'anatomynet[local]'"
-CPU_PROVIDER = "CPUExecutionProvider"
 CUDA_PROVIDER = "CUDAExecutionProvider"
 # Measured (benchmarks.native_resolution): of a voxel of the CT, and of one of the network, which are fewer; OpenVINO
 # needs less where it compiles for one size.
@@ -148,7 +157,7 @@ class OpenVinoRuntime:
 
     @functools.cached_property
     def _coming_finder(self) -> Future[RegionFinder]:
-        return self._threads.submit(_shipped_region_finder)
+        return self._threads.submit(EmbeddedRegionFinder)
 
     def infer(self, hu: HounsfieldArray) -> tuple[LabelArray, NDArray[np.float32]]:
         """See Runtime; releases the GIL while it computes."""
@@ -221,7 +230,7 @@ class OnnxRuntime:
         Raises:
             ModelError: its file is missing or damaged.
         """
-        return _shipped_region_finder()
+        return EmbeddedRegionFinder()
 
     def infer(self, hu: HounsfieldArray) -> tuple[LabelArray, NDArray[np.float32]]:
         """See Runtime; releases the GIL while it computes."""
@@ -273,22 +282,6 @@ class TorchRuntime:
         return label_map.cpu().numpy(), confidence.cpu().numpy()
 
 
-def _shipped_region_finder() -> RegionFinder:
-    from anatomynet.engine.region_runtime import EmbeddedRegionFinder  # which needs this module
-
-    return EmbeddedRegionFinder()
-
-
-def available_cores() -> int:
-    """CPU cores that this process may use: the affinity mask, and in a container its CPU limit (cgroup 2)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else min(cores, max(1, math.ceil(int(quota) / int(period))))
-
-
 def _has_cuda_provider() -> bool:
     package = find_spec("onnxruntime")
     folders = package.submodule_search_locations if package else None
@@ -298,91 +291,6 @@ def _has_cuda_provider() -> bool:
     import onnxruntime
 
     return CUDA_PROVIDER in onnxruntime.get_available_providers()
-
-
-def openvino_graph(path: Path) -> openvino.Model:
-    """Reads an ONNX file by the ONNX reader alone: OpenVINO's own choice tries every format on a damaged one, noisily.
-
-    Raises:
-        ModelError: no such file, or a damaged one.
-    """
-    from openvino import frontend
-
-    check_file(path)
-    reader = frontend.FrontEndManager().load_by_framework("onnx")
-    failures = (
-        frontend.GeneralFailure,
-        frontend.NotImplementedFailure,
-        frontend.OpConversionFailure,
-        frontend.OpValidationFailure,
-    )
-    try:
-        return reader.convert(reader.load(str(path)))
-    except (RuntimeError, *failures) as error:  # the failures are no RuntimeErrors
-        raise damaged_file(path, error) from error
-
-
-_one_core = threading.Lock()
-
-
-def openvino_core() -> openvino.Core:
-    """The process's only one, kept to its end.
-
-    OpenVINO gives the thread that a core first compiles in a stack for the handlers of signals, and unmaps it with the
-    core: closed in another thread, or before a core that was opened later, it made the next Ctrl-C a crash.
-    """
-    with _one_core:  # whoever loads the network and the region finder compiles them in two threads
-        return _core()
-
-
-@functools.cache
-def _core() -> openvino.Core:
-    import openvino
-
-    return openvino.Core()
-
-
-def openvino_options() -> dict[str, object]:
-    """How OpenVINO compiles a graph for one volume at a time."""
-    import openvino
-    from openvino import properties
-
-    return {
-        properties.hint.performance_mode(): properties.hint.PerformanceMode.LATENCY,
-        # On CPUs with AMX or AVX512-BF16 the default is bfloat16, which moves contours.
-        properties.hint.inference_precision(): openvino.Type.f32,
-        properties.inference_num_threads(): available_cores(),
-    }
-
-
-def onnxruntime_options() -> onnxruntime.SessionOptions:
-    """How ONNX Runtime opens a graph."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = available_cores()
-    options.log_severity_level = 4  # fatal: errors are raised, and told once
-    return options
-
-
-def onnxruntime_failures() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises for a file that it cannot read, or a volume that it cannot compute."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as states
-
-    return (
-        states.Fail,
-        states.InvalidArgument,
-        states.InvalidGraph,
-        states.InvalidProtobuf,
-        states.NotImplemented,
-        states.RuntimeException,
-    )
-
-
-def check_file(path: Path) -> None:
-    """Raises ModelError where there is no such file."""
-    if not path.is_file():
-        raise ModelError(f"no model {path}: expected an ONNX file that anatomynet-export wrote")
 
 
 def _config_from_metadata(path: Path, text: str | None) -> ModelConfig:
@@ -396,8 +304,7 @@ def _config_from_metadata(path: Path, text: str | None) -> ModelConfig:
 
 def check_input(hu: HounsfieldArray, config: ModelConfig) -> None:
     """Raises GeometryError for an array of another type, too small for the network, or too large for any runtime."""
-    in_plane = SMALLEST_NETWORK_SIDE * config.in_plane_stride
-    smallest = (SMALLEST_NETWORK_SIDE, in_plane, in_plane)
+    smallest = smallest_shape(config)
     if hu.dtype != np.int16 or hu.ndim != 3 or any(side < s for side, s in zip(hu.shape, smallest, strict=True)):
         raise GeometryError(
             f"expected int16 of at least {smallest} voxels (z, y, x), found {hu.dtype} of shape {hu.shape}"
@@ -407,24 +314,3 @@ def check_input(hu: HounsfieldArray, config: ModelConfig) -> None:
 
 def _bytes_a_voxel(config: ModelConfig, network_bytes: int) -> float:
     return CT_BYTES + network_bytes / config.in_plane_stride**2
-
-
-def damaged_file(path: Path, error: Exception) -> ModelError:
-    """What to raise for an ONNX file that cannot be read."""
-    return ModelError(
-        f"{path} is damaged or not ONNX ({_last_line(error)}): expected a file that anatomynet-export wrote; "
-        "export it, or install the package, again"
-    )
-
-
-def failed(hu: HounsfieldArray, runtime: str, error: Exception) -> ModelError:
-    """What to raise where a runtime, named by its description, could not compute a CT."""
-    return ModelError(
-        f"{runtime} could not compute a volume of {hu.shape} voxels ({_last_line(error)}); "
-        "a smaller volume, or more memory, may help"
-    )
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from anatomynet.engine.boxes import boxes_of
 from anatomynet.engine.errors import ModelError, ServerError
 from anatomynet.engine.postprocess import drop_strays, source_labels_from_network
 from anatomynet.engine.preprocess import NetworkInput, prepare
 from anatomynet.engine.region import find_box, finder_of, grown_box, touched_faces
+from anatomynet.engine.resolution import enlarged, reduced_labels
 from anatomynet.engine.runtime import Runtime
-from anatomynet.engine.structure_region import boxes_of
 from anatomynet.engine.structures import structures_by_name
 from anatomynet.engine.volume import CTVolume, LabelArray, LabelMap
 
@@ -54,6 +55,20 @@ def segment(volume: CTVolume, runtime: Runtime, *, whole_volume: bool = False) -
     )
 
 
+def draw_reduced(volume: CTVolume, runtime: Runtime, *, whole_volume: bool = False) -> LabelMap:
+    """What the served model draws on a CT that was reduced in plane by its stride, on the reduced grid.
+
+    Enlarged again, drawn by the same `segment` that serves, and reduced as the archive's own masks were.
+
+    Raises:
+        GeometryError, ModelError, ServerError: see `segment`.
+    """
+    stride = runtime.model.in_plane_stride
+    drawn = segment(enlarged(volume, stride), runtime, whole_volume=whole_volume)
+    labels = reduced_labels(drawn.labels, stride, count=len(drawn.structures))
+    return replace(drawn, labels=labels, geometry=volume.geometry)
+
+
 @dataclass(frozen=True, eq=False)
 class _Drawn:
     """What the network drew on a box: uint8 (z, y, x) as it came, and without strays; and its confidence."""
@@ -68,8 +83,8 @@ def _drawn_on_body(body: NetworkInput, runtime: Runtime, *, whole_volume: bool) 
     """What the network draws on head and neck, where they can be found, else on the whole body box.
 
     A structure that reaches a face of the found box may be cut there: that face moves out, once, and all is drawn
-    again; if then one reaches a face still, on the whole. So it is where one is not found at all: near a face that
-    cuts an organ the network may draw nothing.
+    again; if then one reaches a face still, on the whole. The same is done where an expected structure is not found
+    at all: near a face that cuts an organ the network may draw nothing.
     """
     finder = None if whole_volume else finder_of(runtime)
     if finder is None:

@@ -20,8 +20,8 @@ from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.data import Case, at_network_resolution, find_cases, read_case
 from anatomynet.engine.errors import DataError, GeometryError
 from anatomynet.engine.findings import judge_contours
+from anatomynet.engine.machine import available_cores
 from anatomynet.engine.output import write_whole
-from anatomynet.engine.runtime import available_cores
 from anatomynet.engine.structure_region import StructureRegion, regions_from_label_map
 from anatomynet.engine.structures import structures_by_name
 from anatomynet.engine.volume import LabelMap

@@ -32,13 +32,14 @@ from anatomynet.engine.data import Case, cut_to_body, cut_to_head_and_neck
 from anatomynet.engine.errors import DataError, ModelError, OutputError
 from anatomynet.engine.events import event_log, forget_events
 from anatomynet.engine.geometry import Point, VolumeGeometry
+from anatomynet.engine.machine import available_cores
 from anatomynet.engine.metrics import dice
 from anatomynet.engine.output import write_whole
 from anatomynet.engine.phantom import make_phantom
 from anatomynet.engine.region import RegionFinder
 from anatomynet.engine.region_runtime import EmbeddedRegionFinder
-from anatomynet.engine.resolution import draw_reduced
-from anatomynet.engine.runtime import TorchRuntime, available_cores
+from anatomynet.engine.runtime import TorchRuntime
+from anatomynet.engine.segment import draw_reduced
 from anatomynet.engine.stops import STOPS
 from anatomynet.engine.survey import Survey, summary_lines, survey_archive, write_survey
 from anatomynet.engine.training import Training

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from anatomynet.engine.boxes import slices_of
 from anatomynet.engine.checkpoint import load_checkpoint, save_region_checkpoint
 from anatomynet.engine.command import reports_errors
 from anatomynet.engine.config import ModelConfig
@@ -33,7 +34,7 @@ from anatomynet.engine.postprocess import drop_strays
 from anatomynet.engine.precision import in_bfloat16
 from anatomynet.engine.preprocess import body_box, prepare
 from anatomynet.engine.region import (
-    FACES,
+    BOX_FACES,
     Box,
     RegionConfig,
     box_from_coarse,
@@ -116,7 +117,7 @@ class HeldOut:
 def drawn_mask(case: Case, network: nn.Module, model: ModelConfig) -> Mask:
     """Where a network draws any structure, bool (z, y, x) on the case's grid."""
     start, stop = body_box(case.volume.hu, in_plane_stride=1)
-    body = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+    body = slices_of(start, stop)
     image = normalised_from_hu(torch.from_numpy(case.volume.hu[body]), model.hu_window)[None, None]
     with torch.inference_mode(), in_bfloat16("cpu"):  # a target needs no more
         drawn = network(image)[0].argmax(dim=0).to(torch.uint8).numpy()
@@ -242,7 +243,7 @@ def _grown(box: Box, case: HeldOut, in_plane_stride: int) -> Box | None:
     high = (case.last > np.subtract(box.stop, width)) & (np.array(box.stop) < case.shape)
     faces = tuple(
         face
-        for pair, reached in zip(FACES, zip(low, high, strict=True), strict=True)
+        for pair, reached in zip(BOX_FACES, zip(low, high, strict=True), strict=True)
         for face, yes in zip(pair, reached, strict=True)
         if yes
     )

@@ -147,7 +147,7 @@ class Training:
         if key not in self._recorded:
             before = {name: value.clone() for name, value in self.network.state_dict().items()}
             # The trials before a recording move the statistics. PyTorch 2.11 warns, in a page of text, that a second
-            # recording waits for the stream of the first; oar9's phantoms were learnt so.
+            # recording waits for the stream of the first. This is harmless: oar9 was trained on phantoms that way.
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
                 self._recorded[key] = cast(nn.Module, torch.cuda.make_graphed_callables(plain, (image.clone(),)))

@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.contract import CONFIDENCE, CT
-from anatomynet.engine.errors import ExportError
 from anatomynet.engine.limits import check_size
+from anatomynet.engine.onnx_files import CPU_PROVIDER, onnxruntime_options
 from anatomynet.engine.output import write_whole
-from anatomynet.engine.runtime import CPU_PROVIDER, onnxruntime_options
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
-from anatomynet.export.onnx import crop_model, plan_model, prepare_model
+from anatomynet.export.onnx import check_graph, crop_model, plan_model, prepare_model
 
 # network_input, float16 [1, 1, pz, py, px] -> LABELS, uint8 [pz, fy, fx], and CONFIDENCE, float32 [n].
 Middle = Callable[[NDArray[np.float16]], tuple[LabelArray, NDArray[np.float32]]]
@@ -75,10 +74,7 @@ def write_part(model: onnx.ModelProto, path: Path) -> Path:
         ExportError: it is not valid ONNX.
         OutputError: it cannot be written.
     """
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"{path.name} is not valid ONNX: {error}") from error
+    check_graph(model, path.name)
     write_whole(path, model.SerializeToString(), overwrite=True)
     return path
 

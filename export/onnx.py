@@ -12,8 +12,9 @@ text; what they must compute is engine.network.ServedNetwork, line for line. The
 import copy
 import importlib
 import logging
+import secrets
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,20 +37,6 @@ from anatomynet.export.slabs import slab_finish_model, split_network
 TRIAL_SIDES = (11, 37, 43)  # times the stride in plane, and odd: padding and cropping both happen
 
 
-def export_onnx(network: AnatomyNet, config: ModelConfig, path: Path, *, fp16: bool = False) -> None:
-    """Writes the served model as one self-contained ONNX file, once it has run.
-
-    Args:
-        fp16: weights and activations in FP16, but for the means over the volume and what follows the logits. It is
-            for GPUs: a CPU computes such a graph in FP32.
-
-    Raises:
-        ExportError: a graph that is not valid, or that does not run.
-        OutputError: it cannot be written.
-    """
-    write_onnx(served_model(network_model(network), config, fp16=fp16), path)
-
-
 def write_onnx(model: onnx.ModelProto, path: Path) -> None:
     """Checks the served model, writes it, runs it on a small volume, and only then puts it in place.
 
@@ -57,15 +44,29 @@ def write_onnx(model: onnx.ModelProto, path: Path) -> None:
         ExportError: a graph that is not valid, or that does not run.
         OutputError: it cannot be written.
     """
+    check_graph(model, "the exported graph")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_proven(model, path, prove=_run_once)
+
+
+def check_graph(model: onnx.ModelProto, name: str) -> None:
+    """Raises ExportError, which calls it `name`, for a graph that is not valid."""
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the exported graph is not valid ONNX: {error}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
+        raise ExportError(f"{name} is not valid ONNX: {error}") from error
+
+
+def write_proven(model: onnx.ModelProto, path: Path, *, prove: Callable[[Path], object]) -> None:
+    """Writes a graph beside `path`, has it proven there, and puts it in place unless that raises.
+
+    Raises:
+        OutputError: it cannot be written; and what `prove` raises.
+    """
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # for this run alone
     try:
         write_whole(beside, model.SerializeToString(), overwrite=True)
-        _run_once(beside)
+        prove(beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
@@ -76,6 +77,9 @@ def served_model(network: onnx.ModelProto, config: ModelConfig, *, fp16: bool) -
 
     Args:
         network: what `network_model` gave, in FP32.
+        config: its own.
+        fp16: weights and activations in FP16, but for the means over the volume and what follows the logits. It is
+            for GPUs: a CPU computes such a graph in FP32.
     """
     if config.in_plane_stride == 1:
         middle, head = split_network(network)

@@ -17,13 +17,13 @@ from onnx import TensorProto, helper, numpy_helper
 from anatomynet.engine.checkpoint import load_region_checkpoint
 from anatomynet.engine.command import reports_errors
 from anatomynet.engine.contract import REGION_METADATA_KEY
-from anatomynet.engine.errors import ExportError, ParityError
+from anatomynet.engine.errors import ParityError
 from anatomynet.engine.geometry import VolumeGeometry
-from anatomynet.engine.output import write_whole
 from anatomynet.engine.phantom import make_phantom
 from anatomynet.engine.region import RegionConfig
 from anatomynet.engine.region_network import POOLED, SLOPE, RegionNetwork, ServedRegion
 from anatomynet.engine.region_runtime import EmbeddedRegionFinder, shipped_region
+from anatomynet.export.onnx import check_graph, write_proven
 from anatomynet.export.onnx_text import HEADER
 
 TRIALS = 4  # parts of a phantom that each form must find the same box in
@@ -40,17 +40,8 @@ def export_region(network: RegionNetwork, config: RegionConfig, path: Path) -> N
         OutputError: it cannot be written.
     """
     model = region_model(network, config)
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the exported region finder is not valid ONNX: {error}") from error
-    beside = path.with_name(f".{path.name}.part")
-    write_whole(beside, model.SerializeToString(), overwrite=True)
-    try:
-        check_region_parity(network, EmbeddedRegionFinder(beside))
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    check_graph(model, "the exported region finder")
+    write_proven(model, path, prove=lambda file: check_region_parity(network, EmbeddedRegionFinder(file)))
 
 
 def check_region_parity(network: RegionNetwork, finder: EmbeddedRegionFinder) -> None:

@@ -20,9 +20,9 @@ from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.data import Case
 from anatomynet.engine.metrics import dice
 from anatomynet.engine.region_runtime import EmbeddedRegionFinder
-from anatomynet.engine.resolution import INSIDE_SHARE, block_means, draw_reduced
+from anatomynet.engine.resolution import INSIDE_SHARE, block_means
 from anatomynet.engine.runtime import TorchRuntime, load_runtime
-from anatomynet.engine.segment import segment
+from anatomynet.engine.segment import draw_reduced, segment
 from anatomynet.engine.structures import STRUCTURES
 from tests.openkbp import OPENKBP, REDUCTION, requires_openkbp, validation_case, write_study
 

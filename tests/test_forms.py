@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from anatomynet.engine.contract import MODEL_NAME
 from anatomynet.engine.errors import AnatomyNetError, ModelError
 from anatomynet.engine.limits import largest_slices
-from anatomynet.engine.runtime import openvino_core
+from anatomynet.engine.onnx_files import openvino_core
 from anatomynet.engine.volume import LabelArray
 from anatomynet.export import forms, manifest
 from anatomynet.export.cli import main, plans_of

@@ -1,28 +1,22 @@
 """engine/limits.py: the one rule for the largest CT."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from anatomynet.engine import limits
 from anatomynet.engine.errors import GeometryError, ModelError
 from anatomynet.engine.limits import (
     CHANNELS_AT_FULL_RESOLUTION,
-    UNLIMITED,
-    MemoryGuard,
     SizeLimit,
-    available_memory,
     check_size,
     largest_slices,
     largest_voxels,
     size_limit,
     size_limit_from_parameters,
 )
-from anatomynet.engine.runtime import OnnxRuntime, OpenVinoRuntime, TorchRuntime
-from anatomynet.export.onnx import served_model, write_onnx
-from tests.random_network import STRIDES, random_config, random_graph, random_network, smooth_hu
+from anatomynet.engine.runtime import TorchRuntime
+from tests.random_network import STRIDES, random_config, random_network
 
 INDEX_LIMIT = 2**31
 
@@ -76,44 +70,6 @@ def test_what_a_served_model_says_of_itself() -> None:
     assert size_limit_from_parameters({}, config) == size_limit(config)
     with pytest.raises(ModelError, match="no whole number: export it again"):
         size_limit_from_parameters({"largest_voxels": "many"}, config)
-
-
-def test_memory_is_what_the_machine_and_the_container_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 1 << 20 < available_memory() < UNLIMITED
-    monkeypatch.setattr(limits, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(limits, "CGROUP", tmp_path)
-    assert available_memory() == UNLIMITED
-    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
-    assert available_memory() == 8000 << 10
-    for name, text in (("max", "5000000"), ("current", "4000000"), ("stat", "anon 3\ninactive_file 1000")):
-        (tmp_path / f"memory.{name}").write_text(f"{text}\n")
-    assert available_memory() == 1_001_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_memory() == 8000 << 10
-
-
-def test_too_little_memory_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a runtime may use again what it holds."""
-    path, hu = tmp_path / "model.onnx", smooth_hu((16, 64, 64))
-    write_onnx(served_model(random_graph(), random_config(), fp16=False), path)
-    for runtime in (OpenVinoRuntime(path), OnnxRuntime(path)):
-        with monkeypatch.context() as machine:
-            machine.setattr(limits, "available_memory", lambda: 100_000)
-            with pytest.raises(ModelError, match=r"takes about \d+\.\d GB of memory, found 0\.0 GB free"):
-                runtime.infer(hu)
-        runtime.infer(hu)
-        with monkeypatch.context() as machine:
-            machine.setattr(limits, "available_memory", lambda: 0)
-            runtime.infer(hu)
-
-
-def test_guard_counts_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    guard = MemoryGuard(10)
-    monkeypatch.setattr(limits, "available_memory", lambda: 1000)
-    guard.check((10, 10, 1))
-    guard.check((20, 10, 1))
-    with pytest.raises(ModelError):
-        guard.check((31, 10, 1))
 
 
 def test_embedded_runtimes_refuse_what_is_too_large() -> None:

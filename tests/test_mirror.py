@@ -5,9 +5,9 @@ import torch
 
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import ModelError
-from anatomynet.engine.mirror import MirroredNetwork
 from anatomynet.engine.network import AnatomyNet
 from anatomynet.engine.structures import mirrored_labels
+from benchmarks.mirror import MirroredNetwork
 
 MODEL = ModelConfig(
     "test", ("Parotid_R", "BrainStem", "Parotid_L"), 1, (1.0, 1.0, 2.0), (2.0, 2.0, 3.0), (-250.0, 550.0)

@@ -20,7 +20,6 @@ from anatomynet.engine.folding import folded
 from anatomynet.engine.network import AnatomyNet, ServedNetwork, border_confidence
 from anatomynet.engine.runtime import OnnxRuntime, OpenVinoRuntime, TorchRuntime
 from anatomynet.export.onnx import (
-    export_onnx,
     finish_model,
     half_model,
     network_model,
@@ -28,6 +27,7 @@ from anatomynet.export.onnx import (
     prepare_model,
     served_model,
     write_onnx,
+    write_proven,
 )
 from tests.random_network import STRIDES, random_config, random_graph, random_network, smooth_hu
 
@@ -207,11 +207,17 @@ def test_no_normalisation_is_left(exported: tuple[ModelConfig, Path]) -> None:
 def test_export_says_nothing_and_leaves_the_network_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     network = AnatomyNet(random_config().classes)  # in training mode, as train.py holds it
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    export_onnx(network, random_config(), tmp_path / "quiet.onnx")
+    write_onnx(served_model(network_model(network), random_config(), fp16=False), tmp_path / "quiet.onnx")
     assert capfd.readouterr() == ("", "")
     assert network.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert [path.name for path in tmp_path.iterdir()] == ["quiet.onnx"]
+
+
+def test_two_exports_onto_one_file_do_not_take_each_others(tmp_path: Path) -> None:
+    path, graph = tmp_path / "model.onnx", prepare_model(random_config(), fp16=False)
+    write_proven(graph, path, prove=lambda _: write_proven(graph, path, prove=onnx.load))
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_what_swallows_signals_is_imported_before_the_export() -> None:

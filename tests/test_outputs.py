@@ -10,11 +10,12 @@ import pydicom
 import pytest
 
 from anatomynet.client.contours import exact_tolerance_mm, trace_contours
+from anatomynet.client.dicom_object import TYPE_2_KEYWORDS
 from anatomynet.client.header_elements import PATIENT_AND_STUDY_KEYWORDS
 from anatomynet.client.mask_files import read_structures
 from anatomynet.client.nifti import write_nifti
 from anatomynet.client.outputs import output_paths
-from anatomynet.client.rtstruct import TYPE_2_KEYWORDS, write_rtstruct
+from anatomynet.client.rtstruct import write_rtstruct
 from anatomynet.client.seg import ANATOMY, write_seg
 from anatomynet.client.structure_table import load_structure_table
 from anatomynet.client.study import CTSeries, read_ct_series

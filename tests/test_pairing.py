@@ -12,7 +12,7 @@ import pytest
 from anatomynet.client.archive import ArchivedStudy, archive_studies
 from anatomynet.client.header_scan import scan_header
 from anatomynet.client.headers import CTHeader, read_header
-from anatomynet.client.pairing import Pair, find_pairs
+from anatomynet.client.pairing import SeriesWithRtstruct, find_pairs
 from anatomynet.client.study_contents import contents_below
 from tests.dicom_studies import edit
 from tests.test_archive import write_contoured_study
@@ -51,7 +51,7 @@ def paired(source: Path) -> dict[str, str]:
 
 def problems(source: Path) -> dict[str, str]:
     """What came to nothing, and why."""
-    return {one.where: one.problem for one in find_pairs(source) if not isinstance(one, Pair)}
+    return {one.where: one.problem for one in find_pairs(source) if not isinstance(one, SeriesWithRtstruct)}
 
 
 def set_references(rtstruct: Path, *uids: str) -> None:
@@ -174,7 +174,7 @@ def test_an_rtstruct_that_was_drawn_on_no_ct_here_is_named(tmp_path: Path) -> No
     for name in ("P1", "P2"):
         write_patient(tmp_path / "in" / "CT" / name, tmp_path / "in" / "RS" / f"{name}.dcm", PatientID=name)
     shutil.rmtree(tmp_path / "in" / "CT" / "P2")
-    (kept,) = (one for one in find_pairs(tmp_path / "in") if isinstance(one, Pair))
+    (kept,) = (one for one in find_pairs(tmp_path / "in") if isinstance(one, SeriesWithRtstruct))
     assert kept.rtstruct_where == "RS/P1.dcm"
     assert problems(tmp_path / "in") == {
         "RS/P2.dcm": "it was drawn on no CT series here: export its CT too, or leave it out"
@@ -266,7 +266,7 @@ def test_a_file_that_cannot_be_read_is_named_and_gives_its_study_no_case(tmp_pat
         write_patient(tmp_path / "in" / "CT" / name, tmp_path / "in" / "RS" / f"{name}.dcm", PatientID=name)
     (tmp_path / "in" / "CT" / "P1" / "CT0099.dcm").write_bytes(b"cut")
     (tmp_path / "in" / "RS" / "P0.dcm").write_bytes(b"cut")
-    (kept,) = (one for one in find_pairs(tmp_path / "in") if isinstance(one, Pair))
+    (kept,) = (one for one in find_pairs(tmp_path / "in") if isinstance(one, SeriesWithRtstruct))
     assert kept.where == "CT/P2"
     found = problems(tmp_path / "in")
     assert found.keys() == {"CT/P1", "RS"}

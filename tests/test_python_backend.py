@@ -19,7 +19,8 @@ from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.config import ModelConfig, shipped_weights
 from anatomynet.engine.errors import ModelError
 from anatomynet.engine.gpu_runtime import GpuRuntime
-from anatomynet.engine.runtime import CPU_PROVIDER, CUDA_PROVIDER, OnnxRuntime, Runtime, load_runtime
+from anatomynet.engine.onnx_files import CPU_PROVIDER
+from anatomynet.engine.runtime import CUDA_PROVIDER, OnnxRuntime, Runtime, load_runtime
 from anatomynet.engine.volume import HounsfieldArray, LabelArray
 from anatomynet.export.gpu import Gpu
 from anatomynet.export.repository import write_repository

@@ -146,7 +146,7 @@ def test_an_engine_that_fails_is_told_in_one_line(opened: Any, monkeypatch: pyte
 
 
 def test_a_ct_that_was_not_averaged_is_refused_before_memory_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anatomynet.engine.limits.available_memory", lambda: 2**30)
+    monkeypatch.setattr("anatomynet.engine.machine.available_memory", lambda: 2**30)
     with pytest.raises(ModelError, match=r"takes about 1\.3 GB of memory"):
         EmbeddedRegionFinder().find(np.zeros((64, 256, 256), np.int16))
 

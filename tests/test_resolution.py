@@ -1,18 +1,13 @@
-"""What a stride does: enlarging and reducing undo each other, and a drawing lands on the reduced grid."""
-
-from dataclasses import dataclass, replace
+"""What a stride does: enlarging and reducing undo each other."""
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from anatomynet.engine.config import ModelConfig, load_config
 from anatomynet.engine.geometry import VolumeGeometry
-from anatomynet.engine.resolution import block_means, draw_reduced, enlarged, reduced_labels
-from anatomynet.engine.volume import CTVolume, HounsfieldArray, LabelArray
+from anatomynet.engine.resolution import block_means, enlarged, reduced_labels
+from anatomynet.engine.volume import CTVolume
 
 GEOMETRY = VolumeGeometry((10, 20, 24), (4.0, 4.4, 2.5), (-40.0, 12.0, 300.0))
-MODEL = load_config("openkbp7")[0]
 
 
 def volume() -> CTVolume:
@@ -57,27 +52,3 @@ def test_a_label_is_where_it_fills_half_of_a_block_wherever_its_box_begins(strid
             if 2 * np.count_nonzero(block == label) >= block.size:
                 expected[place] = label
     assert np.array_equal(reduced_labels(labels, stride, count=7), expected)
-
-
-@dataclass
-class Bright:
-    """Draws what is above 300 HU as the first structure, voxel by voxel."""
-
-    model: ModelConfig
-    description: str = "bright"
-
-    def infer(self, hu: HounsfieldArray) -> tuple[LabelArray, NDArray[np.float32]]:
-        labels = (hu > 300).astype(np.uint8)
-        return labels, np.eye(1, len(self.model.structures), dtype=np.float32)[0]
-
-
-@pytest.mark.parametrize("stride", [1, 4])
-def test_a_drawing_lands_voxel_for_voxel_on_the_reduced_grid(stride: int) -> None:
-    x, y, z = GEOMETRY.spacing
-    spacing = (x / stride, y / stride, z)
-    model = replace(MODEL, in_plane_stride=stride, smallest_spacing=spacing, largest_spacing=spacing)
-    hu = np.zeros(GEOMETRY.shape, np.int16)
-    hu[3:6, 5:9, 12:20] = 400
-    drawn = draw_reduced(CTVolume(hu, GEOMETRY), Bright(model))
-    assert drawn.geometry == GEOMETRY
-    assert np.array_equal(drawn.labels == 1, hu == 400)

@@ -15,14 +15,13 @@ from onnx import TensorProto, helper
 
 from anatomynet.engine.config import shipped_weights
 from anatomynet.engine.errors import GeometryError, ModelError
+from anatomynet.engine.onnx_files import CPU_PROVIDER
 from anatomynet.engine.runtime import (
-    CPU_PROVIDER,
     CUDA_PROVIDER,
     OnnxRuntime,
     OpenVinoRuntime,
     Runtime,
     TorchRuntime,
-    available_cores,
     load_runtime,
 )
 from anatomynet.export.onnx import served_model, write_onnx
@@ -173,18 +172,6 @@ def test_gpu_draws_what_the_cpu_draws(model_file: Path) -> None:
     assert (runtime.infer(hu)[0] != OnnxRuntime(model_file).infer(hu)[0]).mean() < 1e-4
 
 
-def test_cores_are_those_of_this_process() -> None:
-    assert available_cores() >= 1
-    command = "from anatomynet.engine.runtime import available_cores; print(available_cores())"
-    alone = subprocess.run(
-        ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0))), sys.executable, "-c", command],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert alone.stdout.strip() == "1"
-
-
 def test_import_takes_neither_torch_nor_a_runtime() -> None:
     command = (
         "import sys, anatomynet.engine.runtime; "
@@ -201,31 +188,6 @@ def test_openvino_does_without_onnxruntime() -> None:
     )
     found = subprocess.run([sys.executable, "-c", command], check=True, capture_output=True, text=True)
     assert found.stdout.strip() == "OpenVINO False"
-
-
-# Python's handlers of signals run on a stack that OpenVINO gives the thread, and takes away.
-SIGNALLED = """
-import signal, sys
-from threading import Thread
-from anatomynet.engine.region_runtime import EmbeddedRegionFinder
-heard = []
-signal.signal(signal.SIGINT, lambda *_: heard.append("heard"))
-opened = [EmbeddedRegionFinder(), EmbeddedRegionFinder()]
-if sys.argv[1] == "here":
-    del opened[0], opened[0]
-else:
-    thread = Thread(target=opened.clear)
-    thread.start()
-    thread.join()
-signal.raise_signal(signal.SIGINT)
-print(*heard)
-"""
-
-
-@pytest.mark.parametrize("closed", ["here", "in another thread"])
-def test_a_signal_is_heard_after_what_openvino_opened_is_closed(closed: str) -> None:
-    run = subprocess.run([sys.executable, "-c", SIGNALLED, closed], capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stdout, run.stderr) == (0, "heard\n", "")
 
 
 @pytest.mark.parametrize(

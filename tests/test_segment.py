@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import GeometryError, ModelError
 from anatomynet.engine.geometry import VolumeGeometry
-from anatomynet.engine.segment import segment
+from anatomynet.engine.segment import draw_reduced, segment
 from anatomynet.engine.volume import CTVolume, HounsfieldArray, LabelArray, LabelMap
 
 AIR, TISSUE, BRIGHT = -1000, 0, 300
@@ -188,3 +188,28 @@ def test_strays_are_left_out_and_counted() -> None:
     drawn = segment(CTVolume(np.full(geometry.shape, TISSUE, np.int16), geometry), Answer(labels, (1.0, 0.0, 0.0)))
     assert np.count_nonzero(drawn.labels == STEM) == 4 * 8 * 8
     assert drawn.stray_ml == pytest.approx((2 * 1.5 * 1.5 * 2.5 / 1000, 0, 0))
+
+
+@dataclass
+class Bright:
+    """Draws what is above 300 HU as the first structure, voxel by voxel."""
+
+    model: ModelConfig
+    description: str = "bright"
+
+    def infer(self, hu: HounsfieldArray) -> tuple[LabelArray, NDArray[np.float32]]:
+        labels = (hu > 300).astype(np.uint8)
+        return labels, np.eye(1, len(self.model.structures), dtype=np.float32)[0]
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+def test_a_drawing_lands_voxel_for_voxel_on_the_reduced_grid(stride: int) -> None:
+    geometry = VolumeGeometry((10, 20, 24), (4.0, 4.4, 2.5), (-40.0, 12.0, 300.0))
+    x, y, z = geometry.spacing
+    spacing = (x / stride, y / stride, z)
+    model = replace(MODEL, in_plane_stride=stride, smallest_spacing=spacing, largest_spacing=spacing)
+    hu = np.zeros(geometry.shape, np.int16)
+    hu[3:6, 5:9, 12:20] = 400
+    drawn = draw_reduced(CTVolume(hu, geometry), Bright(model))
+    assert drawn.geometry == geometry
+    assert np.array_equal(drawn.labels == 1, hu == 400)

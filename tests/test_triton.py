@@ -32,7 +32,7 @@ from anatomynet.client.triton_server import TritonServer
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.errors import GeometryError, ModelError, ServerError
 from anatomynet.engine.geometry import VolumeGeometry
-from anatomynet.engine.limits import MemoryGuard
+from anatomynet.engine.machine import MemoryGuard
 from anatomynet.engine.region import RegionConfig
 from anatomynet.engine.runtime import Runtime, load_runtime
 from anatomynet.engine.volume import CTVolume

@@ -1,4 +1,4 @@
-"""Test-time averaging: a network that looks twice, at the CT and at its mirror image. An option of benchmarks."""
+"""Test-time averaging: a network that looks twice, at the CT and at its mirror image. An option of `accuracy`."""
 
 import torch
 from torch import Tensor, nn
