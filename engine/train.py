@@ -31,7 +31,7 @@ from anatomynet.engine.curves import write_curves
 from anatomynet.engine.data import Case, cut_to_body, cut_to_head_and_neck
 from anatomynet.engine.errors import DataError, ModelError, OutputError
 from anatomynet.engine.events import event_log, forget_events
-from anatomynet.engine.geometry import Point, VolumeGeometry
+from anatomynet.engine.geometry import Index, Point, VolumeGeometry
 from anatomynet.engine.metrics import dice
 from anatomynet.engine.output import write_whole
 from anatomynet.engine.phantom import make_phantom
@@ -46,8 +46,11 @@ from anatomynet.engine.training import Training
 # second. A GPU draws its samples itself, between its steps; the threads make phantoms.
 LOADERS = max(1, min(4, available_cores() // 4))
 AHEAD = LOADERS + 2  # samples kept ready
-PHANTOM_SHAPE = (112, 128, 128)  # (z, y, x), as a planning CT reduced 4 x 4 in plane
-PHANTOMS = 64  # different ones in a run; they take 0.1 GB
+# A phantom is a planning CT: so many slices, and so many voxels in plane before they are averaged.
+PHANTOM_SLICES, PHANTOM_SIDE = 112, 512
+PHANTOM_MM = 280.0  # from the vertex down: all organs but cord and oesophagus end above
+SHIPPED_STRIDE = 4
+PHANTOMS = 64  # different ones in a run; they take 0.1 GB at stride 4, 2 GB at native resolution
 SUFFIX = ".safetensors"  # of the checkpoint
 SAVED_EVERY_S = 300.0  # the state: an epoch may take a quarter of an hour
 NOTED_STEPS = 50  # between two looks at the loss, for which a GPU must be waited
@@ -110,10 +113,18 @@ def chosen_by_structure(cases: list[Case], train: TrainConfig, random: np.random
 
 def phantom_case(model: ModelConfig, *, spacing: Point, seed: int) -> Case:
     """A synthetic case at a spacing (x, y, z) mm, cut to the body, every structure annotated."""
-    geometry = VolumeGeometry(PHANTOM_SHAPE, spacing)
+    geometry = VolumeGeometry(_phantom_shape(model, spacing), spacing)
     volume, truth = make_phantom(geometry, seed=seed, structures=model.structures)
     annotated = (True,) * len(model.structures)
     return cut_to_body(Case(f"phantom_{seed}", volume, truth.labels, annotated, synthetic=True))
+
+
+def _phantom_shape(model: ModelConfig, spacing: Point) -> Index:
+    side, slices = PHANTOM_SIDE // model.in_plane_stride, PHANTOM_SLICES
+    # The shipped weights learnt from phantoms of so many slices, however thin: they stay what they were.
+    if model.in_plane_stride != SHIPPED_STRIDE:
+        slices = max(slices, math.ceil(PHANTOM_MM / spacing[2]))
+    return slices, side, side
 
 
 def cases_to_learn_from(survey: Survey) -> list[Case]:
