@@ -164,12 +164,19 @@ def validate(
 
 
 def finder_for(train: TrainConfig) -> RegionFinder | None:
-    """The region finder for weights that learn crops as its boxes: they are validated in what they will be shown."""
+    """The region finder for weights that learn crops as its boxes: they are validated in what they will be shown.
+
+    Raises:
+        ModelError: it cannot be opened.
+    """
     return EmbeddedRegionFinder() if train.region_share else None
 
 
-def fit(training: Training, cases: list[Case], held_out: list[Case], output: Path) -> None:
-    """Trains to the last step; saves state, logs and best checkpoint beside `output` after every epoch.
+def fit(
+    training: Training, cases: list[Case], held_out: list[Case], output: Path, *, region_finder: RegionFinder | None
+) -> None:
+    """Trains to the last step; saves state, logs and best checkpoint beside `output` after every epoch, which it
+    validates with what `finder_for` opened.
 
     The state is saved before the first step and every few minutes too: a run that is killed can be resumed from there.
     Ctrl-C, SIGTERM and SIGHUP save it after the step under way, then do what they do elsewhere; an ignored SIGHUP stays
@@ -199,7 +206,8 @@ def fit(training: Training, cases: list[Case], held_out: list[Case], output: Pat
             bar.update()
             ended = training.step % train.steps_per_epoch == 0 or training.step == train.steps
             if ended:
-                row = keep_best(training, held_out, output, loss=_finite_mean(losses, training.step))
+                loss = _finite_mean(losses, training.step)
+                row = keep_best(training, held_out, output, loss=loss, region_finder=region_finder)
                 bar.write(_told(row))
                 _append_row(log, row)
                 write_curves(log)
@@ -230,10 +238,11 @@ def _finite_mean(losses: list[Tensor], step: int) -> float:
     return mean
 
 
-def keep_best(training: Training, held_out: list[Case], output: Path, *, loss: float) -> dict[str, float]:
+def keep_best(
+    training: Training, held_out: list[Case], output: Path, *, loss: float, region_finder: RegionFinder | None
+) -> dict[str, float]:
     """Validates the averaged weights, writes them if they are the best so far; the log's row."""
-    finder = finder_for(training.train)
-    scores = validate(training.average, training.model, held_out, training.device, region_finder=finder)
+    scores = validate(training.average, training.model, held_out, training.device, region_finder=region_finder)
     means = {name: float(np.mean(values)) if values else math.nan for name, values in scores.items()}
     mean = float(np.nanmean(list(means.values())))
     if mean > training.best:
@@ -401,6 +410,7 @@ def main(
         training.begin_with(None if begin_with == SHIPPED_NAME else Path(begin_with))
     if resume:
         _resume(training, output)
+    finder = finder_for(train)
     surveys = survey_archive(data, model, alias_file=aliases, strict=strict)
     for survey in surveys:
         click.echo("\n".join(summary_lines(survey, model)))
@@ -411,8 +421,8 @@ def main(
     cases, held_out = cases_to_learn_from(surveys[0]), surveys[1].cases
     training.count_patients(patient_counts(cases))
     if begin_with:
-        click.echo(_told(keep_best(training, held_out, output, loss=math.nan)))
-    fit(training, cases, held_out, output)
+        click.echo(_told(keep_best(training, held_out, output, loss=math.nan, region_finder=finder)))
+    fit(training, cases, held_out, output, region_finder=finder)
     click.echo(f"{output}: best mean validation DSC {training.best:.3f}, {training.step} steps on {device.type}")
 
 
