@@ -322,9 +322,10 @@ def _prepare_output(output: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{there[0]} is there, {helps} --overwrite to lose it, or another --output")
 
 
-def _forget_run(output: Path) -> None:
-    """Removes state and logs of the run that was at `output`: it is another one."""
-    for path in (_state_of(output), output.with_suffix(".csv")):
+def _forget_run(output: Path, *, weights: bool) -> None:
+    """Removes state and logs of the run that was at `output`, and its weights if told so: it is another one."""
+    logs = [output.with_suffix(suffix) for suffix in (".csv", ".png")]
+    for path in (_state_of(output), *logs, *([output] if weights else [])):
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
@@ -417,7 +418,8 @@ def main(
     training.take_cases({survey.folder: survey.digests for survey in surveys}, archive=data)
     write_survey(output.with_suffix(".cases.csv"), surveys)  # only now that nothing is refused any more
     if not resume:
-        _forget_run(output)
+        # Weights to begin with are written there at once, and may be those that are there.
+        _forget_run(output, weights=not begin_with)
     cases, held_out = cases_to_learn_from(surveys[0]), surveys[1].cases
     training.count_patients(patient_counts(cases))
     if begin_with:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 import nrrd
 import numpy as np
@@ -418,6 +419,31 @@ def test_a_new_run_starts_a_new_log(data: Path, tmp_path: Path) -> None:
     for _ in range(2):
         assert train(data, output, "--steps", "1", "--overwrite").exit_code == 0
     assert [row["step"] for row in rows_of(output.with_suffix(".csv"))] == [1]
+
+
+def test_a_new_run_leaves_nothing_of_the_old_one_from_its_first_step_on(
+    data: Path, resumable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended before its first validation, it has no weights, and no curves."""
+    monkeypatch.setattr("anatomynet.engine.train._Interruptible.asked", signal.SIGINT)
+    assert train(data, resumable, "--overwrite").exit_code != 0
+    assert state_of(resumable.with_suffix(".state.safetensors"))[0] == 1
+    assert set(files_of(resumable)) == {"tiny.cases.csv", "tiny.state.safetensors"}
+
+
+def test_a_run_may_begin_with_the_weights_that_it_replaces(
+    data: Path, resumable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They stay until they have been validated."""
+
+    def interrupted(*_: object, **__: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = resumable.read_bytes()
+    monkeypatch.setattr("anatomynet.engine.train.validate", interrupted)
+    assert train(data, resumable, "--overwrite", "--from", str(resumable)).exit_code != 0
+    assert resumable.read_bytes() == before
+    assert not resumable.with_suffix(".state.safetensors").exists()
 
 
 @pytest.mark.parametrize(
