@@ -301,8 +301,12 @@ def _append_row(path: Path, row: dict[str, float]) -> None:
     write_whole(path, before + text.getvalue().encode(), overwrite=True)
 
 
-def _prepare_output(output: Path, *, overwrite: bool) -> None:
-    """Makes the checkpoint's folder; refuses what could not be written, and to lose another run unasked."""
+def files_there(output: Path, *beside: Path) -> list[Path]:
+    """Makes a checkpoint's folder; which of its file and those beside it are there.
+
+    Raises:
+        OutputError: a name that is no checkpoint's, or a place that could not be written.
+    """
     if output.suffix != SUFFIX:
         raise OutputError(f"{output}: expected a name that ends in {SUFFIX}: all else of a run is named after it")
     try:
@@ -310,11 +314,17 @@ def _prepare_output(output: Path, *, overwrite: bool) -> None:
     except OSError as error:
         raise OutputError(f"{output.parent} cannot be a folder for the checkpoint: {error.strerror}") from error
     try:
-        there = [path for path in (output, _state_of(output)) if path.exists()]
+        there = [path for path in (output, *beside) if path.exists()]
     except OSError as error:  # a name that is too long
         raise OutputError(f"{output} could not be written: {error.strerror}") from error
     if output.is_dir():
         raise OutputError(f"{output} is a folder: expected a file's name")
+    return there
+
+
+def _prepare_output(output: Path, *, overwrite: bool) -> None:
+    """Makes the checkpoint's folder; refuses what could not be written, and to lose another run unasked."""
+    there = files_there(output, _state_of(output))
     if there and not overwrite:
         helps = "of another run: give --resume to go on with it,"
         if _state_of(output) not in there:
