@@ -92,6 +92,7 @@ class RegionFinder(Protocol):
             int64 (6,): start z, y, x and stop z, y, x in coarse voxels, half-open; six zeros where nothing was found.
 
         Raises:
+            GeometryError: an array of another type, an empty one, or one that is too large.
             ModelError, ServerError: it could not be computed.
         """
         ...
