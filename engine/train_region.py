@@ -250,7 +250,9 @@ def choose_margins(
 
 
 def _grown(box: Box, case: HeldOut, in_plane_stride: int) -> Box | None:
-    """What `segment` makes of a box that a drawn structure touches; None where none does."""
+    """What `segment` makes of a box, in voxels (z, y, x) of the case, that a drawn structure touches; None where none
+    does.
+    """
     width = (1, in_plane_stride, in_plane_stride)
     low = (case.first < np.add(box.start, width)) & (np.array(box.start) > 0)
     high = (case.last > np.subtract(box.stop, width)) & (np.array(box.stop) < case.shape)
