@@ -26,7 +26,7 @@ from anatomynet.engine.data import find_cases
 from anatomynet.engine.network import AIR
 from anatomynet.engine.runtime import Runtime, TorchRuntime
 from anatomynet.engine.survey import survey_archive
-from anatomynet.engine.train import cases_to_learn_from, fit, patient_counts
+from anatomynet.engine.train import cases_to_learn_from, finder_for, fit, patient_counts
 from anatomynet.engine.training import Training
 from benchmarks.accuracy import CAUTION, PUBLISHED, measured, runtime_from_checkpoint
 from benchmarks.common import machine, write_result
@@ -105,11 +105,12 @@ def trained(data: Path, model: ModelConfig, train: TrainConfig, output: Path, *,
     training = Training(model, train, device, new_network=DynUNetOfAnySize)
     if resume:
         training.restore(output.with_suffix(".state.safetensors"))
+    finder = finder_for(train)
     taught, held_out = survey_archive(data, model)
     training.take_cases({survey.folder: survey.digests for survey in (taught, held_out)}, archive=data)
     cases = cases_to_learn_from(taught)
     training.count_patients(patient_counts(cases))
-    fit(training, cases, held_out.cases, output)
+    fit(training, cases, held_out.cases, output, region_finder=finder)
     network = DynUNetOfAnySize(model.classes)
     network.load_state_dict(load_file(output))
     return TorchRuntime(network.eval(), training.model, device)

@@ -32,18 +32,18 @@ def load_checkpoint(path: Path | None = None) -> tuple[AnatomyNet, ModelConfig]:
     """The network, in eval mode, and its configuration with the file's own sha256; None is the shipped checkpoint.
 
     Raises:
-        ModelError: no such file, not safetensors, no configuration inside, or weights that do not fit it or are no
-            numbers.
+        ModelError: no such file, one that cannot be read, not safetensors, no configuration inside, or weights that do
+            not fit it or are no numbers.
     """
     path = path or shipped_weights(".safetensors")
-    tensors, text = _read(path, CONFIG_KEY, "anatomynet-train")
+    tensors, text, sha256 = _read(path, CONFIG_KEY, "anatomynet-train")
     config = model_config_from_json(text)
     network = AnatomyNet(config.classes)
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         raise ModelError(f"the weights of {path} do not fit a network of {config.classes} classes") from error
-    return network.eval(), dataclasses.replace(config, checkpoint_sha256=_sha256(path))
+    return network.eval(), dataclasses.replace(config, checkpoint_sha256=sha256)
 
 
 def save_region_checkpoint(path: Path, network: RegionNetwork, config: RegionConfig) -> None:
@@ -59,17 +59,17 @@ def load_region_checkpoint(path: Path | None = None) -> tuple[RegionNetwork, Reg
     """As `load_checkpoint`, of a region finder; None is the shipped one.
 
     Raises:
-        ModelError: no such file, not safetensors, no configuration inside, or weights that do not fit it or are no
-            numbers.
+        ModelError: no such file, one that cannot be read, not safetensors, no configuration inside, or weights that do
+            not fit it or are no numbers.
     """
     path = path or shipped_region(".safetensors")
-    tensors, text = _read(path, REGION_CONFIG_KEY, "anatomynet.engine.train_region")
+    tensors, text, sha256 = _read(path, REGION_CONFIG_KEY, "anatomynet.engine.train_region")
     network = RegionNetwork()
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         raise ModelError(f"the weights of {path} do not fit a region finder") from error
-    return network.eval(), dataclasses.replace(region_config_from_json(text), checkpoint_sha256=_sha256(path))
+    return network.eval(), dataclasses.replace(region_config_from_json(text), checkpoint_sha256=sha256)
 
 
 def _write(path: Path, network: nn.Module, key: str, config: str) -> None:
@@ -77,14 +77,17 @@ def _write(path: Path, network: nn.Module, key: str, config: str) -> None:
     write_whole(path, save(tensors, metadata={key: config}), overwrite=True)
 
 
-def _read(path: Path, key: str, writer: str) -> tuple[dict[str, Tensor], str]:
-    """The weights, and the configuration as JSON."""
-    if not path.is_file():
-        raise ModelError(f"no checkpoint {path}: expected a .safetensors file that {writer} wrote")
+def _read(path: Path, key: str, writer: str) -> tuple[dict[str, Tensor], str, str]:
+    """The weights, the configuration as JSON, and the file's sha256."""
     try:
+        if not path.is_file():
+            raise ModelError(f"no checkpoint {path}: expected a .safetensors file that {writer} wrote")
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()  # first: safe_open calls all that is not read absent
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    except OSError as error:
+        raise ModelError(f"{path} could not be read: {error.strerror or error}") from error
     except SafetensorError as error:
         raise ModelError(
             f"{path} is not safetensors ({error}): expected a file that {writer} wrote; "
@@ -95,8 +98,4 @@ def _read(path: Path, key: str, writer: str) -> tuple[dict[str, Tensor], str]:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ModelError(f"{name} of {path} holds weights that are not finite numbers: train it again")
-    return tensors, metadata[key]
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return tensors, metadata[key], sha256

@@ -6,6 +6,7 @@ Configurations that ship lie in engine/configs; `load_config("openkbp7")` finds 
 import dataclasses
 import json
 import math
+import os
 import re
 import tomllib
 from dataclasses import dataclass
@@ -227,7 +228,8 @@ def shipped_weights(suffix: str) -> Path:
 def load_config(source: str | Path) -> tuple[ModelConfig, TrainConfig]:
     """The tables [model] and [train] of a TOML file, or of a shipped configuration by its name.
 
-    A file may say `base = "openkbp7"`, or another file's path: what it does not set itself is as there.
+    A file may say `base = "openkbp7"`, or another file's path, from its own folder: what it does not set itself is as
+    there.
 
     Raises:
         ModelError: a file that is not there or not TOML, an unknown key, a value out of range.
@@ -258,6 +260,8 @@ def _tables_of(source: str | Path, *, bases: tuple[str, ...] = ()) -> dict[str, 
     if unknown:
         raise ModelError(f"{source}: unknown table {', '.join(unknown)}: expected [model] and [train]")
     base = tables.get("base")
+    if isinstance(base, str) and base not in SHIPPED_CONFIGS:
+        base = os.path.normpath(Path(source).parent / base)
     if base is not None and (not isinstance(base, str) or base in bases):
         raise ModelError(f"base of {source}: expected another configuration that does not lead back, found {base!r}")
     under = _tables_of(base, bases=(*bases, base)) if base else {"model": {}, "train": {}}

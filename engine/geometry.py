@@ -1,6 +1,7 @@
 """VolumeGeometry: where a voxel lies in the patient. Here indices become millimetres, and millimetres indices.
 
-Contours alone do so elsewhere (client/rtstruct.py, client/structure_set.py): theirs lie at each slice's own position.
+Elsewhere contours do so (client/rtstruct.py, client/structure_set.py), which lie at each slice's own position, and
+files of volumes, by the affine that each carries (engine/volume_files.py, client/nifti.py, client/mask_files.py).
 
 Arrays are (z, y, x); points and everything of the geometry but `shape` are LPS (x, y, z) in mm: x to the patient's
 left, y to the back, z to the head (DICOM PS3.3 C.7.6.2.1.1).

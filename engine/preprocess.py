@@ -89,9 +89,15 @@ def smallest_shape(config: ModelConfig) -> Index:
 
 
 def body_box(hu: HounsfieldArray, *, in_plane_stride: int) -> tuple[Index, Index]:
-    """The patient's bounding box, start and stop (z, y, x): the largest piece above -500 HU, rounded outwards.
+    """The patient's bounding box: the largest piece above -500 HU, rounded outwards.
 
-    The start is a multiple of 2 in z and of 2 x stride in plane. The whole volume, if nothing in it is above -500 HU.
+    Args:
+        hu: int16 (z, y, x), Hounsfield units, canonical axes.
+        in_plane_stride: a voxel of the network's is so many wide.
+
+    Returns:
+        Start and stop, voxels (z, y, x), half-open: the start is a multiple of 2 in z and of 2 x stride in plane. The
+        whole volume, if nothing in it is above -500 HU.
     """
     step = (POOLING, POOLING * in_plane_stride, POOLING * in_plane_stride)
     # One voxel of every pooled one, from its middle: a margin to the left is then as wide as one to the right.

@@ -94,6 +94,7 @@ class RegionFinder(Protocol):
             int64 (6,): start z, y, x and stop z, y, x in coarse voxels, half-open; six zeros where nothing was found.
 
         Raises:
+            GeometryError: an array of another type, an empty one, or one that is too large.
             ModelError, ServerError: it could not be computed.
         """
         ...
@@ -136,7 +137,14 @@ def find_box(given: NetworkInput, model: ModelConfig, finder: RegionFinder) -> B
 
 
 def box_from_coarse(found: NDArray[np.int64], factors: Index, shape: Index, *, in_plane_stride: int) -> Box:
-    """A finder's answer in voxels of a volume of `shape`, rounded outwards; see `find_box`."""
+    """A finder's answer in voxels of a volume, rounded outwards; see `find_box`.
+
+    Args:
+        found: int64 (6,), start z, y, x and stop z, y, x in coarse voxels, half-open, as a RegionFinder returns it.
+        factors: voxels (z, y, x) in a coarse one.
+        shape: of the volume, voxels (z, y, x).
+        in_plane_stride: a voxel of the network's is so many wide.
+    """
     scales = (1, in_plane_stride, in_plane_stride)
     sides = [
         _side(first, last, factor=factor, size=size, unit=POOLING * scale, multiple=step * scale)

@@ -31,7 +31,7 @@ from anatomynet.engine.curves import write_curves
 from anatomynet.engine.data import Case, cut_to_body, cut_to_head_and_neck
 from anatomynet.engine.errors import DataError, ModelError, OutputError
 from anatomynet.engine.events import event_log, forget_events
-from anatomynet.engine.geometry import Point, VolumeGeometry
+from anatomynet.engine.geometry import Index, Point, VolumeGeometry
 from anatomynet.engine.machine import available_cores
 from anatomynet.engine.metrics import dice
 from anatomynet.engine.output import write_whole
@@ -48,8 +48,11 @@ from anatomynet.engine.training import Training
 # second. A GPU draws its samples itself, between its steps; the threads make phantoms.
 LOADERS = max(1, min(4, available_cores() // 4))
 AHEAD = LOADERS + 2  # samples kept ready
-PHANTOM_SHAPE = (112, 128, 128)  # (z, y, x), as a planning CT reduced 4 x 4 in plane
-PHANTOMS = 64  # different ones in a run; they take 0.1 GB
+# A phantom is a planning CT: so many slices, and so many voxels in plane before they are averaged.
+PHANTOM_SLICES, PHANTOM_SIDE = 112, 512
+PHANTOM_MM = 280.0  # from the vertex down: all organs but cord and oesophagus end above
+SHIPPED_STRIDE = 4
+PHANTOMS = 64  # different ones in a run; they take 0.1 GB at stride 4, 2 GB at native resolution
 SUFFIX = ".safetensors"  # of the checkpoint
 SAVED_EVERY_S = 300.0  # the state: an epoch may take a quarter of an hour
 NOTED_STEPS = 50  # between two looks at the loss, for which a GPU must be waited
@@ -112,10 +115,18 @@ def chosen_by_structure(cases: list[Case], train: TrainConfig, random: np.random
 
 def phantom_case(model: ModelConfig, *, spacing: Point, seed: int) -> Case:
     """A synthetic case at a spacing (x, y, z) mm, cut to the body, every structure annotated."""
-    geometry = VolumeGeometry(PHANTOM_SHAPE, spacing)
+    geometry = VolumeGeometry(_phantom_shape(model, spacing), spacing)
     volume, truth = make_phantom(geometry, seed=seed, structures=model.structures)
     annotated = (True,) * len(model.structures)
     return cut_to_body(Case(f"phantom_{seed}", volume, truth.labels, annotated, synthetic=True))
+
+
+def _phantom_shape(model: ModelConfig, spacing: Point) -> Index:
+    side, slices = PHANTOM_SIDE // model.in_plane_stride, PHANTOM_SLICES
+    # The shipped weights learnt from phantoms of so many slices, however thin: they stay what they were.
+    if model.in_plane_stride != SHIPPED_STRIDE:
+        slices = max(slices, math.ceil(PHANTOM_MM / spacing[2]))
+    return slices, side, side
 
 
 def cases_to_learn_from(survey: Survey) -> list[Case]:
@@ -155,12 +166,19 @@ def validate(
 
 
 def finder_for(train: TrainConfig) -> RegionFinder | None:
-    """The region finder for weights that learn crops as its boxes: they are validated in what they will be shown."""
+    """The region finder for weights that learn crops as its boxes: they are validated in what they will be shown.
+
+    Raises:
+        ModelError: it cannot be opened.
+    """
     return EmbeddedRegionFinder() if train.region_share else None
 
 
-def fit(training: Training, cases: list[Case], held_out: list[Case], output: Path) -> None:
-    """Trains to the last step; saves state, logs and best checkpoint beside `output` after every epoch.
+def fit(
+    training: Training, cases: list[Case], held_out: list[Case], output: Path, *, region_finder: RegionFinder | None
+) -> None:
+    """Trains to the last step; saves state, logs and best checkpoint beside `output` after every epoch, which it
+    validates with what `finder_for` opened.
 
     The state is saved before the first step and every few minutes too: a run that is killed can be resumed from there.
     Ctrl-C, SIGTERM and SIGHUP save it after the step under way, then do what they do elsewhere; an ignored SIGHUP stays
@@ -190,7 +208,8 @@ def fit(training: Training, cases: list[Case], held_out: list[Case], output: Pat
             bar.update()
             ended = training.step % train.steps_per_epoch == 0 or training.step == train.steps
             if ended:
-                row = keep_best(training, held_out, output, loss=_finite_mean(losses, training.step))
+                loss = _finite_mean(losses, training.step)
+                row = keep_best(training, held_out, output, loss=loss, region_finder=region_finder)
                 bar.write(_told(row))
                 _append_row(log, row)
                 write_curves(log)
@@ -221,10 +240,11 @@ def _finite_mean(losses: list[Tensor], step: int) -> float:
     return mean
 
 
-def keep_best(training: Training, held_out: list[Case], output: Path, *, loss: float) -> dict[str, float]:
+def keep_best(
+    training: Training, held_out: list[Case], output: Path, *, loss: float, region_finder: RegionFinder | None
+) -> dict[str, float]:
     """Validates the averaged weights, writes them if they are the best so far; the log's row."""
-    finder = finder_for(training.train)
-    scores = validate(training.average, training.model, held_out, training.device, region_finder=finder)
+    scores = validate(training.average, training.model, held_out, training.device, region_finder=region_finder)
     means = {name: float(np.mean(values)) if values else math.nan for name, values in scores.items()}
     mean = float(np.nanmean(list(means.values())))
     if mean > training.best:
@@ -283,8 +303,12 @@ def _append_row(path: Path, row: dict[str, float]) -> None:
     write_whole(path, before + text.getvalue().encode(), overwrite=True)
 
 
-def _prepare_output(output: Path, *, overwrite: bool) -> None:
-    """Makes the checkpoint's folder; refuses what could not be written, and to lose another run unasked."""
+def files_there(output: Path, *beside: Path) -> list[Path]:
+    """Makes a checkpoint's folder; which of its file and those beside it are there.
+
+    Raises:
+        OutputError: a name that is no checkpoint's, or a place that could not be written.
+    """
     if output.suffix != SUFFIX:
         raise OutputError(f"{output}: expected a name that ends in {SUFFIX}: all else of a run is named after it")
     try:
@@ -292,11 +316,17 @@ def _prepare_output(output: Path, *, overwrite: bool) -> None:
     except OSError as error:
         raise OutputError(f"{output.parent} cannot be a folder for the checkpoint: {error.strerror}") from error
     try:
-        there = [path for path in (output, _state_of(output)) if path.exists()]
+        there = [path for path in (output, *beside) if path.exists()]
     except OSError as error:  # a name that is too long
         raise OutputError(f"{output} could not be written: {error.strerror}") from error
     if output.is_dir():
         raise OutputError(f"{output} is a folder: expected a file's name")
+    return there
+
+
+def _prepare_output(output: Path, *, overwrite: bool) -> None:
+    """Makes the checkpoint's folder; refuses what could not be written, and to lose another run unasked."""
+    there = files_there(output, _state_of(output))
     if there and not overwrite:
         helps = "of another run: give --resume to go on with it,"
         if _state_of(output) not in there:
@@ -304,9 +334,10 @@ def _prepare_output(output: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{there[0]} is there, {helps} --overwrite to lose it, or another --output")
 
 
-def _forget_run(output: Path) -> None:
-    """Removes state and logs of the run that was at `output`: it is another one."""
-    for path in (_state_of(output), output.with_suffix(".csv")):
+def _forget_run(output: Path, *, weights: bool) -> None:
+    """Removes state and logs of the run that was at `output`, and its weights if told so: it is another one."""
+    logs = [output.with_suffix(suffix) for suffix in (".csv", ".png")]
+    for path in (_state_of(output), *logs, *([output] if weights else [])):
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
@@ -392,18 +423,20 @@ def main(
         training.begin_with(None if begin_with == SHIPPED_NAME else Path(begin_with))
     if resume:
         _resume(training, output)
+    finder = finder_for(train)
     surveys = survey_archive(data, model, alias_file=aliases, strict=strict)
     for survey in surveys:
         click.echo("\n".join(summary_lines(survey, model)))
     training.take_cases({survey.folder: survey.digests for survey in surveys}, archive=data)
     write_survey(output.with_suffix(".cases.csv"), surveys)  # only now that nothing is refused any more
     if not resume:
-        _forget_run(output)
+        # Weights to begin with are written there at once, and may be those that are there.
+        _forget_run(output, weights=not begin_with)
     cases, held_out = cases_to_learn_from(surveys[0]), surveys[1].cases
     training.count_patients(patient_counts(cases))
     if begin_with:
-        click.echo(_told(keep_best(training, held_out, output, loss=math.nan)))
-    fit(training, cases, held_out, output)
+        click.echo(_told(keep_best(training, held_out, output, loss=math.nan, region_finder=finder)))
+    fit(training, cases, held_out, output, region_finder=finder)
     click.echo(f"{output}: best mean validation DSC {training.best:.3f}, {training.step} steps on {device.type}")
 
 

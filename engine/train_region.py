@@ -28,6 +28,7 @@ from anatomynet.engine.checkpoint import load_checkpoint, save_region_checkpoint
 from anatomynet.engine.command import reports_errors
 from anatomynet.engine.config import ModelConfig
 from anatomynet.engine.data import Case, cut_to_body
+from anatomynet.engine.errors import DataError, OutputError
 from anatomynet.engine.geometry import Index, Point
 from anatomynet.engine.network import normalised_from_hu
 from anatomynet.engine.postprocess import drop_strays
@@ -45,7 +46,7 @@ from anatomynet.engine.region import (
 from anatomynet.engine.region_network import RegionNetwork, ServedRegion, box_of, input_from_coarse
 from anatomynet.engine.resolution import enlarged
 from anatomynet.engine.survey import survey_archive
-from anatomynet.engine.train import phantom_case
+from anatomynet.engine.train import files_there, phantom_case
 from anatomynet.engine.volume import HounsfieldArray
 
 COARSE_SPACING = (8.0, 8.0, 6.0)  # mm (x, y, z)
@@ -133,8 +134,21 @@ def training_case(case: Case, drawn: Mask) -> RegionCase:
     return RegionCase(body.volume.hu, body.labels > 0, body.volume.geometry.spacing)
 
 
+def phantoms_like(cases: Sequence[RegionCase], model: ModelConfig) -> list[RegionCase]:
+    """Phantoms at the spacings of the cases, every structure known."""
+    spacings = [cases[seed % len(cases)].spacing for seed in range(PHANTOMS)]
+    phantoms = [phantom_case(model, spacing=spacing, seed=seed) for seed, spacing in enumerate(spacings)]
+    return [RegionCase(one.volume.hu, one.labels > 0, one.volume.geometry.spacing) for one in phantoms]
+
+
 def held_out_case(case: Case, drawn: Mask, model: ModelConfig, config: RegionConfig) -> HeldOut:
-    """A case as the served model is given it, enlarged to full resolution, and where it draws."""
+    """A case as the served model is given it, enlarged to full resolution, and where it draws.
+
+    Raises:
+        DataError: it draws nothing there.
+    """
+    if not drawn.any():
+        raise DataError(f"{case.name}: the checkpoint draws nothing there, so no box can be chosen by it")
     given = prepare(enlarged(case.volume, model.in_plane_stride), model)
     factors, (depth, height, width) = coarse_factors(given.grid.spacing, config), given.hu.shape
     voxels = np.argwhere(drawn)
@@ -237,7 +251,9 @@ def choose_margins(
 
 
 def _grown(box: Box, case: HeldOut, in_plane_stride: int) -> Box | None:
-    """What `segment` makes of a box that a drawn structure touches; None where none does."""
+    """What `segment` makes of a box, in voxels (z, y, x) of the case, that a drawn structure touches; None where none
+    does.
+    """
     width = (1, in_plane_stride, in_plane_stride)
     low = (case.first < np.add(box.start, width)) & (np.array(box.start) > 0)
     high = (case.last > np.subtract(box.stop, width)) & (np.array(box.stop) < case.shape)
@@ -298,23 +314,22 @@ def _cross_entropy(logits: Tensor, target: Tensor, weight: float) -> Tensor:
 )
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/region.safetensors"), show_default=True)
 @click.option("--steps", type=click.IntRange(min=1), default=STEPS, show_default=True)
+@click.option("--overwrite", is_flag=True, help="Lose the file that is at --output, if there is one.")
 @reports_errors
-def main(data: Path, checkpoint: Path | None, output: Path, steps: int) -> None:
+def main(data: Path, checkpoint: Path | None, output: Path, steps: int, overwrite: bool) -> None:
     """Train the region finder for a checkpoint's structures on a folder of annotated CTs."""
     network, model = load_checkpoint(checkpoint)
     config = RegionConfig(model.structures, COARSE_SPACING, HU_WINDOW, threshold=0.0, margin=(0, 0, 0))
-    output.parent.mkdir(parents=True, exist_ok=True)
+    if files_there(output) and not overwrite:
+        raise OutputError(f"{output} is there: give --overwrite to lose it, or another --output")
     train, validation = (
         [(case, drawn_mask(case, network, model)) for case in tqdm(survey.cases, desc="drawing", unit="case")]
         for survey in survey_archive(data, model)
     )
+    held_out = [held_out_case(*pair, model, config) for pair in validation]  # now: what is refused is, before it learns
     cases = [training_case(*pair) for pair in train]
-    phantoms = []
-    for seed in range(PHANTOMS):
-        phantom = phantom_case(model, spacing=cases[seed % len(cases)].spacing, seed=seed)
-        phantoms.append(RegionCase(phantom.volume.hu, phantom.labels > 0, phantom.volume.geometry.spacing))
-    finder = learn(cases, phantoms, config, steps)
-    config = choose_margins(finder, config, [held_out_case(*pair, model, config) for pair in validation], model)
+    finder = learn(cases, phantoms_like(cases, model), config, steps)
+    config = choose_margins(finder, config, held_out, model)
     save_region_checkpoint(output, finder, config)
     click.echo(f"{output}: threshold {config.threshold}, margin {config.margin} coarse voxels (z, y, x)")
 

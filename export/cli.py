@@ -80,7 +80,8 @@ def main(
     if onnx_file and rtx is not None:
         raise click.UsageError("--onnx and --rtx each write one thing: give one of them")
     architectures = [] if rtx is None else list(dict.fromkeys(name.strip().lower() for name in rtx.split(",")))
-    check_place(onnx_file or (plans_of(output) if architectures else output), is_file=onnx_file is not None)
+    for place in _places(output, onnx_file, backend=backend, plan_alone=bool(architectures)):
+        check_place(place, is_file=place == onnx_file)
     check_installed(None if onnx_file else backend, architectures)
     from anatomynet.engine.checkpoint import load_region_checkpoint
     from anatomynet.export import forms
@@ -135,6 +136,15 @@ def check_installed(backend: str | None, architectures: list[str]) -> None:
         forms.require_rtx(architectures)
     elif backend == "tensorrt":
         forms.require_tensorrt()
+
+
+def _places(output: Path, onnx_file: Path | None, *, backend: str, plan_alone: bool) -> list[Path]:
+    """Where something will be written."""
+    if onnx_file:
+        return [onnx_file]
+    if plan_alone:
+        return [plans_of(output)]
+    return [output, plans_of(output)] if backend == "tensorrt" else [output]
 
 
 def check_place(place: Path, *, is_file: bool) -> None:

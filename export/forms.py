@@ -25,7 +25,7 @@ from anatomynet.engine.checkpoint import load_checkpoint
 from anatomynet.engine.config import ModelConfig, shipped_weights
 from anatomynet.engine.contract import CONFIG_KEY
 from anatomynet.engine.data import read_case
-from anatomynet.engine.errors import ExportError
+from anatomynet.engine.errors import ExportError, OutputError
 from anatomynet.engine.gpu_runtime import has_gpu, load_gpu_runtime
 from anatomynet.engine.limits import IN_PLANE_VOXELS, SIDES_KEY, largest_slices
 from anatomynet.engine.output import write_whole
@@ -169,7 +169,10 @@ def tensorrt_form(source: Source, folder: Path, *, timing_cache_folder: Path) ->
     """
     trt, gpu = require_tensorrt()
     parts = _proven_parts(source)
-    timing_cache_folder.mkdir(parents=True, exist_ok=True)
+    try:
+        timing_cache_folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{timing_cache_folder} could not be made: {error.strerror}") from error
     label = f"trt{trt.__version__}-{gpu.label}"
     plan = build_plan(
         trt, parts.network.SerializeToString(), source.config, timing_cache=timing_cache_folder / f"{label}.timing"

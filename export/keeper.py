@@ -51,12 +51,9 @@ def keep_running(prepare: Prepare) -> NoReturn:
     deaths: deque[float] = deque(maxlen=MOST_DEATHS)
     while True:
         with own_regions() as prefix:
-            command, environment = prepare(prefix)
-            for number in signal.sigpending() & STOPS:  # meanwhile
-                _leave(-number)
-            server = _started(command, environment, unblocked)
-            if not _lives_on(server):
-                _leave(server.returncode)
+            status = _status_of(*prepare(prefix), unblocked)
+        if status is not None:
+            _leave(status)  # only now: where a signal ends this process, its regions are gone
         deaths.append(time.monotonic())
         often = len(deaths) == MOST_DEATHS and deaths[-1] - deaths[0] < WITHIN_S
         found = "the process of a Python model has died, and Triton starts no other"
@@ -64,6 +61,17 @@ def keep_running(prepare: Prepare) -> NoReturn:
             raise ServerError(f"{found}: {MOST_DEATHS} times within {WITHIN_S:.0f} s, so this ends too")
         sys.stderr.write(f"tritonserver: {found}: starting Triton anew\n")
         sys.stderr.flush()
+
+
+def _status_of(
+    command: Sequence[str], environment: Mapping[str, str], unblocked: set[signal.Signals] | set[int]
+) -> int | None:
+    """Runs a server: its status as Popen tells it, or None once a model of it has died, and it was killed for that."""
+    pending: set[int] = signal.sigpending()
+    if stops := pending & STOPS:  # before there is one
+        return -min(stops)
+    server = _started(command, environment, unblocked)
+    return None if _lives_on(server) else server.returncode
 
 
 def _started(

@@ -1,7 +1,9 @@
 """Weights and configuration travel together, and nothing else is ever read."""
 
+import errno
 import hashlib
 import math
+import os
 import pickle
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from anatomynet.engine.checkpoint import load_checkpoint, save_checkpoint
+from anatomynet.engine.checkpoint import load_checkpoint, load_region_checkpoint, save_checkpoint
 from anatomynet.engine.config import ModelConfig, model_config_from_json
 from anatomynet.engine.contract import CONFIG_KEY
 from anatomynet.engine.errors import ModelError, OutputError
@@ -132,6 +134,20 @@ def test_an_absent_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.safetensors", tmp_path):
         with pytest.raises(ModelError, match="no checkpoint"):
             load_checkpoint(path)
+
+
+def test_a_file_that_may_not_be_read_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", denied)  # not by its mode: root may read everything
+    with pytest.raises(ModelError, match=r"test\.safetensors could not be read: Permission denied$"):
+        load_checkpoint(checkpoint)
+
+
+def test_a_name_that_no_file_has_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="could not be read: File name too long"):
+        load_region_checkpoint(tmp_path / f"{'x' * 300}.safetensors")
 
 
 def test_metadata_is_all_that_is_not_weights(checkpoint: Path) -> None:

@@ -60,10 +60,25 @@ def test_what_a_file_does_not_set_is_as_in_its_base(toml: Path) -> None:
     assert load_config(toml) == (model, dataclasses.replace(train, steps=7))
 
 
-@pytest.mark.parametrize("base", ["3", '"{toml}"', '"absent.toml"'])
+def test_a_base_lies_beside_the_file_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever training is started."""
+    site = tmp_path / "site"
+    (site / "runs").mkdir(parents=True)
+    (site / "common.toml").write_text(f"{MODEL_TABLE}[train]\nsteps = 7\n")
+    (site / "runs" / "long.toml").write_text('base = "../common.toml"\n[train]\nsteps_per_epoch = 3\n')
+    (site / "runs" / "longest.toml").write_text('base = "long.toml"\n')
+    expected = (SMALL, TrainConfig(steps=7, steps_per_epoch=3))
+    assert load_config(site / "runs" / "longest.toml") == expected
+    monkeypatch.chdir(site)
+    assert load_config("runs/longest.toml") == expected
+
+
+@pytest.mark.parametrize(
+    "base", ["3", '"{toml}"', '"small.toml"', '"../{toml.parent.name}/small.toml"', '"absent.toml"']
+)
 def test_a_base_must_be_another_configuration(toml: Path, base: str) -> None:
     toml.write_text(f"base = {base.format(toml=toml)}")
-    with pytest.raises(ModelError, match=r"base of .*small.toml: expected another|no configuration absent.toml"):
+    with pytest.raises(ModelError, match=r"base of .*small.toml: expected another|no configuration .*absent.toml"):
         load_config(toml)
 
 

@@ -160,6 +160,21 @@ def test_what_would_fail_at_the_end_is_told_before_anything_is_computed(
     assert contents(tmp_path) == {"a_file": b"kept"}
 
 
+def test_a_repository_beside_which_no_timings_can_lie_is_told_before_anything_is_computed(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is a mount of its own; only a plan needs the folder around it."""
+    monkeypatch.setattr("anatomynet.export.forms.read_source", lambda *given: pytest.fail("the proof began"))
+    output = tmp_path / "mount"
+    output.mkdir()
+    access = os.access  # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and access(path, mode))
+    arguments = [str(checkpoint), "--fp16", "--backend", "tensorrt", "--output", str(output)]
+    run = CliRunner().invoke(main, arguments)
+    assert run.exit_code == 1
+    assert run.stderr == f"error: could not write {output}.plans: {tmp_path} is read-only here; give another folder\n"
+
+
 @pytest.mark.usefixtures("_graph_of_the_session")
 def test_a_full_temporary_folder_is_told_in_one_line(checkpoint: Path, case: Path, tmp_path: Path) -> None:
     with largest_file(1_000_000):

@@ -21,7 +21,7 @@ from google.protobuf import text_format
 from numpy.typing import NDArray
 
 from anatomynet.engine.contract import MODEL_NAME
-from anatomynet.engine.errors import AnatomyNetError, ModelError
+from anatomynet.engine.errors import AnatomyNetError, ModelError, OutputError
 from anatomynet.engine.limits import largest_slices
 from anatomynet.engine.onnx_files import openvino_core
 from anatomynet.engine.volume import LabelArray
@@ -124,6 +124,12 @@ def repository(source: forms.Source, tmp_path: Path, monkeypatch: pytest.MonkeyP
     run = CliRunner().invoke(main, ["--fp16", "--backend", "tensorrt", "--output", str(output)])
     assert run.exit_code == 0, run.output
     return output, run.output
+
+
+def test_timings_that_can_no_longer_be_written_are_told(source: forms.Source, tmp_path: Path) -> None:
+    (tmp_path / "in the way").touch()
+    with pytest.raises(OutputError, match=r"in the way/plans could not be made: Not a directory"):
+        forms.tensorrt_form(source, tmp_path, timing_cache_folder=tmp_path / "in the way" / "plans")
 
 
 def described(model: Path) -> Any:

@@ -13,14 +13,16 @@ import pytest
 from anatomynet.export import keeper
 from tests.waiting import wait_until
 
-# Looks often; the server is its first argument.
+# Looks often; its arguments are the folder for shared memory and the server.
 KEEP = """
 import os, sys
+from pathlib import Path
 from anatomynet.engine.errors import ServerError
 from anatomynet.export import keeper
 keeper.LOOK_S = 0.05
+keeper.SHARED_MEMORY = Path(sys.argv[1])
 try:
-    keeper.keep_running(lambda prefix: (sys.argv[1:], {**os.environ, "PREFIX": prefix}))
+    keeper.keep_running(lambda prefix: (sys.argv[2:], {**os.environ, "PREFIX": prefix}))
 except ServerError as error:
     sys.exit(str(error))
 """
@@ -45,12 +47,12 @@ def keeping(folder: Path, body: str, *before: str) -> Iterator["subprocess.Popen
 
     The text keeps the process in a variable, as long as it shall not be reaped.
     """
-    stub, server = folder / "triton_python_backend_stub", folder / "server"
+    stub, server, regions = folder / "triton_python_backend_stub", folder / "server", folder / "shm"
     stub.write_text("#!/bin/sh\nexit\n")
     server.write_text(SERVER.format(python=sys.executable, folder=str(folder), body=body))
     for script in (stub, server):
         script.chmod(0o755)
-    command = [*before, sys.executable, "-c", KEEP, str(server)]
+    command = [*before, sys.executable, "-c", KEEP, str(regions), str(server)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as kept:
         try:
             yield kept
@@ -113,6 +115,28 @@ def test_a_signal_reaches_the_server_and_its_end_is_passed_on(tmp_path: Path, nu
         assert kept.stdout.readline() == "ready\n"
         kept.send_signal(number)
         assert kept.wait(timeout=60) == -number
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [("sys.exit(7)", 7), ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL)],
+    ids=["exit", "killed"],
+)
+def test_an_ended_server_leaves_no_regions(tmp_path: Path, shared_memory: Path, end: str, status: int) -> None:
+    """Above all one that was killed for want of memory."""
+    region = f"Path({str(shared_memory)!r}, os.environ['PREFIX'] + '1').touch()"
+    with keeping(tmp_path, f"{region}\n{end}") as kept:
+        assert kept.wait(timeout=60) == status
+    assert (tmp_path / "starts").read_text() == "x"
+    assert list(shared_memory.iterdir()) == []
+
+
+def test_a_stop_before_the_server_leaves_no_regions(shared_memory: Path) -> None:
+    prepare = "os.kill(os.getpid(), 15) or (sys.argv[2:], {**os"
+    command = [sys.executable, "-c", KEEP.replace("(sys.argv[2:], {**os", prepare), str(shared_memory), "true"]
+    stopped = subprocess.run(command, timeout=60, check=False)
+    assert stopped.returncode == -signal.SIGTERM
+    assert list(shared_memory.iterdir()) == []
 
 
 def test_process_1_of_a_container_stops(tmp_path: Path) -> None:

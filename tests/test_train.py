@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 import nrrd
 import numpy as np
@@ -39,7 +40,6 @@ from anatomynet.engine.survey import Survey
 from anatomynet.engine.train import (
     cases_to_learn_from,
     chosen_by_structure,
-    keep_best,
     main,
     samples,
     validate,
@@ -232,18 +232,47 @@ def test_validation_draws_what_a_region_finder_that_knows_the_structures_cuts(
 
 @pytest.mark.parametrize("region_share", [0.0, 0.5])
 def test_weights_that_learn_its_crops_are_chosen_by_the_region_finders_boxes(
-    region_share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    region_share: float, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It is opened once, however often is validated."""
     given: list[object] = []
+    opened: list[EmbeddedRegionFinder] = []
+
+    def open_finder() -> EmbeddedRegionFinder:
+        opened.append(EmbeddedRegionFinder())
+        return opened[-1]
 
     def validated(*_: object, region_finder: object) -> dict[str, list[float]]:
         given.append(region_finder)
-        return {name: [0.5] for name in synthetic_head.STRUCTURES}
+        return {name: [0.5] for name in STRUCTURES}
 
+    monkeypatch.setattr("anatomynet.engine.train.EmbeddedRegionFinder", open_finder)
     monkeypatch.setattr("anatomynet.engine.train.validate", validated)
-    training = Training(synthetic_head.MODEL, TrainConfig(steps=1, region_share=region_share), torch.device("cpu"))
-    keep_best(training, [], tmp_path / "best.safetensors", loss=0.0)
-    assert [isinstance(finder, EmbeddedRegionFinder) for finder in given] == [region_share > 0]
+    result = train_on_regions(data, tmp_path, region_share=region_share)
+    assert result.exit_code == 0, result.output
+    assert len(opened) == (region_share > 0)
+    expected: list[object] = [*opened] or [None]
+    assert given == expected * 2
+
+
+def train_on_regions(data: Path, folder: Path, *options: str, region_share: float = 0.5) -> Result:
+    """A run of two epochs, of one step each."""
+    toml = CONFIG.replace("[train]", f"[train]\nregion_share = {region_share}")
+    toml = toml.replace(f"steps_per_epoch = {STEPS_PER_EPOCH}", "steps_per_epoch = 1")
+    (folder / "regions.toml").write_text(toml)
+    names = {"--data": data, "--config": folder / "regions.toml", "--output": folder / "tiny.safetensors"}
+    arguments = [str(part) for pair in names.items() for part in pair]
+    return CliRunner().invoke(main, [*arguments, "--steps", "2", *options])
+
+
+def test_a_region_finder_that_cannot_be_opened_is_told_before_a_case_is_read(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where neither OpenVINO nor ONNX Runtime is installed: not after an epoch."""
+    for name in ("openvino", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr("anatomynet.engine.train.survey_archive", lambda *_, **__: pytest.fail("read"))
+    assert "nothing here can run region.onnx" in refusal(train_on_regions(data, tmp_path))
 
 
 # Gets Ctrl-C in the middle of its second epoch, however fast it is.
@@ -390,6 +419,31 @@ def test_a_new_run_starts_a_new_log(data: Path, tmp_path: Path) -> None:
     for _ in range(2):
         assert train(data, output, "--steps", "1", "--overwrite").exit_code == 0
     assert [row["step"] for row in rows_of(output.with_suffix(".csv"))] == [1]
+
+
+def test_a_new_run_leaves_nothing_of_the_old_one_from_its_first_step_on(
+    data: Path, resumable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended before its first validation, it has no weights, and no curves."""
+    monkeypatch.setattr("anatomynet.engine.train._Interruptible.asked", signal.SIGINT)
+    assert train(data, resumable, "--overwrite").exit_code != 0
+    assert state_of(resumable.with_suffix(".state.safetensors"))[0] == 1
+    assert set(files_of(resumable)) == {"tiny.cases.csv", "tiny.state.safetensors"}
+
+
+def test_a_run_may_begin_with_the_weights_that_it_replaces(
+    data: Path, resumable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They stay until they have been validated."""
+
+    def interrupted(*_: object, **__: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = resumable.read_bytes()
+    monkeypatch.setattr("anatomynet.engine.train.validate", interrupted)
+    assert train(data, resumable, "--overwrite", "--from", str(resumable)).exit_code != 0
+    assert resumable.read_bytes() == before
+    assert not resumable.with_suffix(".state.safetensors").exists()
 
 
 @pytest.mark.parametrize(

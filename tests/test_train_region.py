@@ -159,11 +159,13 @@ def test_it_learns_and_chooses_a_margin(
     assert dataclasses.replace(chosen, threshold=0.0, margin=(0, 0, 0)) == config
 
 
-def test_the_command_writes_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_region, "PHANTOMS", PHANTOMS)
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A phantom to learn from and one to validate with, of which the first structure is contoured."""
+    data = tmp_path_factory.mktemp("data")
     _, model = load_checkpoint()
     for name in ("train", "validation"):
-        folder = tmp_path / "data" / name / "pt_1"
+        folder = data / name / "pt_1"
         (folder / "structures").mkdir(parents=True)
         volume, truth = make_phantom(CASE_GRID, seed=len(name), structures=model.structures)
         header = {
@@ -174,12 +176,49 @@ def test_the_command_writes_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
         nrrd.write(str(folder / "img.nrrd"), volume.hu, header, index_order="C")
         mask = (truth.labels == 1).astype(np.uint8)
         nrrd.write(str(folder / "structures" / f"{model.structures[0]}.nrrd"), mask, header, index_order="C")
+    return data
+
+
+def test_the_command_writes_a_checkpoint(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_region, "PHANTOMS", PHANTOMS)
     output = tmp_path / "runs" / "region.safetensors"
-    run = CliRunner().invoke(main, ["--data", str(tmp_path / "data"), "--output", str(output), "--steps", "3"])
+    run = CliRunner().invoke(main, ["--data", str(archive), "--output", str(output), "--steps", "3"])
     assert run.exit_code == 0, run.output
     _, config = load_region_checkpoint(output)
-    assert config.structures == model.structures
+    assert config.structures == load_checkpoint()[1].structures
     assert f"threshold {config.threshold}" in run.output
+
+
+def test_a_checkpoint_that_draws_nothing_is_told_before_it_learns(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_region, "drawn_mask", lambda case, *_: np.zeros(case.labels.shape, np.bool_))
+    monkeypatch.setattr(train_region, "learn", lambda *_: pytest.fail("it learnt"))
+    run = CliRunner().invoke(main, ["--data", str(archive), "--output", str(tmp_path / "region.safetensors")])
+    assert run.exit_code == 1
+    assert run.stderr.splitlines()[-1].startswith("error: pt_1: the checkpoint draws nothing there")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "complaint"),
+    [
+        ("there.safetensors", [], "there.safetensors is there: give --overwrite to lose it, or another --output"),
+        ("there.safetensors/region.safetensors", ["--overwrite"], "cannot be a folder for the checkpoint: "),
+        ("folder.safetensors", ["--overwrite"], "is a folder: expected a file's name"),
+    ],
+)
+def test_what_could_not_be_written_is_told_before_a_case_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: list[str], complaint: str
+) -> None:
+    monkeypatch.setattr(train_region, "survey_archive", lambda *_: pytest.fail("read"))
+    (tmp_path / "there.safetensors").write_bytes(b"a night of training")
+    (tmp_path / "folder.safetensors").mkdir()
+    run = CliRunner().invoke(main, ["--data", str(tmp_path), "--output", str(tmp_path / name), *options])
+    assert run.exit_code == 1
+    assert run.stderr.startswith("error: ")
+    assert run.stderr.count("\n") == 1
+    assert complaint in run.stderr
+    assert (tmp_path / "there.safetensors").read_bytes() == b"a night of training"
 
 
 def test_no_data_is_told_in_one_line(tmp_path: Path) -> None:

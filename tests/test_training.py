@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from anatomynet.engine.config import ModelConfig, TrainConfig, load_config
 from anatomynet.engine.data import Case
 from anatomynet.engine.geometry import VolumeGeometry
+from anatomynet.engine.phantom import make_phantom
+from anatomynet.engine.preprocess import body_box
 from anatomynet.engine.train import chosen_by_structure, patient_counts, phantom_case, samples
 from anatomynet.engine.training import FINAL_RATE, Training, rate_at, rate_share
 from anatomynet.engine.volume import CTVolume
@@ -171,6 +173,31 @@ def test_a_phantom_is_a_case_with_every_structure() -> None:
     assert case.annotated == (True,) * len(model.structures)
     assert case.volume.geometry.spacing == (4.0, 4.0, 3.0)
     assert set(np.unique(case.labels)) == set(range(len(model.structures) + 1))
+
+
+@pytest.mark.parametrize(("stride", "slices"), [(1, 2.5), (2, 1.25)])
+def test_a_phantom_has_its_organs_whole_at_any_stride(stride: int, slices: float) -> None:
+    structures = ("Mandible", "Parotid_L", "Larynx")
+    model = replace(MODEL, structures=structures, in_plane_stride=stride)
+    case = phantom_case(model, spacing=(float(stride), float(stride), slices), seed=1)
+    truth = phantom_case(replace(model, in_plane_stride=4), spacing=(4.0, 4.0, 2.5), seed=1)
+    found, expected = (
+        np.bincount(one.labels.ravel(), minlength=4)[1:] * one.volume.geometry.voxel_ml for one in (case, truth)
+    )
+    assert found == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("slices", [3.0, 1.5])
+def test_phantoms_are_those_that_the_shipped_weights_learnt_from(slices: float) -> None:
+    model, _ = load_config("openkbp7")
+    case = phantom_case(model, spacing=(4.0, 4.0, slices), seed=1)
+    volume, truth = make_phantom(
+        VolumeGeometry((112, 128, 128), (4.0, 4.0, slices)), seed=1, structures=model.structures
+    )
+    start, stop = body_box(volume.hu, in_plane_stride=1)
+    body = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+    np.testing.assert_array_equal(case.volume.hu, volume.hu[body])
+    np.testing.assert_array_equal(case.labels, truth.labels[body])
 
 
 def test_phantoms_are_no_patients() -> None:
