@@ -60,7 +60,7 @@ def test_wheel_holds_every_module_and_nothing_else(built: tuple[Path, Path]) -> 
         names = wheel.namelist()
         entry_points = next(wheel.read(n).decode() for n in names if n.endswith("entry_points.txt"))
     modules = [n for n in names if n.endswith(".py")]
-    assert sorted(modules) == sorted(["anatomynet/__init__.py", *MODULES])
+    assert sorted(modules) == sorted(["anatomynet/__init__.py", "anatomynet/start.py", *MODULES])
     assert set(DATA) <= set(names)
     assert {line.split(" = ")[0] for line in entry_points.splitlines() if " = " in line} == SCRIPTS
     assert any(n.endswith("licenses/LICENSE") for n in names)
