@@ -5,7 +5,6 @@ The colours are those of Zhu et al., Figure 1: green the physician, red the netw
 
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -32,6 +31,7 @@ from anatomynet.client.picture import (
 from anatomynet.engine.errors import OutputError
 from anatomynet.engine.output import write_whole
 from anatomynet.engine.preprocess import canonical_from_array
+from anatomynet.engine.stops import temporary_folder
 from anatomynet.engine.volume import CTVolume, LabelArray
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def _ffmpeg() -> str:
 
 
 def _mp4(frames: Iterator[Image]) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         raw, film = Path(folder, "frames.rgb"), Path(folder, "film.mp4")
         with raw.open("wb") as file:
             for frame in frames:
